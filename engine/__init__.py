@@ -1,0 +1,1 @@
+"""What trains any model: data, sharding, optimizer, step, checkpoint, loop."""

@@ -1,0 +1,1 @@
+"""Evaluation: multiple choice, entities, open answers, attitude scales."""

@@ -1,0 +1,1 @@
+"""Fused operations as functions on tensors. Knows torch and triton, nothing of models."""

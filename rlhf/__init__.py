@@ -1,0 +1,1 @@
+"""Alignment: reward model, PPO, rejection sampling, preference losses."""
