@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
 
 
 def free_port() -> int:
