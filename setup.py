@@ -11,7 +11,7 @@ CORE = [
     "safetensors",
     "sentencepiece",
     "tokenizers",
-    "jsonargparse",
+    "jsonargparse[signatures]",
     "PyYAML",
     "rich",
 ]

@@ -1,0 +1,42 @@
+# Every target makes its own .venv when it is missing. `make demo` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two workers suit two cores; `make test WORKERS=8` on a larger machine.
+WORKERS ?= 2
+ROOMS := kernels model engine rlhf evals tools samples
+
+.PHONY: setup demo test test-gpu lint bench-train bench-kernels clean
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[data,logs,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 tests
+
+test-gpu: $(READY)
+	$(BIN)/pytest tests/gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(ROOMS)
+
+bench-train: $(READY)
+	$(BIN)/python tools/bench_train.py
+
+bench-kernels: $(READY)
+	$(BIN)/python tools/bench_kernels.py
+
+clean:
+	rm -rf $(VENV) ckpt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

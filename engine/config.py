@@ -1,0 +1,201 @@
+"""Command lines and YAML files to typed dataclasses: defaults < --config file.yaml < dotted flags.
+
+A recipe is a tree of dataclasses, one a concern. This page adds to jsonargparse what its users expect here:
+list options take several words (`--data a.txt b.jsonl`), `--dry-run` means `--dry_run true`, and whatever is
+unknown is refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from model.errors import InputError
+
+Config = TypeVar("Config")
+
+# These belong to the parser, not to a recipe.
+_PARSER_FLAGS = ("config", "print_config", "help")
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    prog: str,
+    aliases: dict[str, str] | None = None,
+    default_config: Path | None = None,
+) -> Config:
+    """Build `config_class` from a command line.
+
+    Args:
+        config_class: a dataclass; nested dataclasses give dotted names.
+        argv: the words after the program's name.
+        prog: the program's name, for --help.
+        aliases: short flags, such as {"data": "data.paths"}.
+        default_config: a YAML file read beneath everything else.
+    Raises:
+        InputError: unknown option, wrong type, missing or malformed file; the message names the remedy.
+        SystemExit: after --help or --print_config, code 0.
+    """
+    fields = dict(_leaf_fields(config_class))
+    words = _normalise(argv, fields, aliases or {})
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            _check_file(Path(word.partition("=")[2] or following), fields)
+    parser = _build_parser(config_class, prog, default_config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = parser.instantiate(parser.parse_args(words))
+    except Exception as error:  # jsonargparse raises several kinds; each is a sentence about the user's input
+        raise InputError(_explain(str(error), fields)) from None
+    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved recipe as YAML, in the order of its dataclasses; `--config` reads it back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _build_parser(config_class: type, prog: str, default_config: Path | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        description=(config_class.__doc__ or "").strip().splitlines()[0],
+        exit_on_error=False,
+        default_config_files=[str(default_config)] if default_config else [],
+    )
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every option, in order."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _leaf_fields(typing.cast(type, kind), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, kind
+
+
+def _normalise(argv: Sequence[str], fields: dict[str, Any], aliases: dict[str, str]) -> list[str]:
+    """Flags with full dotted names; several words of a list option gathered into one."""
+    words: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            raise InputError(f"{word!r} stands alone. Options begin with --; see --help.")
+        flag, has_value, value = word[2:].partition("=")
+        flag = flag.replace("-", "_")
+        flag = aliases.get(flag, flag)
+        values = [value] if has_value else []
+        while not has_value and position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        if flag in _PARSER_FLAGS:
+            words += [f"--{flag}", *values]
+            continue
+        _check_known(flag, fields, f"--{word[2:].partition('=')[0]} is not an option")
+        words += _option_words(flag, fields[flag], values)
+    return words
+
+
+def _option_words(flag: str, kind: Any, values: list[str]) -> list[str]:
+    if kind is bool and not values:
+        values = ["true"]
+    if typing.get_origin(kind) is list:
+        if len(values) == 1 and values[0].startswith("["):
+            return [f"--{flag}={values[0]}"]
+        (item,) = typing.get_args(kind)
+        return [f"--{flag}={json.dumps([_scalar(value, item, flag) for value in values], ensure_ascii=False)}"]
+    if typing.get_origin(kind) is dict:
+        pairs = [value.partition("=") for value in values]
+        if not all(separator for _, separator, _ in pairs):
+            raise InputError(f"--{flag} takes name=value pairs, as in --{flag} user=ask assistant=answer.")
+        return [f"--{flag}={json.dumps({key: value for key, _, value in pairs}, ensure_ascii=False)}"]
+    if len(values) != 1:
+        raise InputError(f"--{flag} takes one value, not {len(values)} ({_type_name(kind)}).")
+    return [f"--{flag}={values[0]}"]
+
+
+def _scalar(value: str, kind: type, flag: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InputError(f"--{flag}: {value!r} is not {_type_name(kind)}.") from None
+
+
+def _check_file(path: Path, fields: dict[str, Any]) -> None:
+    """A YAML recipe is a mapping of known names."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such recipe. Give --config an existing YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise InputError(f"{place}: not readable as YAML ({str(error).splitlines()[0]}). Mend the file.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping of names to values, not {type(content).__name__}.")
+
+    def walk(mapping: dict, prefix: str) -> None:
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            is_group = any(field.startswith(f"{name}.") for field in fields)
+            if is_group and isinstance(value, dict):
+                walk(value, f"{name}.")
+            elif is_group:
+                raise InputError(f"{path}: {name} is a group of options, not {value!r}. Write its options below it.")
+            else:
+                _check_known(name, fields, f"{path}: {name} is not an option")
+
+    walk(content, "")
+
+
+def _check_known(name: str, fields: dict[str, Any], found: str) -> None:
+    if name in fields:
+        return
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5) or [
+        field for field in fields if field.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    hint = f"Did you mean --{close[0]}?" if close else "See --help for the list."
+    raise InputError(f"{found}. {hint}")
+
+
+def _explain(message: str, fields: dict[str, Any]) -> str:
+    """A parser's message as one sentence: option, value, what was expected."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    key = message.partition('key "')[2].partition('"')[0]
+    if key not in fields:
+        return f"{' '.join(lines)} See --help."
+    given = next((line.partition(": ")[2] for line in lines if line.startswith("Given value:")), "")
+    given = given or next((line.rpartition("Got value: ")[2] for line in lines if "Got value: " in line), "")
+    found = f"{given!r} is not" if given else "the value is not"
+    return f"--{key}: {found} {_type_name(fields[key])}. Correct the option or the recipe."
+
+
+def _type_name(kind: Any) -> str:
+    """A type in a user's words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is list:
+        return f"a list ({_type_name(args[0])} each)"
+    if origin is dict:
+        return "a mapping"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return " or ".join(names.get(one, str(one)) for one in (args or (kind,)))

@@ -1,0 +1,172 @@
+"""Where a run's numbers go: metrics.jsonl always; the terminal, TensorBoard, wandb and curves.png beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.launch import speak
+from model.errors import InputError
+
+
+@dataclass
+class LogConfig:
+    """What is reported, and how often."""
+
+    every: int = 10
+    """steps between lines of progress; metrics.jsonl holds every step"""
+    tensorboard: bool = True
+    """write TensorBoard events where tensorboard is installed"""
+    wandb: str | None = None
+    """project to log to; needs the wandb extra"""
+
+
+class RunLog:
+    """Rank 0's log of a run; on other ranks every call does nothing.
+
+    Args:
+        directory: the run directory; `metrics.jsonl`, `tensorboard/` and `curves.png` lie in it.
+        first_step: the step this process starts from; later rows, of a run that was killed, are dropped.
+        recipe: the resolved configuration, for wandb.
+    Raises:
+        InputError: wandb was asked for and is not installed.
+    """
+
+    def __init__(self, directory: Path, first_step: int, config: LogConfig, recipe: Mapping[str, Any]) -> None:
+        self.is_active = int(os.environ.get("RANK", "0")) == 0
+        self._events: Any = None
+        self._wandb: Any = None
+        if not self.is_active:
+            return
+        self._directory = directory
+        self._path = directory / "metrics.jsonl"
+        _drop_rows_from(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._has_live_line = False
+        if config.tensorboard:
+            self._events = _tensorboard(directory / "tensorboard", first_step)
+        if config.wandb:
+            self._wandb = _wandb(config.wandb, directory, dict(recipe))
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """One row of metrics.jsonl; numbers also go to TensorBoard and wandb."""
+        if not self.is_active:
+            return
+        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def progress(self, line: str) -> None:
+        """A line that the next one replaces on a terminal; an ordinary line elsewhere."""
+        if not self.is_active:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            self._has_live_line = True
+        else:
+            speak(line)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if not self.is_active:
+            return
+        if self._has_live_line:
+            print(file=sys.stderr)
+            self._has_live_line = False
+        speak(line)
+
+    def draw(self) -> None:
+        """Renew curves.png from metrics.jsonl."""
+        if self.is_active:
+            draw_curves(self._path, self._directory / "curves.png")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self.is_active:
+            return
+        if self._has_live_line:
+            print(file=sys.stderr)
+            self._has_live_line = False
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_rows_from(path: Path, step: int) -> None:
+    """Keep what lies before `step`: a resumed run writes the rest again."""
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["step"] < step]
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _tensorboard(directory: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        speak("TensorBoard is not installed; metrics.jsonl holds the same numbers. (pip install -e .[logs])")
+        return None
+    return SummaryWriter(str(directory), purge_step=first_step)
+
+
+def _wandb(project: str, directory: Path, recipe: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--log.wandb needs wandb, which is not installed. pip install -e .[wandb]") from None
+    # The id follows the directory, so that a resumed run goes on in the same chart.
+    identity = directory.resolve().as_posix().strip("/").replace("/", "-")[-100:]
+    wandb.init(project=project, name=directory.name, id=identity, resume="allow", config=recipe, dir=str(directory))
+    return wandb
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Loss, held-out loss, learning rate, gradient norm and speed against the step."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(metrics)
+    panels = [("loss", "held_out_loss"), ("lr",), ("grad_norm",), ("tokens_per_second",)]
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, names in zip(axes.flat, panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best")
+    axes.flat[2].set_yscale("log")
+    beside = picture.with_name(".curves-new.png")
+    figure.savefig(beside, dpi=110)
+    pyplot.close(figure)
+    beside.replace(picture)

@@ -1,0 +1,113 @@
+"""AdamW over (sharded) parameters: fp32 masters and moments, decoupled weight decay on matrices only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.shard import local
+from kernels.adamw import adamw
+from model.errors import InputError
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    lr: float = 3e-4
+    """peak learning rate"""
+    beta1: float = 0.9
+    """decay of the mean of gradients"""
+    beta2: float = 0.95
+    """decay of the mean of squared gradients"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """on matrices; norms and biases are never decayed"""
+    clip: float = 1.0
+    """largest global gradient norm; 0 turns clipping off"""
+    z_loss: float = 0.0
+    """weight of the squared log-sum-exp of the logits (PaLM uses 1e-4)"""
+
+    def check(self) -> None:
+        """Raises InputError where a value cannot train."""
+        if self.lr <= 0:
+            raise InputError(f"--optim.lr is {self.lr}. Use a positive learning rate, such as 3e-4.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--optim.{name} is {getattr(self, name)}. Use a value from 0 up to, not at, 1.")
+        for name in ("eps", "weight_decay", "clip", "z_loss"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--optim.{name} is {getattr(self, name)}. Use 0 or more.")
+
+
+class AdamW:
+    """Holds moments beside the parameters, sharded as they are; the update itself is `kernels.adamw`.
+
+    Args:
+        model: its parameters that require gradients are trained; matrices decay, the rest does not.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        device = next(iter(self.parameters.values())).device
+        # A tensor, so that a skipped step is not counted and nobody has to ask the device.
+        self.updates = torch.zeros((), dtype=torch.float32, device=device)
+        names = list(self.parameters)
+        decayed = [name for name in names if self.parameters[name].ndim >= 2]
+        plain = [name for name in names if self.parameters[name].ndim < 2]
+        self._groups = [(decayed, config.weight_decay), (plain, 0.0)]
+
+    @torch.no_grad()
+    def step(self, lr: Tensor, clip_scale: Tensor, should_skip: Tensor) -> None:
+        """One update. All arguments are fp32 device scalars; gradients are multiplied by `clip_scale`.
+
+        Where `should_skip` is not 0, parameters, moments and the count of updates stay as they are.
+        """
+        self.updates += 1 - should_skip
+        for names, weight_decay in self._groups:
+            # A rank may own no rows of a small tensor.
+            names = [name for name in names if local(self.parameters[name]).numel()]
+            if not names:
+                continue
+            adamw(
+                [local(self.parameters[name]) for name in names],
+                [local(self.gradient(name)) for name in names],
+                [local(self.exp_avg[name]) for name in names],
+                [local(self.exp_avg_sq[name]) for name in names],
+                lr=lr,
+                betas=(self.config.beta1, self.config.beta2),
+                eps=self.config.eps,
+                weight_decay=weight_decay,
+                step=self.updates,
+                clip_scale=clip_scale,
+                should_skip=should_skip,
+            )
+
+    def gradient(self, name: str) -> Tensor:
+        """The accumulated gradient of a parameter; a parameter without one is a mistake of ours."""
+        gradient = self.parameters[name].grad
+        assert gradient is not None, f"{name} took no part in the forward pass"
+        return gradient
+
+    def local_gradients(self) -> list[Tensor]:
+        """This rank's part of every gradient."""
+        return [local(self.gradient(name)) for name in self.parameters]
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything a checkpoint must hold, as named tensors that loading fills in place."""
+        yield "optimizer.updates", self.updates
+        for name in self.parameters:
+            yield f"optimizer.exp_avg.{name}", self.exp_avg[name]
+            yield f"optimizer.exp_avg_sq.{name}", self.exp_avg_sq[name]

@@ -1,0 +1,92 @@
+"""The one place where parallelism is applied: recompute, then compile, then shard.
+
+Everything else is written as if for one device. Parameters are fp32 masters; under `bf16` each block's weights
+are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from engine.mesh import ParallelConfig, Runtime
+from engine.recompute import Recompute, apply_recompute
+
+Precision = Literal["bf16", "fp32"]
+
+
+def parallelize(
+    model: nn.Module,
+    runtime: Runtime,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: Recompute,
+    compile_blocks: bool = False,
+) -> None:
+    """Prepare a model on the meta device for training, in place; `fill` then gives it its weights.
+
+    Args:
+        model: a root whose `.model.layers` are the blocks (CausalLM, ScalarModel).
+    """
+    blocks = model.model.layers
+    apply_recompute(blocks, recompute)
+    if compile_blocks:
+        for block in blocks:
+            block.compile(fullgraph=True)
+    # One process in fp32 has nothing to shard and nothing to cast.
+    if runtime.world > 1 or precision == "bf16":
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32
+        )
+        for block in blocks:
+            fully_shard(
+                block, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward
+            )
+        # The root holds embedding, final norm and head: used first and last, so gathered once a step.
+        fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=runtime.device)
+    model.model.reset_buffers()
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy full tensors, one at a time, into a model's (sharded) parameters. Every rank reads the same tensors.
+
+    Args:
+        tensors: (name, full tensor) for every parameter, any float dtype, any device.
+    """
+    parameters = dict(model.named_parameters())
+    for name, full in tensors:
+        target = parameters.pop(name)
+        full = full.to(device=target.device, dtype=target.dtype)
+        if isinstance(target, DTensor):
+            full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(full)
+    assert not parameters, f"parameters without a value: {sorted(parameters)}"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the shard of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Gather parameters one at a time; a collective, so every rank walks the same list."""
+    for name, tensor in named:
+        tensor = tensor.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
+    """Reduce over replicas (HSDP) once a step; reduce-scatter within a replica at every micro-batch.
+
+    Gradients stay sharded between micro-batches, so accumulation costs no memory.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+        model.set_is_last_backward(is_last)

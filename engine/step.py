@@ -1,0 +1,135 @@
+"""One optimizer step: accumulate, agree on totals in one collective, judge, update.
+
+The loss is a mean over all target tokens of all ranks and micro-batches. That count is known only after the
+last micro-batch, so the backward pass divides by a constant (the step's token capacity) and the true
+denominator enters with the clipping factor. One all-reduce then carries everything ranks must agree on: loss,
+count, squared gradient norm, votes to stop, and how long each rank was busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.guard import SKIPPED, SKIPPED_IN_A_ROW, Guard
+from engine.mesh import Runtime
+from engine.optim import AdamW
+from engine.shard import set_last_micro_batch
+from kernels.grad_norm import grad_norm
+from model.batch import IGNORE, PackedBatch
+
+
+class Loss(NamedTuple):
+    """A micro-batch's loss as sums: fp32 scalars.
+
+    total: what is minimised, summed over targets
+    reported: the part of it that is shown (without regularisers), detached
+    count: number (or weight) of targets
+    """
+
+    total: Tensor
+    reported: Tensor
+    count: Tensor
+
+
+Objective = Callable[[nn.Module, PackedBatch], Loss]
+
+
+def next_token_loss(z_loss: float = 0.0) -> Objective:
+    """Cross-entropy of the next token, plus `z_loss` times the squared log-sum-exp."""
+
+    def objective(model: nn.Module, batch: PackedBatch) -> Loss:
+        nll_sum, z_sum = model(batch, cross_entropy=True, z_loss=z_loss)
+        targets = batch.targets != IGNORE
+        count = targets.sum() if batch.weights is None else (batch.weights * targets).sum()
+        return Loss(nll_sum + z_sum, nll_sum.detach(), count.float())
+
+    return objective
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the host reads, one step late. `loss` is nats a target token, `targets` their number."""
+
+    loss: float
+    grad_norm: float
+    targets: float
+    was_skipped: bool
+    skipped: int
+    skipped_in_a_row: int
+    stop_votes: int
+    busy_seconds: list[float]
+
+
+class PendingReport:
+    """A step's numbers on their way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True) if values.is_cuda else values
+        self._event = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> StepReport:
+        """Wait for the numbers, if they have not arrived yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm, count, was_skipped, skipped, in_a_row, votes, *busy = self._values.tolist()
+        return StepReport(loss, norm, count, bool(was_skipped), int(skipped), int(in_a_row), round(votes), busy)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: AdamW,
+    guard: Guard,
+    objective: Objective,
+    micro_batches: Sequence[PackedBatch],
+    runtime: Runtime,
+    *,
+    lr: float,
+    wants_stop: bool = False,
+    busy_seconds: float = 0.0,
+) -> PendingReport:
+    """Forward, backward and update over this rank's micro-batches of one global batch.
+
+    Args:
+        micro_batches: the same number, of the same size, on every rank; some may hold no target.
+        lr: learning rate of this step.
+        wants_stop: this rank was asked to end the run.
+        busy_seconds: what this rank's previous step took without waiting for others.
+    """
+    capacity = sum(batch.tokens.numel() for batch in micro_batches) * runtime.world
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for index, batch in enumerate(micro_batches):
+        set_last_micro_batch(model, index == len(micro_batches) - 1)
+        loss = objective(model, batch.to(runtime.device))
+        # FSDP averages gradients over ranks; the loss is a sum over them.
+        (loss.total * (runtime.world / capacity)).backward()
+        sums += torch.stack([loss.reported, loss.count]).double()
+
+    replicas = runtime.mesh.size(0) if runtime.mesh.ndim == 2 else 1
+    totals = torch.zeros(4 + runtime.world, dtype=torch.float64, device=runtime.device)
+    totals[:2] = sums
+    totals[2] = grad_norm(optimizer.local_gradients()).double() / replicas
+    totals[3] = float(wants_stop)
+    totals[4 + runtime.rank] = busy_seconds
+    reported, count, squared, votes, *_ = runtime.sum(totals).unbind()
+
+    to_mean = capacity / count.clamp(min=1)
+    norm = squared.sqrt() * to_mean
+    loss_mean = reported / count.clamp(min=1)
+    should_skip = guard.judge(loss_mean, norm)
+    clip_scale = to_mean
+    if optimizer.config.clip > 0:
+        clip_scale = to_mean * (optimizer.config.clip / norm.clamp(min=1e-12)).clamp(max=1.0)
+    rate = torch.full((), lr, dtype=torch.float32, device=runtime.device)
+    optimizer.step(rate, clip_scale.float(), should_skip)
+    optimizer.zero_grad()
+
+    verdict = torch.stack([should_skip, guard.state[SKIPPED], guard.state[SKIPPED_IN_A_ROW]]).double()
+    return PendingReport(torch.cat([torch.stack([loss_mean, norm, count]), verdict, votes.view(1), totals[4:]]))
