@@ -31,13 +31,13 @@ class RunLog:
 
     Args:
         directory: the run directory; `metrics.jsonl`, `tensorboard/` and `curves.png` lie in it.
-        first_step: the step this process starts from; later rows, of a run that was killed, are dropped.
+        steps_done: by the checkpoint this process starts from; later rows, of a run that was killed, are dropped.
         recipe: the resolved configuration, for wandb.
     Raises:
         InputError: wandb was asked for and is not installed.
     """
 
-    def __init__(self, directory: Path, first_step: int, config: LogConfig, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, steps_done: int, config: LogConfig, recipe: Mapping[str, Any]) -> None:
         self.is_active = int(os.environ.get("RANK", "0")) == 0
         self._events: Any = None
         self._wandb: Any = None
@@ -45,11 +45,11 @@ class RunLog:
             return
         self._directory = directory
         self._path = directory / "metrics.jsonl"
-        _drop_rows_from(self._path, first_step)
+        _drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
         self._has_live_line = False
         if config.tensorboard:
-            self._events = _tensorboard(directory / "tensorboard", first_step)
+            self._events = _tensorboard(directory / "tensorboard", steps_done + 1)
         if config.wandb:
             self._wandb = _wandb(config.wandb, directory, dict(recipe))
 
@@ -115,11 +115,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_from(path: Path, step: int) -> None:
-    """Keep what lies before `step`: a resumed run writes the rest again."""
+def _drop_rows_after(path: Path, steps_done: int) -> None:
+    """Keep what the checkpoint knows of; a resumed run writes the rest again, evaluations at that step included."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["step"] < step]
+    kept = [row for row in read_rows(path) if row["step"] < steps_done + ("loss" in row)]
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     beside.replace(path)

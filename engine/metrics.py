@@ -45,7 +45,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """Since the last look. mfu is None where the peak is not known."""
+    """Speed of steps. mfu is None where the peak is not known."""
 
     tokens_per_second: float
     mfu: float | None
@@ -54,44 +54,43 @@ class Speed:
 
 
 class Speedometer:
-    """Counts real tokens (without tails) and time, all ranks together; evaluation and saving do not count.
+    """Target tokens and time, all ranks together, one lap a step; evaluation and saving do not count.
 
     Args:
         flops_per_token: of the model at the run's context, forward and backward.
         peak: FLOP/s of one device, or None.
     """
 
+    # The average follows the last twenty steps or so.
+    RATE = 0.05
+
     def __init__(self, flops_per_token: float, peak: float | None, world: int) -> None:
         self._flops_per_token, self._peak, self._world = flops_per_token, peak, world
-        self._average_step: float | None = None
+        self._average: tuple[float, float, float] | None = None
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval now."""
-        self._tokens = self._steps = 0
-        self._data_wait = 0.0
+        """Leave out the time since the last lap."""
         self._begin = time.perf_counter()
 
-    def exclude(self, seconds: float) -> None:
-        """Leave out time in which no training was meant to happen."""
-        self._begin += seconds
+    def lap(self, tokens: int, data_wait: float) -> Speed:
+        """Speed of one step: its target tokens over all ranks, and the seconds this rank waited for data."""
+        now = time.perf_counter()
+        lap = (float(tokens), max(now - self._begin, 1e-9), data_wait)
+        self._begin = now
+        if self._average is None:
+            self._average = lap
+        else:
+            mixed = [(1 - self.RATE) * old + self.RATE * new for old, new in zip(self._average, lap, strict=True)]
+            self._average = (mixed[0], mixed[1], mixed[2])
+        return self._speed(*lap)
 
-    def count(self, tokens: int, data_wait: float) -> None:
-        """One more step: its real tokens over all ranks, and how long this rank waited for data, in seconds."""
-        self._tokens += tokens
-        self._data_wait += data_wait
-        self._steps += 1
+    def average(self) -> Speed:
+        """Speed over recent steps; needs one lap."""
+        assert self._average is not None
+        return self._speed(*self._average)
 
-    def look(self) -> Speed:
-        """Speed since the last look."""
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
-        rate = self._tokens / seconds
+    def _speed(self, tokens: float, seconds: float, data_wait: float) -> Speed:
+        rate = tokens / seconds
         mfu = rate * self._flops_per_token / (self._peak * self._world) if self._peak else None
-        speed = Speed(rate, mfu, self._data_wait / seconds, seconds / max(1, self._steps))
-        self._average_step = speed.seconds_a_step
-        self.restart()
-        return speed
-
-    def remaining_seconds(self, steps: int) -> float | None:
-        """Time that `steps` more will take at the last interval's pace."""
-        return None if self._average_step is None else steps * self._average_step
+        return Speed(rate, mfu, data_wait / seconds, seconds)

@@ -1,0 +1,304 @@
+"""The one training loop: data, step, log, save, evaluate.
+
+It reads top to bottom; what it calls says what it does. The host handles each step's numbers one step late, so
+that a GPU never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from engine.checkpoint import Checkpointer
+from engine.evaluation import held_out_loss, perplexity
+from engine.guard import Guard
+from engine.launch import DivergedError, StoppedError, speak
+from engine.loggers import LogConfig, RunLog
+from engine.mesh import Runtime
+from engine.metrics import Speedometer, peak_flops, peak_memory_bytes
+from engine.optim import AdamW
+from engine.signals import StopSignals
+from engine.step import Objective, PendingReport, StepReport, train_step
+from engine.watchdog import BusyClock, Stragglers, Watchdog
+from model.batch import PackedBatch
+from model.errors import InputError
+
+
+class Loader(Protocol):
+    """Where micro-batches come from; `cursor` is the JSON state after the last step handed out."""
+
+    cursor: dict[str, Any]
+    wait_seconds: float
+
+    def next_step(self) -> list[PackedBatch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class EvalConfig:
+    """Held-out text: which, how much, how often."""
+
+    every: int = 200
+    """steps between looks at held-out loss; 0 looks only at the end"""
+    fraction: float = 0.005
+    """share of documents held out of training, chosen by their hash"""
+    data: list[str] = field(default_factory=list)
+    """held-out files; instead of a share of the training documents"""
+    max_tokens: int = 1_000_000
+    """held-out tokens read at each look"""
+
+
+@dataclass
+class CheckpointConfig:
+    """Training state: how often it is saved, how much of it is kept."""
+
+    every: int = 500
+    """steps between saves; the last step is always saved; 0 saves only then"""
+    keep: int = 2
+    """newest checkpoints kept"""
+    asynchronous: bool = False
+    """write in the background, from a copy in CPU memory"""
+    keep_best: bool = False
+    """also keep the model with the lowest held-out loss so far, under OUT/best"""
+
+
+@dataclass
+class Run:
+    """Everything that one run of the loop works on.
+
+    flops_per_token: forward and backward, for utilisation.
+    identity: what a checkpoint must share with this run to be its own, by name.
+    publish: writes the HF model to the given directory; a collective, called with the number of steps done.
+    fresh_loader: makes the loader from a cursor (None at the beginning).
+    """
+
+    directory: Path
+    runtime: Runtime
+    model: nn.Module
+    objective: Objective
+    optimizer: AdamW
+    guard: Guard
+    fresh_loader: Callable[[dict[str, Any] | None], Loader]
+    held_out: Callable[[], Iterable[PackedBatch]] | None
+    learning_rate: Callable[[int], float]
+    steps: int
+    flops_per_token: float
+    identity: dict[str, Any]
+    publish: Callable[[Path, int], None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state that is tensors, by name; loading fills them in place."""
+        named = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {**named, **dict(self.optimizer.state()), "guard.state": self.guard.state}
+
+
+@dataclass
+class Progress:
+    """All state that is numbers: what a checkpoint's trainer.json holds beside the loader's cursor."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+
+
+def train(
+    run: Run,
+    *,
+    checkpoint: CheckpointConfig,
+    evaluation: EvalConfig,
+    log: LogConfig,
+    resume: Literal["auto", "never"],
+    timeout_seconds: float,
+    recipe: dict[str, Any],
+) -> float | None:
+    """Train to `run.steps`, from the newest checkpoint if there is one, and publish the model.
+
+    Returns:
+        the last held-out loss in nats a token, or None without held-out text.
+    Raises:
+        DivergedError: the guard refused too many steps.
+        StoppedError: a signal arrived on some rank; the state is saved.
+        InputError: the checkpoint is of another run, or damaged.
+    """
+    runtime = run.runtime
+    checkpointer = Checkpointer(run.directory, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous)
+    progress, cursor = _resume(run, checkpointer) if resume == "auto" else (Progress(), None)
+    loader = run.fresh_loader(cursor)
+    run_log = RunLog(run.directory, progress.step, log, recipe)
+    clock = BusyClock(run.model.model.layers, runtime.device)
+    desk = _Desk(run, progress, run_log, log, runtime)
+    last_saved = progress.step if cursor is not None else None
+    held_out: float | None = None
+    pending: PendingReport | None = None
+
+    with closing(run_log), closing(loader), StopSignals() as signals, Watchdog(timeout_seconds, runtime.name) as dog:
+        while True:
+            if run.held_out and _is_due(progress.step, evaluation.every, run.steps):
+                dog.beat(f"evaluating after step {progress.step}")
+                held_out = _evaluate(run, progress, run_log, checkpoint.keep_best)
+                desk.speedometer.restart()
+            if progress.step == run.steps:
+                break
+
+            dog.beat(f"in step {progress.step + 1}")
+            micro_batches = loader.next_step()
+            busy, clock.is_running = clock.take(), progress.step % log.every == 0
+            now = train_step(
+                run.model,
+                run.optimizer,
+                run.guard,
+                run.objective,
+                micro_batches,
+                runtime,
+                lr=run.learning_rate(progress.step),
+                wants_stop=signals.wants_stop,
+                busy_seconds=busy and busy + loader.wait_seconds,
+            )
+            desk.data_wait(loader.wait_seconds)
+            if pending is not None:
+                desk.read(pending)
+            pending, progress.step = now, progress.step + 1
+
+            is_save_due = _is_due(progress.step, checkpoint.every, run.steps)
+            if is_save_due or desk.must_stop or _is_due(progress.step, evaluation.every, run.steps):
+                desk.read(pending)
+                pending = None
+            if is_save_due or desk.must_stop:
+                dog.beat(f"saving after step {progress.step}")
+                checkpointer.save(progress.step, run.tensors(), _trainer_state(run, progress, loader))
+                last_saved = progress.step
+                run_log.draw()
+                desk.speedometer.restart()
+            if desk.must_stop and progress.step < run.steps:
+                dog.beat("finishing the save")
+                checkpointer.wait()
+                raise StoppedError(f"Stopped by a signal; saved after step {progress.step}.", signals.exit_code)
+
+        dog.beat("publishing the model")
+        checkpointer.wait()
+        assert last_saved == run.steps
+        run.publish(run.directory, progress.step)
+        run_log.draw()
+    return held_out
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+    return step == steps or bool(every and step % every == 0)
+
+
+class _Desk:
+    """Reads each step's report when it has arrived: logs it, and says when the run must end."""
+
+    def __init__(self, run: Run, progress: Progress, run_log: RunLog, log: LogConfig, runtime: Runtime) -> None:
+        self._run, self._progress, self._run_log, self._every = run, progress, run_log, log.every
+        self._stragglers = Stragglers(runtime.world)
+        self._waits: list[float] = []
+        self._read = progress.step
+        self.speedometer = Speedometer(run.flops_per_token, peak_flops(runtime.device), runtime.world)
+        self.must_stop = False
+
+    def data_wait(self, seconds: float) -> None:
+        """How long the step just begun had waited for data."""
+        self._waits.append(seconds)
+
+    def read(self, pending: PendingReport) -> None:
+        """Take in one step's report.
+
+        Raises:
+            DivergedError: the guard has given up.
+        """
+        report = pending.read()
+        step = self._read = self._read + 1
+        self._progress.tokens += int(report.targets)
+        self.must_stop |= report.stop_votes > 0
+        speed = self.speedometer.lap(int(report.targets), self._waits.pop(0))
+        row = {
+            "loss": report.loss,
+            "lr": self._run.learning_rate(step - 1),
+            "grad_norm": report.grad_norm,
+            "tokens": self._progress.tokens,
+            "tokens_per_second": speed.tokens_per_second,
+            "mfu": speed.mfu,
+            "memory_bytes": peak_memory_bytes(self._run.runtime.device),
+            "data_wait_share": speed.data_wait_share,
+            "skipped": report.skipped,
+        }
+        self._run_log.record(step, row)
+        if step % self._every == 0 or step in (1, self._run.steps):
+            self._run_log.progress(self._line(step, row, report))
+        if report.was_skipped:
+            self._run_log.say(
+                f"step {step} skipped: loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g} "
+                f"({report.skipped} skipped so far)."
+            )
+        if any(report.busy_seconds):
+            slow = self._stragglers.look(report.busy_seconds)
+            if slow:
+                self._run_log.say(slow)
+        if self._run.guard.has_given_up(report.skipped, report.skipped_in_a_row):
+            raise DivergedError(
+                f"Diverged at step {step}: {report.skipped_in_a_row} steps in a row were refused, {report.skipped} in "
+                f"all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower --optim.lr or "
+                "lengthen --schedule.warmup_ratio, and look at the data around this step; the last checkpoint is intact."
+            )
+
+    def _line(self, step: int, row: dict[str, Any], report: StepReport) -> str:
+        speed = self.speedometer.average()
+        left = (self._run.steps - step) * speed.seconds_a_step
+        parts = [
+            f"step {step}/{self._run.steps}",
+            f"loss {report.loss:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"norm {report.grad_norm:.2f}",
+            f"{speed.tokens_per_second:,.0f} tok/s",
+            *([f"mfu {speed.mfu:.1%}"] if speed.mfu is not None else []),
+            f"mem {row['memory_bytes'] / 2**30:.2f} GiB",
+            f"data {speed.data_wait_share:.1%}",
+            f"left {timedelta(seconds=round(left))}",
+        ]
+        return "  ".join(parts)
+
+
+def _evaluate(run: Run, progress: Progress, run_log: RunLog, keep_best: bool) -> float:
+    assert run.held_out is not None
+    loss = held_out_loss(run.model, run.objective, run.held_out(), run.runtime)
+    run_log.record(progress.step, {"held_out_loss": loss, "perplexity": perplexity(loss)})
+    run_log.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+    if keep_best and progress.step and (progress.best_loss is None or loss < progress.best_loss):
+        run.publish(run.directory / "best", progress.step)
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss = loss
+    return loss
+
+
+def _trainer_state(run: Run, progress: Progress, loader: Loader) -> dict[str, Any]:
+    return {"identity": run.identity, "progress": asdict(progress), "cursor": loader.cursor}
+
+
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, dict[str, Any] | None]:
+    """Fill the run's tensors from the newest checkpoint that all ranks agree on."""
+    step = checkpointer.latest()
+    if step is None:
+        return Progress(), None
+    trainer = checkpointer.load(step, run.tensors())
+    for name, value in run.identity.items():
+        saved = trainer["identity"].get(name)
+        if saved != value:
+            raise InputError(
+                f"{run.directory}: its checkpoint was trained with {name} {saved!r}, this command asks for {value!r}. "
+                "Use the same options to go on, another --out for a new run, or --resume never to start over."
+            )
+    if step > run.steps:
+        raise InputError(
+            f"{run.directory}: its checkpoint has {step} steps behind it, this command asks for {run.steps}. "
+            "Ask for at least as many, or use --resume never to start over."
+        )
+    speak(f"Resuming {run.directory} after step {step}.")
+    return Progress(**trainer["progress"]), trainer["cursor"]
