@@ -1,0 +1,279 @@
+"""Text to ids and back, for every base: one class over the tokenizers library.
+
+Which file defines the ids: `tokenizer.json` where there is one, since that is what transformers and the serving
+engines read; otherwise `tokenizer.model`, converted piece for piece (`tokenizer_sentencepiece.py`). Tokens that
+`added_tokens.json` or `tokenizer_config.json` add on top (Ziya's `<human>` and `<bot>`) keep the ids written there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from model.errors import InputError
+from model.tokenizer_sentencepiece import SPACE, read_sentencepiece, to_tokenizers
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_KEPT_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_PROBE = " a  b\n\n12.5 mg\t高血压病，　é\u0301😀</s>"  # touches spaces, digits, normalisation and bytes
+
+
+class Tokenizer:
+    """A vocabulary with its rules. Immutable, picklable, safe to share between threads.
+
+    Attributes:
+        vocab_size: number of real ids, holes included; a model may have more rows.
+        bos_id, eos_id, pad_id, unk_id: None where the base has none; eos_id is always there.
+        add_bos: whether a document begins with bos.
+        config: `tokenizer_config.json` as found; a chat template may be put into it before `save`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], source: str):
+        """Use `load` or `from_sentencepiece`. `config` names the special tokens; `files` are saved as they are."""
+        self.config = config
+        self._files = files
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, eos_id, self.unk_id, self.pad_id = (self._id_of(name, source) for name in _NAMED)
+        if eos_id is None:
+            raise InputError(f'{source}: no end token is named. Add "eos_token" to its tokenizer_config.json.')
+        self.eos_id = eos_id
+        self.add_bos = self.bos_id is not None and bool(config.get("add_bos_token", self._json_adds_bos()))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Read a Hugging Face model or tokenizer directory.
+
+        Raises:
+            InputError: nothing there, a file is damaged, or its added tokens contradict its vocabulary.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory. Give one that holds tokenizer.json or tokenizer.model.")
+        files = {name: (directory / name).read_bytes() for name in _KEPT_FILES if (directory / name).is_file()}
+        config = _special_tokens(directory, files)
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            except Exception as error:  # the library raises bare Exception
+                raise InputError(f"{path}: not a tokenizer ({error}). Fetch the file again.") from None
+            _add_tokens(backend, directory, config, files)
+            return cls(backend, config, {**files, "tokenizer.json": path.read_bytes()}, str(path))
+        path = directory / "tokenizer.model"
+        if not path.is_file():
+            raise InputError(
+                f"{directory}: neither tokenizer.json nor tokenizer.model is in it. Give a tokenizer directory."
+            )
+        return cls.from_sentencepiece(files["tokenizer.model"], config, files, path)
+
+    @classmethod
+    def from_sentencepiece(
+        cls, model: bytes, config: dict[str, Any], files: dict[str, bytes] | None = None, path: Path | None = None
+    ) -> Tokenizer:
+        """From the bytes of a SentencePiece BPE model; `config` overrides what the model says of itself."""
+        path = path or Path("tokenizer.model")
+        proto = read_sentencepiece(model, path)
+        spec = proto.trainer_spec
+        prefix = config.get("add_prefix_space")
+        prefix = bool(proto.normalizer_spec.add_dummy_prefix if prefix is None else prefix)
+        defaults = {name: getattr(spec, f"{name[:3]}_piece") for name in _NAMED if getattr(spec, f"{name[:3]}_id") >= 0}
+        defaults = {"add_bos_token": "bos_token" in defaults, "add_eos_token": False, **defaults}
+        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": prefix}
+        config = {**defaults, "clean_up_tokenization_spaces": False, **config, **fixed}
+        config.pop("auto_map", None)  # would lead readers of the saved directory to code that is not there
+        backend = to_tokenizers(proto, prefix)
+        _add_tokens(backend, path.parent, config, files or {})
+        tokenizer = cls(backend, config, {**(files or {}), "tokenizer.model": model}, str(path))
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            bos = backend.id_to_token(tokenizer.bos_id)
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
+            )
+        return tokenizer
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, without bos or eos.
+
+        Args:
+            allow_special: read the names of special tokens in the text as those tokens. For templates that the
+                program wrote; in a user's text "</s>" stays text.
+        """
+        return self._encode_batch([text], allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores where the environment allows it (TOKENIZERS_PARALLELISM)."""
+        return self._encode_batch(texts, allow_special=False)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for, so that a stream can be decoded when a character is complete."""
+        return self._token_bytes[token]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows for a model over this vocabulary: the next multiple of 64, for the matrix units."""
+        return -(-self.vocab_size // 64) * 64
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """128 bits in hex over everything that decides ids: pieces, merges, special tokens and a probe's ids."""
+        table = json.loads(self._backend.to_str())
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in table["model"].get("merges", [])]
+        decisive = {
+            "pieces": sorted((index, piece) for piece, index in self._backend.get_vocab().items()),
+            "merges": merges,
+            "special": sorted((token["id"], token["content"], token["special"]) for token in table["added_tokens"]),
+            "named": [self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.add_bos],
+            "probe": self.encode(_PROBE),
+        }
+        return hashlib.sha256(json.dumps(decisive, ensure_ascii=True).encode()).hexdigest()[:32]
+
+    def save(self, directory: str | Path) -> None:
+        """Write what transformers and serving engines need to give the same ids.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+        directory = Path(directory)
+        files = {"tokenizer.json": self._backend_json().encode(), **self._files}
+        files["tokenizer_config.json"] = json.dumps(self.config, ensure_ascii=False, indent=2).encode() + b"\n"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                with open(directory / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{directory}: cannot write the tokenizer ({error.strerror}). Choose another.") from None
+
+    def _backend_json(self) -> str:
+        """tokenizer.json in its usual state: special tokens are read from text."""
+        return self._template_backend.to_str(pretty=True)
+
+    @cached_property
+    def _template_backend(self) -> tokenizers.Tokenizer:
+        """A second copy, because how special tokens are read is a switch inside the object."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        added = {index: token.content.encode() for index, token in self._backend.get_added_tokens_decoder().items()}
+        byte_level = _byte_level_alphabet() if "ByteLevel" in str(self._backend.decoder) else None
+        table = [b""] * self.vocab_size
+        for piece, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                table[index] = added[index]
+            elif byte_level is not None:
+                table[index] = bytes(byte_level[character] for character in piece)
+            elif len(piece) == 6 and piece.startswith("<0x"):
+                table[index] = bytes([int(piece[3:5], 16)])
+            else:
+                table[index] = piece.replace(SPACE, " ").encode()
+        return table
+
+    def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]:
+        backend = self._template_backend if allow_special else self._backend
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                if not isinstance(text, str):
+                    raise
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    where = f"{text[:30]!r}"
+                    raise InputError(f"text {where}: holds half a surrogate pair. Mend or drop the record.") from None
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    def _id_of(self, name: str, source: str) -> int | None:
+        content = _content(self.config.get(name))
+        if content is None:
+            return None
+        index = self._backend.token_to_id(content)
+        if index is None:
+            raise InputError(
+                f"{source}: its {name} {content!r} is not in the vocabulary. Correct tokenizer_config.json."
+            )
+        return index
+
+    def _json_adds_bos(self) -> bool:
+        return self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """A token as Hugging Face files write it: its text, or a mapping that holds the text."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}). Fetch the file again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a mapping was expected, not {type(content).__name__}. Fetch the file again.")
+    return content
+
+
+def _special_tokens(directory: Path, files: dict[str, bytes]) -> dict[str, Any]:
+    """tokenizer_config.json, with the special tokens that only special_tokens_map.json names."""
+    config = _read_json(directory / "tokenizer_config.json")
+    named = _read_json(directory / "special_tokens_map.json")
+    return {**{name: token for name, token in named.items() if name in _NAMED}, **config}
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, directory: Path, config: dict[str, Any], files: dict[str, bytes]
+) -> None:
+    """Add the tokens that stand outside the vocabulary file, at the ids that the other files give them."""
+    wanted: dict[int, AddedToken] = {}
+    named = _read_json(directory / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
+    special = {_content(config.get(name)) for name in _NAMED}
+    special |= {_content(token) for token in named.get("additional_special_tokens", [])}
+    special |= {_content(token) for token in config.get("additional_special_tokens") or []}
+    if "added_tokens.json" in files:
+        for content, index in _read_json(directory / "added_tokens.json").items():
+            is_special = content in special
+            wanted[index] = AddedToken(content, special=is_special, normalized=not is_special)
+    for index, token in config.get("added_tokens_decoder", {}).items():
+        wanted[int(index)] = AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+    for index in sorted(wanted):
+        token = wanted[index]
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != index:
+            found = backend.token_to_id(token.content)
+            raise InputError(
+                f"{directory}: the added token {token.content!r} should be id {index}, but the vocabulary puts it at "
+                f"{found}. Fetch tokenizer files that belong together."
+            )
+    for name in _NAMED:
+        special_token = _content(config.get(name))
+        if special_token is not None and backend.token_to_id(special_token) is None:
+            backend.add_special_tokens([AddedToken(special_token, special=True, normalized=False)])
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's stand-ins: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}

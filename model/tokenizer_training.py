@@ -1,0 +1,143 @@
+"""Train a SentencePiece BPE tokenizer on a stream of texts.
+
+Whatever the texts hold comes back exactly: no normaliser, whitespace kept, no dummy prefix, and bytes for
+characters that are too rare for a piece. Line breaks and tabs are never inside a piece and are encoded as bytes,
+as in LLaMA. The stream is read once; where it is longer than memory should hold, a uniform sample is kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+
+# SentencePiece drops a line that holds one of its own marks (tab, U+2585, NUL), and one that is too long. Cutting
+# there first loses nothing but the pairs across the cut.
+_CUTS = re.compile("[\n\r\t\0\u2581\u2585]+")
+_LONGEST = 4096  # characters of a line
+
+
+@dataclass
+class Sample:
+    """What training saw. Characters are Unicode code points.
+
+    texts, characters: of the whole stream; used_characters: those kept; long_lines: lines cut at 4096 characters.
+    """
+
+    texts: int = 0
+    characters: int = 0
+    used_characters: int = 0
+    long_lines: int = 0
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    directory: str | Path,
+    vocab_size: int,
+    *,
+    character_coverage: float = 0.9999,
+    max_characters: int = 20_000_000,
+    seed: int = 0,
+) -> Sample:
+    """Train on `texts` and save a tokenizer directory. The same texts and options give identical bytes.
+
+    Args:
+        texts: documents; read once, never held together.
+        vocab_size: ids in all: 4 special tokens, 256 bytes, the characters covered, and merges.
+        character_coverage: share of the running characters that get a piece of their own; the rest become bytes.
+        max_characters: how much of the stream is kept; beyond it, lines are sampled uniformly.
+    Raises:
+        InputError: no text, or a vocab_size that the text cannot fill or that cannot hold its characters.
+    """
+    model, sample = train_sentencepiece(texts, vocab_size, character_coverage, max_characters, seed)
+    Tokenizer.from_sentencepiece(model, {"model_max_length": int(1e30)}).save(directory)
+    return sample
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    character_coverage: float = 0.9999,
+    max_characters: int = 20_000_000,
+    seed: int = 0,
+    is_limit_soft: bool = False,
+) -> tuple[bytes, Sample]:
+    """The bytes of a trained model; `is_limit_soft` allows fewer pieces than vocab_size where the text has no more."""
+    lines, sample = sample_lines(texts, max_characters, seed)
+    if not lines:
+        raise InputError("there is no text to train a tokenizer on. Check --data.")
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=not is_limit_soft,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * _LONGEST,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,  # the same bytes on any machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(str(error), vocab_size) from None
+    return writer.getvalue(), sample
+
+
+def sample_lines(texts: Iterable[str], max_characters: int, seed: int) -> tuple[list[str], Sample]:
+    """A uniform sample of the lines of `texts`, in their order, of at most `max_characters` characters.
+
+    Every line draws a key; the lines of smallest keys that fit are kept, so memory is bounded by the sample.
+    """
+    sample = Sample()
+    draw = random.Random(seed).random
+    kept: list[tuple[float, int, str]] = []  # a heap whose root has the largest key: (-key, order, line)
+    for order, line in enumerate(_lines(texts, sample)):
+        heapq.heappush(kept, (-draw(), order, line))
+        sample.used_characters += len(line)
+        while sample.used_characters > max_characters:
+            sample.used_characters -= len(heapq.heappop(kept)[2])
+    kept.sort(key=lambda entry: entry[1])
+    return [line for _, _, line in kept], sample
+
+
+def _lines(texts: Iterable[str], sample: Sample) -> Iterator[str]:
+    for text in texts:
+        sample.texts += 1
+        sample.characters += len(text)
+        for line in _CUTS.split(text):
+            sample.long_lines += len(line) > _LONGEST
+            for start in range(0, len(line), _LONGEST):
+                yield line[start : start + _LONGEST]
+
+
+def _explain(message: str, vocab_size: int) -> Exception:
+    """The trainer's two complaints about sizes, as sentences; anything else stays an unexpected error."""
+    if found := re.search(r"value <= (\d+)", message):
+        return InputError(f"a vocabulary of {vocab_size} is more than this text supports: at most {found[1]} pieces.")
+    if found := re.search(r"(\d+) vs (\d+)", message):
+        least = max(int(number) for number in found.groups())
+        return InputError(
+            f"a vocabulary of {vocab_size} cannot hold the text's characters: take at least {least + 1}, "
+            "or lower --character_coverage."
+        )
+    return RuntimeError(message)
