@@ -1,0 +1,81 @@
+"""Writing so that a crash, at any moment, leaves the old or the new and never a half.
+
+A file is durable once its bytes and then its directory entry have been flushed. `rename` within a directory is
+the only step that readers see, so everything here is: write beside, flush, rename, flush the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+DELETED = ".deleted"
+"""Suffix of a directory on its way out; whoever tidies up may finish the job."""
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries: names created, renamed or removed in it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network filesystems have no such call for directories; there the server orders the entries.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below `directory`, then the directories, innermost first."""
+    for parent, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            with open(Path(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(parent))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write or replace a small text file; readers see the old content or all of the new."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_directory(path.parent)
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory. It loses its name first, so that being killed here leaves nothing that looks whole."""
+    if directory.suffix != DELETED:
+        if not directory.exists():
+            return
+        doomed = directory.with_name(directory.name + DELETED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(directory, doomed)
+        directory = doomed
+        sync_directory(directory.parent)
+    shutil.rmtree(directory)
+
+
+def discard_directory(directory: Path) -> None:
+    """Delete what is left of a failed attempt, as far as the filesystem still allows."""
+    with contextlib.suppress(OSError):
+        remove_directory(directory)
+
+
+def explain(error: OSError) -> str:
+    """What an operating system's error means, and its remedy: two sentences without the first one's subject."""
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk or the quota is full{place}. Free some space, or choose another --out."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"it may not be written{place}. Choose an --out where this user can write."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"a file stands where a directory is needed{place}. Move it, or choose another --out."
+    reason = error.strerror or str(error)
+    return f"{reason}{place}. See to the filesystem, or choose another --out."
