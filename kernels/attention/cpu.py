@@ -1,0 +1,138 @@
+"""Attention on the CPU: torch's flash kernel, once a document.
+
+A document never shares a call with another, so its result does not depend on what it is packed with. Grouped
+query heads become a batch dimension over which keys and values are expanded without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.attention.reference import visible_keys
+from kernels.backend import accumulation_dtype, register_op
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Query and key rows of every document, without the leading queries that see no key."""
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for d in range(len(bounds_q) - 1):
+        start_q, end_q, start_k, end_k = bounds_q[d], bounds_q[d + 1], bounds_k[d], bounds_k[d + 1]
+        start_q = max(start_q, end_q - (end_k - start_k))
+        if end_q > start_q:
+            yield slice(start_q, end_q), slice(start_k, end_k)
+
+
+def _mask(rows: slice, keys: slice, window: int | None, like: Tensor) -> Tensor | None:
+    """Additive [1, 1, n_q, n_k], or None where plain causal masking of a square says the same."""
+    n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+    if n_q == n_k and (window is None or n_k <= window):
+        return None
+    visible = visible_keys(n_q, n_k, window, like.device)
+    mask = torch.zeros((1, 1, n_q, n_k), dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[n, H, h] -> [H/K, K, n, h], a view."""
+    return x.unflatten(1, (kv_heads, -1)).permute(2, 1, 0, 3)
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    """[H/K, K, n, h] -> [n, K, H/K, h], a view in the order of heads."""
+    return x.permute(2, 1, 0, 3)
+
+
+def _expand(x: Tensor, groups: int) -> Tensor:
+    """[n, K, h] -> [H/K, K, n, h], a view."""
+    return x.transpose(0, 1).expand(groups, -1, -1, -1)
+
+
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    (tokens, heads, width), kv_heads = q.shape, k.shape[1]
+    groups = heads // kv_heads
+    out = q.new_zeros((tokens, kv_heads, groups, width))
+    lse = torch.zeros((groups, kv_heads, tokens), dtype=accumulation_dtype(q.dtype))
+    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+        mask = _mask(rows, keys, window, q)
+        args = _split_heads(q[rows], kv_heads), _expand(k[keys], groups), _expand(v[keys], groups)
+        doc_out, doc_lse = _flash(*args, 0.0, mask is None, attn_mask=mask, scale=scale)
+        out[rows] = _join_heads(doc_out)
+        lse[..., rows] = doc_lse
+    return out.view(tokens, heads, width), lse
+
+
+def _attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads = k.shape[1]
+    groups = q.shape[1] // kv_heads
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+        mask = _mask(rows, keys, window, q)
+        grads = _flash_bwd(
+            _split_heads(dout[rows], kv_heads),
+            _split_heads(q[rows], kv_heads),
+            _expand(k[keys], groups),
+            _expand(v[keys], groups),
+            _split_heads(out[rows], kv_heads),
+            lse[..., rows],
+            0.0,
+            mask is None,
+            attn_mask=mask,
+            scale=scale,
+        )
+        dq[rows] = _join_heads(grads[0]).flatten(1, 2)
+        for target, grad in zip((dk, dv), grads[1:], strict=True):
+            target[keys] = (grad[0] if groups == 1 else grad.sum(dim=0)).transpose(0, 1)
+    return dq, dk, dv
+
+
+def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window):
+    kv_heads = k.shape[1]
+    lse = (q.shape[1] // kv_heads, kv_heads, q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=accumulation_dtype(q.dtype))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.window = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+
+
+def _attention_autograd(ctx, dout, _):
+    grads = _attention_bwd_op(dout, *ctx.saved_tensors, ctx.scale, ctx.window)
+    return *grads, None, None, None, None
+
+
+attention_cpu = register_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, int? window)"
+    " -> (Tensor, Tensor)",
+    _attention_fwd,
+    _fake_fwd,
+    setup_context=_save,
+    backward=_attention_autograd,
+)
+_attention_bwd_op = register_op(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, float scale, int? window) -> (Tensor, Tensor, Tensor)",
+    _attention_bwd,
+    lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
