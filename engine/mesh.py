@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -32,12 +34,14 @@ class Runtime:
     """This process's place among the others.
 
     mesh: one dimension ("shard",) or two ("replicate", "shard"); every rank sees its own data.
+    patient_group: control traffic that may wait for days, as while rank 0 prepares a corpus.
     """
 
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh
+    patient_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +50,15 @@ class Runtime:
     @property
     def name(self) -> str:
         return f"rank {self.rank} ({socket.gethostname()}, {self.device})"
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block, however long it takes; then the others, who find its work done."""
+        if not self.is_main:
+            dist.barrier(self.patient_group)
+        yield
+        if self.is_main:
+            dist.barrier(self.patient_group)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -88,7 +101,8 @@ def start(config: ParallelConfig) -> Runtime:
     names: tuple[str, ...] = ("shard",)
     if config.replicas > 1:
         shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
-    return Runtime(rank, world, device, init_device_mesh(device.type, shape, mesh_dim_names=names))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return Runtime(rank, world, device, mesh, dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
 def stop() -> None:

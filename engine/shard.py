@@ -6,7 +6,7 @@ are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -73,13 +73,6 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: the shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Gather parameters one at a time; a collective, so every rank walks the same list."""
-    for name, tensor in named:
-        tensor = tensor.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
