@@ -1,0 +1,32 @@
+"""Initial values of parameters: a function of seed, name and shape, so every world size starts alike."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+def initial_value(
+    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The full initial value of one parameter, fp32.
+
+    Norm weights are 1, biases 0, matrices normal with standard deviation `initializer_range`; those that write
+    to the residual stream (o_proj, down_proj) have it divided by sqrt(2 L), so that the stream's variance does
+    not grow with depth (Radford et al. 2019, section 2.3). The draw is made on the CPU, whatever the device, because
+    generators differ between devices.
+    """
+    kind = name.rsplit(".", 2)[-2:]
+    if len(shape) == 1:
+        return (torch.zeros if kind[-1] == "bias" else torch.ones)(shape, device=device)
+    std = config.initializer_range
+    if kind[0] in ("o_proj", "down_proj"):
+        std /= math.sqrt(2 * config.num_layers)
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return torch.randn(shape, generator=generator).mul_(std).to(device)

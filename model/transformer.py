@@ -1,0 +1,98 @@
+"""The decoder: embedding, blocks, final norm, over packed documents."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.swiglu import swiglu
+from model.batch import Layout
+from model.config import ModelConfig
+from model.layers import Embedding, Linear, RMSNorm
+from model.rope import RotaryTable, Rotation
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key-value heads: H query heads share K key-value heads of width h."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = config.num_heads, config.num_kv_heads, config.head_dim
+        self.window = config.window(layer)
+        rows = (self.heads + 2 * self.kv_heads) * self.width
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size)
+
+    def forward(self, x: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+        """[T, d] -> [T, d]"""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.width))  # [T, H + 2K, h]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotation(q, k)
+        bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_q, layout.max_k
+        out = attention(q, k, v, *bounds, window=self.window)  # [T, H, h]
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d] -> [T, d]"""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: what sharding, activation checkpointing and compilation wrap."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+        """hidden [T, d]: the residual stream before the layer -> after it."""
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, layout)
+        normed, hidden = self.post_attention_layernorm.after_add(attended, hidden)
+        return hidden + self.mlp(normed)
+
+
+class Transformer(nn.Module):
+    """Tokens in, final hidden states out. Parameters are empty until initialised or loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, layout: Layout, embedding_noise: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: int64 [T].
+            positions: int64 [T], within each document, below `config.rope_length`.
+            layout: bounds of the documents.
+            embedding_noise: [T, d], added to the embeddings (NEFTune, Jain et al. 2023).
+        Returns:
+            [T, d]; a document's rows depend on that document alone.
+        """
+        hidden = self.embed_tokens(tokens)  # [T, d]
+        if embedding_noise is not None:
+            hidden = hidden + embedding_noise
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, layout)
+        return self.norm(hidden)
