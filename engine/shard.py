@@ -50,7 +50,6 @@ def parallelize(
         # The root holds embedding, final norm and head: used first and last, so gathered once a step.
         fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=runtime.device)
-    model.model.reset_buffers()
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""The training step over ranks: N processes, accumulation and sharding give what one process gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.guard import Guard, GuardConfig
+from engine.mesh import ParallelConfig, start
+from engine.optim import AdamW, OptimConfig
+from engine.shard import fill, local, parallelize
+from engine.step import next_token_loss, train_step
+from model.batch import IGNORE, PackedBatch
+from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.heads import CausalLM
+from model.init import initial_value
+from tests.ranks import run_ranks
+
+LENGTHS = [[9, 4, 3], [1, 15], [16], [2, 2, 5]]
+T = 16
+STEPS = 5
+
+
+def small_config(tied: bool) -> ModelConfig:
+    """An odd vocabulary and few rows, so that shards are uneven and some ranks own nothing of a norm."""
+    return dataclasses.replace(
+        PRESETS["tiny"],
+        vocab_size=61,
+        hidden_size=9,
+        intermediate_size=20,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=6,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+
+
+def pack(lengths: list[int], seed: int) -> PackedBatch:
+    """Documents of these lengths; what is left of T is a tail without targets."""
+    tokens = torch.randint(0, 61, (T,), generator=torch.Generator().manual_seed(seed))
+    positions, targets = torch.zeros(T, dtype=torch.int64), torch.full((T,), IGNORE)
+    ends = np.cumsum([0, *lengths])
+    for begin, end in pairwise(ends):
+        positions[begin:end] = torch.arange(end - begin)
+        targets[begin : end - 1] = tokens[begin + 1 : end]
+    bounds = torch.full((9,), T, dtype=torch.int32)
+    bounds[: len(ends)] = torch.from_numpy(ends).int()
+    return PackedBatch(tokens, positions, bounds, targets, len(lengths), T)
+
+
+def train(tied: bool, replicas: int, precision: str, recompute: str, clip: float) -> dict[str, Any]:
+    """A few steps over four packs a step, shared out over however many ranks there are."""
+    runtime = start(ParallelConfig(replicas=replicas))
+    config = small_config(tied)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    parallelize(model, runtime, ParallelConfig(replicas=replicas), precision, recompute)  # type: ignore[arg-type]
+    shapes = parameter_shapes(config)
+    fill(model, ((name, initial_value(config, name, shape, 0)) for name, shape in shapes.items()))
+    optimizer = AdamW(model, OptimConfig(lr=0.01, clip=clip))
+    guard = Guard(GuardConfig(), runtime.device)
+    reports, gradients = [], {}
+    zero_grad = optimizer.zero_grad
+
+    def keep_gradients() -> None:
+        for name in optimizer.parameters:
+            gradient = optimizer.gradient(name)
+            gradients[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+        zero_grad()
+
+    for step in range(STEPS):
+        packs = [pack(lengths, 10 * step + index) for index, lengths in enumerate(LENGTHS)]
+        mine = packs[runtime.rank :: runtime.world]
+        optimizer.zero_grad = keep_gradients if step == STEPS - 1 else zero_grad  # type: ignore[method-assign]
+        pending = train_step(model, optimizer, guard, next_token_loss(1e-3), mine, runtime, lr=0.01 / (1 + step))
+        reports.append(pending.read())
+    weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
+    return {
+        "loss": np.array([report.loss for report in reports]),
+        "norm": np.array([report.grad_norm for report in reports]),
+        "targets": np.array([report.targets for report in reports]),
+        "gradients": {name: value.numpy() for name, value in gradients.items()},
+        "weights": {name: value.numpy() for name, value in weights.items()},
+        "rows": {name: local(p).numel() for name, p in model.named_parameters()},
+    }
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    assert np.array_equal(one["targets"], other["targets"])
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=tolerance)
+    np.testing.assert_allclose(other["norm"], one["norm"], rtol=tolerance)
+    for kind in ("gradients", "weights"):
+        for name, value in one[kind].items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(other[kind][name], value, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one(world: int, tied: bool) -> None:
+    (one,) = run_ranks(train, 1, tied, 1, "fp32", "none", 0.5)
+    many = run_ranks(train, world, tied, 1, "fp32", "none", 0.5)
+    assert (one["norm"] > 0.5).any(), "the clip must bite for its norm to be tested"
+    assert any(rows == 0 for rank in many for rows in rank["rows"].values()) or world == 2
+    assert_same(one, many[0], 1e-5)
+
+
+def test_sharded_replicas_equal_one_process() -> None:
+    (one,) = run_ranks(train, 1, False, 1, "fp32", "none", 0.5)
+    assert_same(one, run_ranks(train, 4, False, 2, "fp32", "none", 0.5)[0], 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_activations_changes_no_bit(recompute: str) -> None:
+    (kept,) = run_ranks(train, 1, False, 1, "fp32", "none", 1.0)
+    (recomputed,) = run_ranks(train, 1, False, 1, "fp32", recompute, 1.0)
+    assert_same(kept, recomputed, 0.0)
+
+
+def test_bf16_follows_fp32_and_keeps_fp32_masters() -> None:
+    (exact,) = run_ranks(train, 1, True, 1, "fp32", "none", 1.0)
+    (half,) = run_ranks(train, 2, True, 1, "bf16", "none", 1.0)[:1]
+    # bf16 carries 8 bits: a relative rounding of 2^-9 a number.
+    np.testing.assert_allclose(half["loss"], exact["loss"], rtol=2**-7)
+    assert all(value.dtype == np.float32 for value in half["weights"].values())
