@@ -14,12 +14,14 @@ leaves a directory that nobody takes for a checkpoint and that the next save rem
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
+import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,13 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
-from engine.files import DELETED, discard_directory, remove_directory, sync_directory, write_durably
+from engine.files import DELETED, discard_directory, remove_directory, sync_directory, sync_file, write_durably
 from engine.manifest import (
     DTYPE_NAMES,
     DamagedFile,
@@ -223,6 +226,7 @@ class Checkpointer:
         writer = HuggingFaceStorageWriter(
             str(directory), fqn_to_index_mapping=planner.file_numbers(), save_distributed=True
         )
+        writer.fs = _FlushedFiles()
         # No copying ahead on a CUDA stream: in a thread it would be device 0's, on every rank of a node.
         writer.per_thread_copy_ahead = 0
         with self._leaving_nothing_half(directory):
@@ -274,6 +278,17 @@ class Checkpointer:
         earlier = [other for other in self.steps() if other < step]
         onward = f"go on from step {earlier[-1]}" if earlier else "begin again (no earlier checkpoint is complete)"
         return f"Delete {self.directory(step)} and run the same command to {onward}."
+
+
+class _FlushedFiles(FileSystem):
+    """DCP flushes a file to disk while its last bytes may be in Python's buffer yet; flush it again when closed."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+        with super().create_stream(path, mode) as stream:
+            yield stream
+        if "w" in mode:
+            sync_file(Path(path))
 
 
 class _LocalPlanner(DefaultSavePlanner):

@@ -16,6 +16,12 @@ DELETED = ".deleted"
 """Suffix of a directory on its way out; whoever tidies up may finish the job."""
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file's bytes, whoever wrote them."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory's entries: names created, renamed or removed in it."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -33,8 +39,7 @@ def sync_tree(directory: Path) -> None:
     """Flush every file below `directory`, then the directories, innermost first."""
     for parent, _, names in os.walk(directory, topdown=False):
         for name in names:
-            with open(Path(parent, name), "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(Path(parent, name))
         sync_directory(Path(parent))
 
 
