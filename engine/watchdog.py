@@ -112,13 +112,14 @@ class Stragglers:
 
     def look(self, busy_seconds: Sequence[float]) -> str | None:
         """A sentence when a rank has just become known as slow, else None."""
-        usual = statistics.median(busy_seconds)
+        # The lower median, so that of two ranks the faster one is the measure.
+        usual = statistics.median_low(busy_seconds)
         for rank, busy in enumerate(busy_seconds):
-            is_slow = len(busy_seconds) > 1 and usual > 0 and busy > self.FACTOR * statistics.median_low(busy_seconds)
+            is_slow = 0 < self.FACTOR * usual < busy
             self._slow_looks[rank] = self._slow_looks[rank] + 1 if is_slow else 0
             if self._slow_looks[rank] == self.LOOKS:
                 return (
                     f"rank {rank} is slow: busy {busy:.2f} s a step where the others need "
-                    f"{statistics.median_low(busy_seconds):.2f} s. Check its GPU's clock and temperature, and its disk."
+                    f"{usual:.2f} s. Check its GPU's clock and temperature, and its disk."
                 )
         return None
