@@ -78,6 +78,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; rotary embedding needs an even one. Correct it.")
+        # What a config.json of the type can say.
+        assert self.attention_bias == (self.model_type == "qwen2")
+        assert self.qk_norm == (self.model_type == "qwen3")
+        assert self.sliding_window is None or self.model_type != "llama"
+        assert self.max_window_layers == 0 or self.model_type in ("qwen2", "qwen3")
 
     @property
     def rope_length(self) -> int:

@@ -1,0 +1,218 @@
+"""Hugging Face model directories: read into our parameters and written from them, one tensor at a time.
+
+Our names are theirs, but that query, key and value projections are one tensor here, and gate and up projections
+another: they are joined when read and split when written, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, parameter_shapes
+from model.errors import InputError
+from model.hf_config import config_from_hf, config_to_hf
+from model.weight_files import SAFETENSORS, SAFETENSORS_INDEX, TensorStore, read_json, write_safetensors
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+
+
+def load_config(directory: Path | str) -> ModelConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        InputError: no such directory or config.json, or a model that is not supported.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory. Download the model and give the directory's path.")
+    path = directory / "config.json"
+    return config_from_hf(read_json(path), str(path))
+
+
+def hf_parameters(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """For each of our parameters, in order: names and shapes of the tensors that a directory holds for it."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    fused = {
+        "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }
+    parameters = {}
+    for name, shape in parameter_shapes(config).items():
+        module = name.split(".")[-2]
+        parameters[name] = [
+            (name.replace(module, part), (rows, *shape[1:])) for part, rows in fused.get(module, {}).items()
+        ] or [(name, shape)]
+    return parameters
+
+
+def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of `CausalLM(config)` from a directory's weights, one at a time.
+
+    Names and shapes of all tensors are checked against the configuration before the first is read.
+
+    Returns:
+        (name, full CPU tensor in the dtype of the file), in the order of `parameter_shapes(config)`. A tensor
+        may be a map of its file: copy from it, do not write to it.
+    Raises:
+        InputError: missing or damaged files; missing, unknown or mis-shaped tensors.
+    """
+    directory = Path(directory)
+    store = TensorStore(directory)
+    parameters = hf_parameters(config)
+    _check(store.shapes, {name: shape for parts in parameters.values() for name, shape in parts}, directory)
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name, parts in parameters.items():
+            tensors = [store.read(part) for part, _ in parts]
+            has_second_head = name == _EMBEDDING and config.tie_word_embeddings and _HEAD in store.shapes
+            if has_second_head and not torch.equal(tensors[0], store.read(_HEAD)):
+                raise InputError(
+                    f"{directory}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}. "
+                    "Set tie_word_embeddings to false there."
+                )
+            yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    return values()
+
+
+def _check(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], directory: Path) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing == [_HEAD]:
+        raise InputError(
+            f"{directory}: {_HEAD} is missing. If the head shares the embedding, set tie_word_embeddings to true "
+            "in config.json; otherwise download the weights again."
+        )
+    if missing:
+        raise InputError(f"{directory}: {_list(missing)} missing. Download the weights again, or correct config.json.")
+    # Old directories keep a buffer of rotary frequencies, and some a second copy of a tied head.
+    known = {*wanted, _HEAD}
+    unknown = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise InputError(f"{directory}: {_list(unknown)} not used by the model that config.json describes. Correct it.")
+    for name, shape in wanted.items():
+        if found[name] == shape:
+            continue
+        remedy = "Correct config.json, or download the weights again."
+        if name in (_EMBEDDING, _HEAD) and found[name][1:] == shape[1:]:
+            remedy = f"Set vocab_size to {found[name][0]} in config.json if these are the right weights."
+        raise InputError(
+            f"{directory}: {name} has shape {list(found[name])}, but config.json says {list(shape)}. {remedy}"
+        )
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def write_model(
+    directory: Path | str,
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a directory that transformers and serving stacks open: weights, index, config.json, generation_config.json.
+
+    Everything is written and synced under temporary names first; then the old config.json goes, the new files
+    take their names, and config.json comes last. A directory without config.json is one that was interrupted.
+
+    Args:
+        tensors: (name, full tensor on any device), in the order of `parameter_shapes(config)`; one is held at a
+            time.
+        dtype: of the written weights: bfloat16, float16 or float32.
+        max_shard_bytes: of one file, unless a single tensor is larger.
+    Raises:
+        InputError: the directory cannot be written, or the disk is full.
+    """
+    directory = Path(directory)
+    parameters = hf_parameters(config)
+    shards = _plan([part for parts in parameters.values() for part in parts], dtype.itemsize, max_shard_bytes)
+    pieces = _split(tensors, parameters)
+    documents: dict[str, dict[str, Any]] = {}
+    if len(shards) > 1:
+        weight_map = {name: file for file, entries in shards.items() for name, _ in entries}
+        total = sum(torch.Size(shape).numel() for entries in shards.values() for _, shape in entries)
+        documents[SAFETENSORS_INDEX] = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+    facts = config_to_hf(config, _DTYPES[dtype])
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    documents["generation_config.json"] = {name: facts[name] for name in ids if facts[name] is not None}
+    documents["config.json"] = facts
+
+    def temporary(file: str) -> Path:
+        return directory / f".{file}.tmp"
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, entries in shards.items():
+            write_safetensors(temporary(file), entries, dtype, pieces)
+        assert next(pieces, None) is None, "more tensors than parameters"
+        for file, content in documents.items():
+            temporary(file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in (*shards, *documents):
+            _sync(temporary(file))
+        (directory / "config.json").unlink(missing_ok=True)
+        for stale in (
+            directory / SAFETENSORS_INDEX,
+            directory / SAFETENSORS,
+            *directory.glob("model-*-of-*.safetensors"),
+        ):
+            stale.unlink(missing_ok=True)
+        _sync(directory)
+        for file in (*shards, *documents):
+            temporary(file).replace(directory / file)
+            _sync(directory)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"{directory}: the model cannot be written ({reason}). Free space or choose another."
+        ) from error
+    finally:
+        for file in (*shards, *documents):
+            temporary(file).unlink(missing_ok=True)
+
+
+def _plan(
+    parts: list[tuple[str, tuple[int, ...]]], itemsize: int, max_shard_bytes: int
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Which tensors go into which file, in order."""
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    held = 0
+    for name, shape in parts:
+        size = torch.Size(shape).numel() * itemsize
+        if shards[-1] and held + size > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, shape))
+        held += size
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def _split(
+    tensors: Iterator[tuple[str, Tensor]], parameters: dict[str, list[tuple[str, tuple[int, ...]]]]
+) -> Iterator[Tensor]:
+    """The tensors of the files, in order, from our parameters."""
+    for (name, tensor), (expected, parts) in itertools.zip_longest(tensors, parameters.items(), fillvalue=(None, None)):
+        assert name == expected, f"{name} was given where {expected} was due"
+        assert tensor is not None and parts is not None
+        yield from tensor.split([shape[0] for _, shape in parts])
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Tensors in files: safetensors and torch's .bin, whole or sharded, read one at a time; safetensors written so.
+
+Nothing here runs code from a file: .bin files are loaded with weights only.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.errors import InputError
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class TensorStore:
+    """Every tensor of a directory by name: its shape at once, its values when asked.
+
+    shapes: of all tensors, in the order of the files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Raises InputError: no weights, a missing or damaged file, a tensor that the index promises in vain."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._readers: dict[str, Callable[[], Tensor]] = {}
+        files, promised = _weight_files(directory)
+        for path in files:
+            if not path.is_file():
+                raise InputError(f"{path}: this shard is listed in the index but missing. Download it again.")
+            if path.suffix == ".safetensors":
+                self._open_safetensors(path)
+            else:
+                self._open_bin(path)
+        for name, file in promised.items():
+            if name not in self.shapes:
+                raise InputError(f"{directory / file}: {name} is listed in the index but missing. Download it again.")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, in the dtype of the file; it may be a map of the file: do not write to it."""
+        return self._readers[name]()
+
+    def _open_safetensors(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118  not a dict
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                self._readers[name] = partial(file.get_tensor, name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}). Download or copy it again.") from error
+
+    def _open_bin(self, path: Path) -> None:
+        try:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # torch before 1.6 wrote another format, which cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{path}: not a whole file of weights ({reason}). Download it again, or convert it to safetensors."
+            ) from error
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise InputError(f"{path}: holds more than named tensors. Save the model's state dict alone.")
+        for name, tensor in content.items():
+            self.shapes[name] = tuple(tensor.shape)
+            self._readers[name] = partial(content.__getitem__, name)
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """Files to open, and the map from names to files that an index gives. Safetensors come before .bin."""
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (_BIN, _BIN_INDEX)):
+        path = directory / index
+        if path.is_file():
+            weight_map = read_json(path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"{path}: weight_map is missing. Download the file again.")
+            return [directory / file for file in dict.fromkeys(weight_map.values())], weight_map
+        if (directory / single).is_file():
+            return [directory / single], {}
+    raise InputError(
+        f"{directory}: no weights here. Expected {SAFETENSORS} or {_BIN}, or the shards named by {SAFETENSORS_INDEX}."
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises InputError: the file is missing, broken, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file. Give a Hugging Face model directory.") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}). Download or correct the file.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object. Download or correct the file.")
+    return content
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, tensors: Iterator[Tensor]
+) -> None:
+    """Write one file, holding one tensor in memory at a time.
+
+    The format: length of the header (u64, little endian), a JSON header of dtypes, shapes and offsets, the bytes.
+
+    Args:
+        entries: names and shapes, in the order in which `tensors` yields them; exactly that many are taken.
+        dtype: of the file; tensors are cast.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in entries:
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, shape), tensor in zip(entries, tensors, strict=False):
+            assert tuple(tensor.shape) == shape, f"{name} is {tuple(tensor.shape)}, not {shape}"
+            values = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        assert file.tell() == 8 + len(text) + end, f"{path}: fewer tensors than entries"
