@@ -22,33 +22,43 @@ from model.errors import InputError
 from model.tokenizer_sentencepiece import SPACE, read_sentencepiece, to_tokenizers
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-_KEPT_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _PROBE = " a  b\n\n12.5 mg\t高血压病，　é\u0301😀</s>"  # touches spaces, digits, normalisation and bytes
 
 
 class Tokenizer:
-    """A vocabulary with its rules. Immutable, picklable, safe to share between threads.
+    """A vocabulary with its rules. Picklable, and safe to share between threads.
 
     Attributes:
         vocab_size: number of real ids, holes included; a model may have more rows.
         bos_id, eos_id, pad_id, unk_id: None where the base has none; eos_id is always there.
         add_bos: whether a document begins with bos.
+        add_prefix_space: whether every text is encoded with a space before it (SentencePiece's dummy prefix).
         config: `tokenizer_config.json` as found; a chat template may be put into it before `save`.
+        files: name -> bytes of the directory's other files, saved as they are.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], source: str):
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], source: Path):
         """Use `load` or `from_sentencepiece`. `config` names the special tokens; `files` are saved as they are."""
         self.config = config
-        self._files = files
+        self.files = files
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, eos_id, self.unk_id, self.pad_id = (self._id_of(name, source) for name in _NAMED)
+        self.bos_id, eos_id, self.unk_id, self.pad_id = (self._id_of(name) for name in _NAMED)
         if eos_id is None:
             raise InputError(f'{source}: no end token is named. Add "eos_token" to its tokenizer_config.json.')
         self.eos_id = eos_id
+        self.add_prefix_space = self._backend.encode("a", add_special_tokens=False).tokens[0] != "a"
         self.add_bos = self.bos_id is not None and bool(config.get("add_bos_token", self._json_adds_bos()))
 
     @classmethod
@@ -61,41 +71,53 @@ class Tokenizer:
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory. Give one that holds tokenizer.json or tokenizer.model.")
-        files = {name: (directory / name).read_bytes() for name in _KEPT_FILES if (directory / name).is_file()}
-        config = _special_tokens(directory, files)
-        path = directory / "tokenizer.json"
-        if path.is_file():
+        files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+        named = _json(files, "special_tokens_map.json", directory)
+        config = {name: token for name, token in named.items() if name in _NAMED}
+        config |= _json(files, "tokenizer_config.json", directory)
+        if "tokenizer.json" in files:
             try:
-                backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+                backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
             except Exception as error:  # the library raises bare Exception
-                raise InputError(f"{path}: not a tokenizer ({error}). Fetch the file again.") from None
-            _add_tokens(backend, directory, config, files)
-            return cls(backend, config, {**files, "tokenizer.json": path.read_bytes()}, str(path))
-        path = directory / "tokenizer.model"
-        if not path.is_file():
-            raise InputError(
-                f"{directory}: neither tokenizer.json nor tokenizer.model is in it. Give a tokenizer directory."
-            )
-        return cls.from_sentencepiece(files["tokenizer.model"], config, files, path)
+                raise InputError(f"{directory}/tokenizer.json: damaged ({error}). Fetch the file again.") from None
+            _add_tokens(backend, config, files, directory)
+            return cls(backend, config, files, directory)
+        if "tokenizer.model" in files:
+            return cls.from_sentencepiece(files["tokenizer.model"], config, files, directory)
+        raise InputError(
+            f"{directory}: neither tokenizer.json nor tokenizer.model is in it. Give a tokenizer directory."
+        )
 
     @classmethod
     def from_sentencepiece(
-        cls, model: bytes, config: dict[str, Any], files: dict[str, bytes] | None = None, path: Path | None = None
+        cls,
+        model: bytes,
+        config: dict[str, Any],
+        files: dict[str, bytes] | None = None,
+        directory: Path = Path(),
     ) -> Tokenizer:
-        """From the bytes of a SentencePiece BPE model; `config` overrides what the model says of itself."""
-        path = path or Path("tokenizer.model")
-        proto = read_sentencepiece(model, path)
+        """From the bytes of a SentencePiece BPE model; `config` overrides what the model says of itself.
+
+        Args:
+            files: other files of a tokenizer directory, which `save` writes again.
+            directory: where they came from, for messages.
+        """
+        files = {**(files or {}), "tokenizer.model": model}
+        proto = read_sentencepiece(model, directory / "tokenizer.model")
         spec = proto.trainer_spec
         prefix = config.get("add_prefix_space")
         prefix = bool(proto.normalizer_spec.add_dummy_prefix if prefix is None else prefix)
-        defaults = {name: getattr(spec, f"{name[:3]}_piece") for name in _NAMED if getattr(spec, f"{name[:3]}_id") >= 0}
-        defaults = {"add_bos_token": "bos_token" in defaults, "add_eos_token": False, **defaults}
-        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": prefix}
-        config = {**defaults, "clean_up_tokenization_spaces": False, **config, **fixed}
-        config.pop("auto_map", None)  # would lead readers of the saved directory to code that is not there
+        named = {name: getattr(spec, f"{name[:3]}_piece") for name in _NAMED if getattr(spec, f"{name[:3]}_id") >= 0}
         backend = to_tokenizers(proto, prefix)
-        _add_tokens(backend, path.parent, config, files or {})
-        tokenizer = cls(backend, config, {**(files or {}), "tokenizer.model": model}, str(path))
+        config = {"add_bos_token": "bos_token" in named, "add_eos_token": False, **named, **config}
+        _add_tokens(backend, config, files, directory)
+        # From here on tokenizer.json holds the added tokens, with the rules of this conversion.
+        files = {name: content for name, content in files.items() if name in ("tokenizer.model", "chat_template.jinja")}
+        config |= {name: _content(config[name]) for name in _NAMED if name in config}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": prefix}
+        for name in ("added_tokens_decoder", "auto_map", "legacy", "sp_model_kwargs"):
+            config.pop(name, None)
+        tokenizer = cls(backend, {"clean_up_tokenization_spaces": False, **config}, files, directory)
         if tokenizer.add_bos and tokenizer.bos_id is not None:
             bos = backend.id_to_token(tokenizer.bos_id)
             backend.post_processor = processors.TemplateProcessing(
@@ -124,6 +146,19 @@ class Tokenizer:
         """The bytes that one id stands for, so that a stream can be decoded when a character is complete."""
         return self._token_bytes[token]
 
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes one id (spaces as U+2581, or bytes as GPT-2's stand-ins); "" for a hole."""
+        return self._backend.id_to_token(token) or ""
+
+    def split(self, piece: str) -> list[int]:
+        """Ids of a text in the vocabulary's own writing, with nothing put before it."""
+        return [token.id for token in self._backend.model.tokenize(piece)]
+
+    @cached_property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """The tokens that are found in text before merging, by id."""
+        return self._backend.get_added_tokens_decoder()
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows for a model over this vocabulary: the next multiple of 64, for the matrix units."""
@@ -150,7 +185,7 @@ class Tokenizer:
             InputError: the directory cannot be written.
         """
         directory = Path(directory)
-        files = {"tokenizer.json": self._backend_json().encode(), **self._files}
+        files = {"tokenizer.json": self._backend.to_str(pretty=True).encode(), **self.files}
         files["tokenizer_config.json"] = json.dumps(self.config, ensure_ascii=False, indent=2).encode() + b"\n"
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -162,9 +197,12 @@ class Tokenizer:
         except OSError as error:
             raise InputError(f"{directory}: cannot write the tokenizer ({error.strerror}). Choose another.") from None
 
-    def _backend_json(self) -> str:
-        """tokenizer.json in its usual state: special tokens are read from text."""
-        return self._template_backend.to_str(pretty=True)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_template_backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._backend.encode_special_tokens = True  # the library's own pickle forgets it
 
     @cached_property
     def _template_backend(self) -> tokenizers.Tokenizer:
@@ -175,13 +213,13 @@ class Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
-        added = {index: token.content.encode() for index, token in self._backend.get_added_tokens_decoder().items()}
+        added = {index: token.content.encode() for index, token in self.added_tokens.items()}
         byte_level = _byte_level_alphabet() if "ByteLevel" in str(self._backend.decoder) else None
         table = [b""] * self.vocab_size
         for piece, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in added:
                 table[index] = added[index]
-            elif byte_level is not None:
+            elif byte_level is not None and all(character in byte_level for character in piece):
                 table[index] = bytes(byte_level[character] for character in piece)
             elif len(piece) == 6 and piece.startswith("<0x"):
                 table[index] = bytes([int(piece[3:5], 16)])
@@ -203,16 +241,9 @@ class Tokenizer:
             raise
         return [encoding.ids for encoding in encodings]
 
-    def _id_of(self, name: str, source: str) -> int | None:
+    def _id_of(self, name: str) -> int | None:
         content = _content(self.config.get(name))
-        if content is None:
-            return None
-        index = self._backend.token_to_id(content)
-        if index is None:
-            raise InputError(
-                f"{source}: its {name} {content!r} is not in the vocabulary. Correct tokenizer_config.json."
-            )
-        return index
+        return None if content is None else self._backend.token_to_id(content)
 
     def _json_adds_bos(self) -> bool:
         return self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
@@ -223,42 +254,36 @@ def _content(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _json(files: dict[str, bytes], name: str, directory: Path) -> dict[str, Any]:
+    """A file that holds a JSON mapping; a missing one is empty."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}). Fetch the file again.") from None
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise InputError(f"{directory}/{name}: not readable as JSON ({error}). Fetch the file again.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a mapping was expected, not {type(content).__name__}. Fetch the file again.")
+        raise InputError(f"{directory}/{name}: a mapping was expected, not {type(content).__name__}. Fetch it again.")
     return content
 
 
-def _special_tokens(directory: Path, files: dict[str, bytes]) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens that only special_tokens_map.json names."""
-    config = _read_json(directory / "tokenizer_config.json")
-    named = _read_json(directory / "special_tokens_map.json")
-    return {**{name: token for name, token in named.items() if name in _NAMED}, **config}
-
-
 def _add_tokens(
-    backend: tokenizers.Tokenizer, directory: Path, config: dict[str, Any], files: dict[str, bytes]
+    backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], directory: Path
 ) -> None:
     """Add the tokens that stand outside the vocabulary file, at the ids that the other files give them."""
     wanted: dict[int, AddedToken] = {}
-    named = _read_json(directory / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
+    named = _json(files, "special_tokens_map.json", directory)
     special = {_content(config.get(name)) for name in _NAMED}
     special |= {_content(token) for token in named.get("additional_special_tokens", [])}
     special |= {_content(token) for token in config.get("additional_special_tokens") or []}
-    if "added_tokens.json" in files:
-        for content, index in _read_json(directory / "added_tokens.json").items():
-            is_special = content in special
-            wanted[index] = AddedToken(content, special=is_special, normalized=not is_special)
+    for content, index in _json(files, "added_tokens.json", directory).items():
+        wanted[index] = AddedToken(content, special=content in special, normalized=content not in special)
     for index, token in config.get("added_tokens_decoder", {}).items():
         wanted[int(index)] = AddedToken(**{key: value for key, value in token.items() if key != "__type"})
     for index in sorted(wanted):
         token = wanted[index]
+        if "tokenizer.json" not in files:
+            # The converted normaliser puts a space before a token's own text too: it would never be found.
+            rules = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
+            token = AddedToken(token.content, normalized=False, **rules)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != index:
             found = backend.token_to_id(token.content)

@@ -2,12 +2,15 @@
 
 SentencePiece merges, again and again, the adjacent pair whose union is the piece of highest score. The tokenizers
 library merges the pair of lowest rank in a list. The list that says the same holds every way of cutting every
-piece into two pieces, ordered by the score of the union. (Cuts of one piece tie in SentencePiece, which then takes
-the leftmost pair; in the list the shorter left half comes first, as transformers orders them.)
+piece into two pieces, ordered by the score of the union. What is left are ties. Overlapping cuts of one piece
+(runs such as "----"): SentencePiece takes the leftmost, the list the one with the shorter left half, as in
+transformers. Different pieces of one score (a vocabulary to which pieces were appended at score 0): no list says
+"leftmost first", so ids decide, again as in transformers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,17 +52,25 @@ def read_sentencepiece(content: bytes, path: Path) -> Any:
     return proto
 
 
+def merge_order(proto: Any) -> list[str]:
+    """The normal pieces, those that merge first in front."""
+    pieces = [piece for piece in proto.pieces if piece.type == NORMAL]
+    scores = [piece.score for piece in pieces if len(piece.piece) > 1]
+    if len(set(scores)) == len(scores):
+        pieces.sort(key=lambda piece: -piece.score)
+    return [piece.piece for piece in pieces]
+
+
 def merge_list(proto: Any) -> list[tuple[str, str]]:
-    """Every (left, right) whose union is a piece, in the order in which SentencePiece would merge them."""
-    score = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    ranked = []
-    for rank, piece in enumerate(sorted(score, key=lambda piece: -score[piece])):  # stable: ties stay in id order
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in score and right in score:
-                ranked.append((rank, cut, left, right))
-    ranked.sort()
-    return [(left, right) for _, _, left, right in ranked]
+    """Every (left, right) whose union is a piece, in the order in which they merge."""
+    order = merge_order(proto)
+    known = set(order)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in order
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
 
 
 def to_tokenizers(proto: Any, add_prefix_space: bool) -> Tokenizer:
@@ -95,21 +106,29 @@ def to_tokenizers(proto: Any, add_prefix_space: bool) -> Tokenizer:
 
 
 class PieceMerger:
-    """SentencePiece's BPE on one short text, under a vocabulary that may grow: the specification in ten lines.
+    """BPE on one short text under a vocabulary that grows: what `to_tokenizers` does, as a specification.
 
-    Quadratic in the length of the text, so it is for pieces, not for documents.
+    rank: piece -> its place in the order of merging. Quadratic in the length of the text, so it is for pieces.
     """
 
-    def __init__(self, score: dict[str, float]) -> None:
-        self.score = score
+    def __init__(self, order: Iterable[str]) -> None:
+        self.rank = {piece: rank for rank, piece in enumerate(order)}
 
-    def __call__(self, text: str) -> list[str]:
-        """Cut `text`, already written with U+2581 for spaces, into pieces; unknown characters stay single."""
+    def __call__(self, text: str, stop_at: int = 1) -> list[str]:
+        """Cut `text` (U+2581 for spaces) into pieces, unknown characters staying single.
+
+        Args:
+            stop_at: stop merging at this many symbols; 2 shows the halves of a piece.
+        """
         symbols = list(text)
-        while True:
-            unions = [(left + right) for left, right in pairwise(symbols)]
-            best = max((self.score.get(union, -float("inf")) for union in unions), default=-float("inf"))
-            if best == -float("inf"):
-                return symbols
-            at = next(index for index, union in enumerate(unions) if self.score.get(union) == best)
-            symbols[at : at + 2] = [unions[at]]
+        while len(symbols) > stop_at:
+            unions = [
+                (self.rank[left + right], len(left), at)
+                for at, (left, right) in enumerate(pairwise(symbols))
+                if left + right in self.rank and left in self.rank and right in self.rank
+            ]
+            if not unions:
+                break
+            at = min(unions)[2]
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        return symbols

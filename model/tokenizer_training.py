@@ -11,7 +11,7 @@ import heapq
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,23 +58,24 @@ def train_tokenizer(
     Raises:
         InputError: no text, or a vocab_size that the text cannot fill or that cannot hold its characters.
     """
-    model, sample = train_sentencepiece(texts, vocab_size, character_coverage, max_characters, seed)
+    lines, sample = sample_lines(texts, max_characters, seed)
+    model = train_sentencepiece(lines, vocab_size, character_coverage)
     Tokenizer.from_sentencepiece(model, {"model_max_length": int(1e30)}).save(directory)
     return sample
 
 
 def train_sentencepiece(
-    texts: Iterable[str],
-    vocab_size: int,
-    character_coverage: float = 0.9999,
-    max_characters: int = 20_000_000,
-    seed: int = 0,
-    is_limit_soft: bool = False,
-) -> tuple[bytes, Sample]:
-    """The bytes of a trained model; `is_limit_soft` allows fewer pieces than vocab_size where the text has no more."""
-    lines, sample = sample_lines(texts, max_characters, seed)
-    if not lines:
+    lines: Sequence[str], vocab_size: int, character_coverage: float = 0.9999, is_limit_soft: bool = False
+) -> bytes:
+    """The bytes of a model trained on `lines` from `sample_lines`.
+
+    Args:
+        is_limit_soft: accept fewer pieces than vocab_size where the text has no more.
+    """
+    if not any(lines):
         raise InputError("there is no text to train a tokenizer on. Check --data.")
+    if not 0.98 <= character_coverage <= 1.0:
+        raise InputError(f"a character coverage of {character_coverage} is out of range. Choose from 0.98 to 1.")
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -100,7 +101,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise _explain(str(error), vocab_size) from None
-    return writer.getvalue(), sample
+    return writer.getvalue()
 
 
 def sample_lines(texts: Iterable[str], max_characters: int, seed: int) -> tuple[list[str], Sample]:
@@ -126,7 +127,7 @@ def _lines(texts: Iterable[str], sample: Sample) -> Iterator[str]:
         sample.characters += len(text)
         for line in _CUTS.split(text):
             sample.long_lines += len(line) > _LONGEST
-            for start in range(0, len(line), _LONGEST):
+            for start in range(0, len(line), _LONGEST):  # none for an empty line
                 yield line[start : start + _LONGEST]
 
 
