@@ -48,9 +48,9 @@ def parse(
     """
     fields = dict(_leaf_fields(config_class))
     words = _normalise(argv, fields, aliases or {})
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == "--config" or word.startswith("--config="):
-            _check_file(Path(word.partition("=")[2] or following), fields)
+    for position, word in enumerate(words):
+        if word == "--config":
+            _check_file(Path(words[position + 1]), fields)
     parser = _build_parser(config_class, prog, default_config)
     try:
         with warnings.catch_warnings():
@@ -108,6 +108,8 @@ def _normalise(argv: Sequence[str], fields: dict[str, Any], aliases: dict[str, s
             position += 1
         if flag in _PARSER_FLAGS:
             words += [f"--{flag}", *values]
+            if flag == "config" and len(values) != 1:
+                raise InputError("--config takes one YAML file.")
             continue
         _check_known(flag, fields, f"--{word[2:].partition('=')[0]} is not an option")
         words += _option_words(flag, fields[flag], values)

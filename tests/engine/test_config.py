@@ -54,6 +54,10 @@ def test_list_options_take_several_words_and_pairs_make_a_mapping() -> None:
     assert config.data == Data(paths=["a b.txt", "c*.jsonl"], weights=[1.0, 0.5], keys={"user": "ask", "bot": "a"})
 
 
+def test_no_words_give_the_defaults() -> None:
+    assert read() == Recipe()
+
+
 def test_a_switch_needs_no_value_and_may_be_written_with_a_dash() -> None:
     assert read("--dry-run", "--model", "7b") == Recipe(model="7b", dry_run=True)
 
@@ -74,6 +78,7 @@ def test_the_printed_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--train.lr", "1e-3", "2e-3"], "--train.lr takes one value, not 2 (a number)."),
         (["--data.weights", "heavy"], "--data.weights: 'heavy' is not a number."),
         (["--data.keys", "user"], "--data.keys takes name=value pairs"),
+        (["--config"], "--config takes one YAML file."),
         (["stray"], "'stray' stands alone."),
         (["--config", "missing.yaml"], "missing.yaml: there is no such recipe."),
     ],
