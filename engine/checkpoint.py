@@ -41,7 +41,15 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
-from engine.files import DELETED, discard_directory, remove_directory, sync_directory, sync_file, write_durably
+from engine.files import (
+    DELETED,
+    discard_directory,
+    human_size,
+    remove_directory,
+    sync_directory,
+    sync_file,
+    write_durably,
+)
 from engine.manifest import (
     DTYPE_NAMES,
     DamagedFile,
@@ -107,7 +115,7 @@ class Checkpointer:
             assert isinstance(tensor, Tensor) and tensor.dtype in DTYPE_NAMES, f"{name} is not a tensor DCP may see"
         assert _is_json(trainer), "trainer.json holds JSON values only"
         directory = self.directory(step)
-        doing = f"write {directory} ({state_bytes(tensors) / 1e9:.3g} GB)"
+        doing = f"write {directory} ({human_size(state_bytes(tensors))})"
         with self._leaving_nothing_half(directory):
             if not self._ranks.first(doing, lambda: self._make_room(directory)):
                 return
@@ -237,14 +245,19 @@ class Checkpointer:
     @contextlib.contextmanager
     def _leaving_nothing_half(self, directory: Path) -> Iterator[None]:
         """Remove `directory` when the filesystem refuses it, and say what there is to resume from."""
+
+        def clean_up() -> str:
+            discard_directory(directory)
+            try:
+                steps = self.steps()
+            except OSError:  # the first error says more
+                return ""
+            return f" The checkpoint of step {steps[-1]} is intact." if steps else " There is no earlier checkpoint."
+
         try:
             yield
         except InputError as error:
-            if self._ranks.rank == 0:
-                discard_directory(directory)
-            steps = self.steps()
-            remains = f"The checkpoint of step {steps[-1]} is intact." if steps else "There is no earlier checkpoint."
-            raise InputError(f"{error} {remains}") from error
+            raise InputError(str(error) + self._ranks.first("clean up", clean_up)) from error
 
     def _prune(self) -> None:
         for step in self.steps()[: -self._keep]:

@@ -84,3 +84,12 @@ def explain(error: OSError) -> str:
         return f"a file stands where a directory is needed{place}. Move it, or choose another --out."
     reason = error.strerror or str(error)
     return f"{reason}{place}. See to the filesystem, or choose another --out."
+
+
+def human_size(count: int) -> str:
+    """Bytes in the largest decimal unit that leaves a figure of 1 or more: 156000000000 is "156.0 GB"."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.1f} {units[0]}" if units[0] != "bytes" else f"{count} bytes"

@@ -42,7 +42,7 @@ def resume_and_save(run_dir: str, replicas: int, asynchronous: bool, step: int) 
 
 def test_state_is_bit_equal_across_world_sizes_and_layouts(tmp_path: Path) -> None:
     # (ranks, groups of ranks that each hold everything, asynchronous); 0 ranks: plain python, no torch.distributed
-    chain = [(4, 1, False), (2, 1, True), (1, 1, False), (4, 2, True), (0, 1, True), (3, 1, False), (4, 2, False)]
+    chain = [(4, 1, False), (2, 1, True), (0, 1, True), (4, 2, True), (3, 1, False)]
     for step, (world, replicas, asynchronous) in enumerate(chain, start=1):
         arguments = (str(tmp_path), replicas, asynchronous, step)
         reports = run_ranks(resume_and_save, world, *arguments) if world else [resume_and_save(*arguments)]
