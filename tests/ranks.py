@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 _context = mp.get_context("forkserver")
+# torch imports dynamo when the first DTensor is distributed: a second in each rank unless the server has it.
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+    ["torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
 )
 
 
