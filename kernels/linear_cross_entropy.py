@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, WideProducts, check_head, chunks, counted_rows
+from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, pick, put_back
 
 
 def linear_cross_entropy_reference(
@@ -37,24 +37,18 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = counted_rows(targets)
-    if rows is not None:
-        targets = targets[rows]
-        weights = None if weights is None else weights[rows]
-    picked = hidden if rows is None else hidden[rows]
-    products = WideProducts(picked, weight)
-    wide, device = products.dtype, hidden.device
-    scale = (targets != IGNORE).to(wide)
+    picked, targets, weights = pick(rows, hidden, targets, weights)
+    products = HeadProducts(weight)
+    scale = (targets != IGNORE).to(products.wide)
     scale = scale if weights is None else scale * weights
     labels = targets.clamp_min(0).unsqueeze(1)
 
-    nll = torch.zeros(len(picked), dtype=wide, device=device)
+    nll = torch.zeros(len(picked), dtype=products.wide, device=hidden.device)
     lse = torch.zeros_like(nll)
-    dpicked = torch.empty(picked.shape if with_grad else (0, 0), dtype=wide, device=device)
-    dweight = torch.zeros(weight.shape if with_grad else (0, 0), dtype=wide, device=device)
-    parts = list(chunks(len(picked), len(weight), hidden.dtype, device))
-    workspace = torch.empty((max((p.stop - p.start for p in parts), default=0), len(weight)), dtype=wide, device=device)
-    for part in parts:
-        x = products.product(picked[part], products.weight.t(), out=workspace[: part.stop - part.start])
+    dpicked = torch.empty(picked.shape if with_grad else (0, 0), dtype=products.wide, device=hidden.device)
+    dweight = None
+    for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
+        x = products.logits(picked[part])
         target_logit = x.gather(1, labels[part]).squeeze(1)
         torch.log_softmax(x, dim=-1, out=x)
         nll[part] = -x.gather(1, labels[part]).squeeze(1)
@@ -63,12 +57,12 @@ def _linear_cross_entropy(
             row_scale = scale[part] * (1 + 2 * z_loss * lse[part])
             dx = x.exp_().mul_(row_scale.unsqueeze(1))
             dx.scatter_add_(1, labels[part], -scale[part].unsqueeze(1))
-            products.product(dx, products.weight, out=dpicked[part])
-            products.add_product(dweight, dx.t(), picked[part])
+            dpicked[part] = products.dhidden(dx)
+            dweight = products.add_dweight(dweight, dx, picked[part])
 
-    dhidden = dpicked.to(hidden.dtype)
-    if with_grad and rows is not None:
-        dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
+    if dweight is None:
+        dweight = torch.zeros(weight.shape if with_grad else (0, 0), device=weight.device)
+    dhidden = put_back(rows, dpicked.to(hidden.dtype), hidden) if with_grad else dpicked.to(hidden.dtype)
     return (scale * nll).sum(), z_loss * (scale * lse.square()).sum(), dhidden, dweight.to(weight.dtype)
 
 

@@ -12,13 +12,11 @@ The forward keeps [T] numbers only; the backward forms the logits of a chunk aga
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, WideProducts, check_head, chunks, counted_rows
+from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, pick, put_back
 
 
 def linear_logprob_reference(
@@ -38,48 +36,26 @@ def linear_logprob_reference(
     return logprob, entropy, logits.logsumexp(dim=-1) * counted
 
 
-def _logits(products: WideProducts, hidden: Tensor, temperature: Tensor | None, out: Tensor) -> Tensor:
-    x = products.product(hidden, products.weight.t(), out=out)
-    return x if temperature is None else x.div_(temperature.unsqueeze(1))
-
-
-def _pick(rows: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """The counted rows of tensors, or of None."""
-    return tensors if rows is None else tuple(None if x is None else x[rows] for x in tensors)
-
-
-def _workspace(parts: list[slice], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = max((part.stop - part.start for part in parts), default=0)
-    return torch.empty((rows, len(weight)), dtype=dtype, device=weight.device)
-
-
 def _linear_logprob_fwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = counted_rows(targets)
-    picked, labels, temperature = _pick(rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature)
-    products = WideProducts(picked, weight)
-    wide = products.dtype
-    parts = list(chunks(len(picked), len(weight), hidden.dtype, hidden.device))
-    workspace = _workspace(parts, weight, wide)
-    probabilities = torch.empty_like(workspace) if with_entropy else None
-    results = torch.zeros((3, len(picked)), dtype=wide, device=hidden.device)
-    logprob, entropy, lse = results
-    for part in parts:
-        heat = None if temperature is None else temperature[part]
-        x = _logits(products, picked[part], heat, workspace[: part.stop - part.start])
+    picked, labels, temperature = pick(rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature)
+    products = HeadProducts(weight)
+    logprob, entropy, lse = (torch.zeros(len(picked), dtype=products.wide, device=hidden.device) for _ in range(3))
+    for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
+        x = products.logits(picked[part])
+        if temperature is not None:
+            x.div_(temperature[part].unsqueeze(1))
         target_logit = x.gather(1, labels[part]).squeeze(1)
         torch.log_softmax(x, dim=-1, out=x)
         logprob[part] = x.gather(1, labels[part]).squeeze(1)
         lse[part] = target_logit - logprob[part]
-        if probabilities is not None:
-            p = torch.exp(x, out=probabilities[: len(x)])
-            entropy[part] = -p.mul_(x).sum(dim=-1)
-    if rows is None:
-        results = results.where(targets != IGNORE, 0)
-    else:
-        results = torch.zeros((3, len(targets)), dtype=wide, device=hidden.device).index_copy_(1, rows, results)
-    return tuple(row.clone() for row in results)  # type: ignore[return-value]
+        if with_entropy:
+            entropy[part] = -x.exp().mul_(x).sum(dim=-1)
+    counted = targets != IGNORE
+    logprob, entropy, lse = (put_back(rows, x, targets).where(counted, 0) for x in (logprob, entropy, lse))
+    return logprob, entropy, lse
 
 
 def _linear_logprob_bwd(
@@ -95,37 +71,32 @@ def _linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor]:
     rows = counted_rows(targets)
     counted = targets != IGNORE
-    dlogprob, dlse = dlogprob * counted, dlse * counted
-    dentropy = None if dentropy is None else dentropy * counted
-    picked, labels, temperature, entropy, lse, dlogprob, dentropy, dlse = _pick(
+    dlogprob, dlse = dlogprob.where(counted, 0), dlse.where(counted, 0)
+    dentropy = None if dentropy is None else dentropy.where(counted, 0)
+    picked, labels, temperature, entropy, lse, dlogprob, dentropy, dlse = pick(
         rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature, entropy, lse, dlogprob, dentropy, dlse
     )
-    products = WideProducts(picked, weight)
-    parts = list(chunks(len(picked), len(weight), hidden.dtype, hidden.device))
-    workspace = _workspace(parts, weight, products.dtype)
-    factor = torch.empty_like(workspace) if dentropy is not None else None
-    dpicked = torch.empty(picked.shape, dtype=products.dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape, dtype=products.dtype, device=hidden.device)
-    for part in parts:
-        heat = None if temperature is None else temperature[part]
-        x = _logits(products, picked[part], heat, workspace[: part.stop - part.start])
-        x.sub_(lse[part].unsqueeze(1))
+    products = HeadProducts(weight)
+    dpicked = torch.empty(picked.shape, dtype=products.wide, device=hidden.device)
+    dweight = None
+    for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
+        x = products.logits(picked[part])
+        if temperature is not None:
+            x.div_(temperature[part].unsqueeze(1))
+        x.sub_(lse[part].unsqueeze(1))  # log p
         slope = (dlse[part] - dlogprob[part]).unsqueeze(1)
-        if factor is None or dentropy is None:
-            dx = x.exp_().mul_(slope)
-        else:
-            slopes = torch.mul(x, -dentropy[part].unsqueeze(1), out=factor[: len(x)])
-            slopes.add_(slope - (dentropy[part] * entropy[part]).unsqueeze(1))
-            dx = x.exp_().mul_(slopes)
+        if dentropy is not None:
+            slope = torch.mul(x, -dentropy[part].unsqueeze(1)).add_(
+                slope - (dentropy[part] * entropy[part]).unsqueeze(1)
+            )
+        dx = x.exp_().mul_(slope)
         dx.scatter_add_(1, labels[part], dlogprob[part].unsqueeze(1))
-        if heat is not None:
-            dx.div_(heat.unsqueeze(1))
-        products.product(dx, products.weight, out=dpicked[part])
-        products.add_product(dweight, dx.t(), picked[part])
-    dhidden = dpicked.to(hidden.dtype)
-    if rows is not None:
-        dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
-    return dhidden, dweight.to(weight.dtype)
+        if temperature is not None:
+            dx.div_(temperature[part].unsqueeze(1))
+        dpicked[part] = products.dhidden(dx)
+        dweight = products.add_dweight(dweight, dx, picked[part])
+    dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+    return put_back(rows, dpicked.to(hidden.dtype), hidden), dweight
 
 
 def _fake_fwd(hidden, weight, targets, temperature, with_entropy):

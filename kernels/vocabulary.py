@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype
+from kernels.linear import matmul_nt
 
 IGNORE = -100
 
-# Bytes of logits alive at a time. On a GPU few large chunks keep the matrix products efficient, for each chunk
-# reads and writes the whole gradient of the head. On a CPU a smaller buffer stays nearer to the caches.
+# Bytes of one chunk's logits. Few large chunks: each reads the whole head and adds to the whole of its gradient.
+# A CPU gains nothing from a buffer far beyond its caches.
 WORKSPACE = {"cuda": 512 << 20, "cpu": 64 << 20}
 
 
@@ -28,6 +30,16 @@ def counted_rows(targets: Tensor) -> Tensor | None:
     return None if len(rows) == len(targets) else rows
 
 
+def pick(rows: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """The counted rows of tensors, or of None."""
+    return tensors if rows is None else tuple(None if x is None else x[rows] for x in tensors)
+
+
+def put_back(rows: Tensor | None, picked: Tensor, like: Tensor) -> Tensor:
+    """Rows at their old places, zeros elsewhere."""
+    return picked if rows is None else picked.new_zeros(like.shape).index_copy_(0, rows, picked)
+
+
 def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
     """Equal runs of rows whose logits fit the workspace."""
     budget = WORKSPACE.get(device.type, WORKSPACE["cpu"])
@@ -37,31 +49,41 @@ def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device)
         yield slice(rows * index // count, rows * (index + 1) // count)
 
 
-class WideProducts:
-    """Matrix products of narrow tensors with wide (fp32, fp64) sums and results.
+class HeadProducts:
+    """The three matrix products of a head, with sums and results in fp32 (fp64 for fp64).
 
-    A GPU multiplies narrow operands into wide results. A CPU would round the result, so there the weight is
-    widened once and every product is wide.
+    A GPU multiplies narrow operands into wide results. A CPU would round the result, so there narrow operands
+    are widened, the weight once for all chunks.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.dtype = accumulation_dtype(hidden.dtype)
-        self.is_mixed = hidden.device.type == "cuda" and hidden.dtype != self.dtype
-        self.narrow = hidden.dtype
-        self.weight = weight if self.is_mixed else weight.to(self.dtype)
+    def __init__(self, weight: Tensor) -> None:
+        self.wide = accumulation_dtype(weight.dtype)
+        self.is_mixed = weight.device.type == "cuda" and weight.dtype != self.wide
+        self.weight = weight if self.is_mixed else weight.to(self.wide)
 
-    def _operand(self, x: Tensor) -> Tensor:
-        return x.to(self.narrow) if self.is_mixed else x.to(self.dtype)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> [n, V]"""
+        return self._product(hidden, self.weight)
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """out <- a b"""
-        kind = {"out_dtype": self.dtype} if self.is_mixed else {}
-        return torch.mm(self._operand(a), self._operand(b), out=out, **kind)
+    def dhidden(self, dlogits: Tensor) -> Tensor:
+        """[n, V] -> [n, d]"""
+        return self._product(dlogits, self.weight.t())
 
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """total <- total + a b"""
-        kind = {"out_dtype": self.dtype} if self.is_mixed else {}
-        return torch.addmm(total, self._operand(a), self._operand(b), out=total, **kind)
+    def add_dweight(self, total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
+        """total + dlogits^T hidden, [V, d], in place where there is a total."""
+        if total is None:
+            return self._product(dlogits.t(), hidden.t())
+        if self.is_mixed:
+            narrow = self.weight.dtype
+            return torch.addmm(total, dlogits.t().to(narrow), hidden.to(narrow), out_dtype=self.wide, out=total)
+        return total.add_(self._product(dlogits.t(), hidden.t()))
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b^T"""
+        if self.is_mixed:
+            narrow = self.weight.dtype
+            return torch.mm(a.to(narrow), b.to(narrow).t(), out_dtype=self.wide)
+        return matmul_nt(a.to(self.wide), b.to(self.wide))
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
