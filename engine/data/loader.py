@@ -1,0 +1,243 @@
+"""Packs to batches: every rank forms the same packs and reads the tokens of its own.
+
+A step is a fixed number of packs of the global sequence, dealt to the ranks in turn. What a rank lacks to the same
+number of micro-batches as the others is a batch without targets. So neither the number of ranks nor a restart
+changes which documents a step holds.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.data.corpus import Corpus
+from engine.data.mixture import Mixture
+from engine.data.packing import Packer, Piece, Position, Window, max_documents
+from model.batch import IGNORE, PackedBatch
+from model.errors import InputError
+
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Everything that says what the next step holds, and what the steps before it held.
+
+    corpus, seed: what the position means something for.
+    epoch, slot, offset: where the present window begins.
+    pack: packs of that window that are behind us.
+    packs, tokens, cuts: behind us altogether; tokens without padding; cuts are pieces that begin inside a document.
+    """
+
+    corpus: str
+    seed: int
+    epoch: int = 0
+    slot: int = 0
+    offset: int = 0
+    pack: int = 0
+    packs: int = 0
+    tokens: int = 0
+    cuts: int = 0
+
+    @property
+    def window(self) -> Position:
+        return Position(self.epoch, self.slot, self.offset)
+
+
+class PackLoader:
+    """This rank's micro-batches, step by step, without end.
+
+    Args:
+        seed: of the order of documents.
+        tokens_per_pack: T, tokens of a micro-batch.
+        context: longest piece of a document.
+        packs_per_step: B, over all ranks.
+        cursor: a former loader's `cursor`, to go on behind it.
+        allow_split: whether documents may be cut where the context does not demand it, to leave no padding.
+    Attributes:
+        cursor: JSON state after the last step that was handed out.
+        wait_seconds: how long the last `next_step` waited for its data.
+    Raises:
+        InputError: a cursor of another corpus or seed, or fewer tokens in an epoch than a step holds.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        tokens_per_pack: int,
+        context: int,
+        packs_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        cursor: dict[str, Any] | None = None,
+        allow_split: bool = True,
+    ) -> None:
+        if corpus.epoch_tokens < packs_per_step * tokens_per_pack:
+            raise InputError(
+                f"An epoch of the data has {corpus.epoch_tokens} tokens, a step takes "
+                f"{packs_per_step * tokens_per_pack}. Give more data, or lower --train.batch_tokens."
+            )
+        start = _restore(cursor, corpus, seed)
+        self._corpus = corpus
+        self._packer = Packer(Mixture(corpus, seed), seed, tokens_per_pack, context, allow_split)
+        self._tokens_per_pack = tokens_per_pack
+        self._context = context
+        self._packs_per_step = packs_per_step
+        self._rank = rank
+        self._world = world
+        self._cursor = start
+        self.wait_seconds = 0.0
+        self._ready: queue.Queue[tuple[list[PackedBatch], Cursor] | BaseException] = queue.Queue(_STEPS_AHEAD)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start,), name="data", daemon=True)
+        self._thread.start()
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return asdict(self._cursor)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all tokens so far that are padding."""
+        total = self._cursor.packs * self._tokens_per_pack
+        return 1 - self._cursor.tokens / total if total else 0.0
+
+    def next_step(self) -> list[PackedBatch]:
+        """Micro-batches of the next step: ceil(B / world), on every rank."""
+        assert not self._is_closed.is_set(), "the loader is closed"
+        began = time.perf_counter()
+        outcome = self._ready.get()
+        self.wait_seconds = time.perf_counter() - began
+        if isinstance(outcome, BaseException):
+            self._ready.put(outcome)
+            raise outcome
+        batches, self._cursor = outcome
+        return batches
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._is_closed.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def _work(self, cursor: Cursor) -> None:
+        """Read ahead, in a thread of its own."""
+        try:
+            window: Window | None = None
+            while not self._is_closed.is_set():
+                packs: list[list[Piece]] = []
+                while len(packs) < self._packs_per_step:
+                    window = window or self._packer.window(cursor.window)
+                    packs.append(window.packs[cursor.pack])
+                    cursor = _behind(cursor, packs[-1])
+                    if cursor.pack == len(window.packs):
+                        cursor = replace(cursor, **window.end._asdict(), pack=0)
+                        window = None
+                self._ready.put((self._batches(packs), cursor))
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _batches(self, packs: list[list[Piece]]) -> list[PackedBatch]:
+        count = -(-self._packs_per_step // self._world)
+        return _share(self._corpus, packs, count, self._tokens_per_pack, self._context, self._rank, self._world)
+
+
+def evaluation_batches(
+    corpus: Corpus,
+    tokens_per_pack: int,
+    context: int,
+    rank: int = 0,
+    world: int = 1,
+    max_tokens: int | None = None,
+) -> Iterator[PackedBatch]:
+    """Every document of a corpus once, in batches; the same number of them on every rank.
+
+    Args:
+        max_tokens: no more than so many tokens (and the rest of a piece), of documents chosen once and for all.
+    """
+    packer = Packer(Mixture(corpus, 0), 0, tokens_per_pack, context, allow_split=False)
+    packs = packer.window(Position(), tokens=min(max_tokens or corpus.num_tokens, corpus.num_tokens)).packs
+    for first in range(0, len(packs), world):
+        yield from _share(corpus, packs[first : first + world], 1, tokens_per_pack, context, rank, world)
+
+
+def _restore(cursor: dict[str, Any] | None, corpus: Corpus, seed: int) -> Cursor:
+    if cursor is None:
+        return Cursor(corpus.fingerprint, seed)
+    restored = Cursor(**cursor)
+    if restored.corpus != corpus.fingerprint:
+        raise InputError(
+            "The checkpoint was made on other data (or other weights or held-out documents). Give the same --data, "
+            "or begin anew with --resume never."
+        )
+    if restored.seed != seed:
+        raise InputError(f"The checkpoint was made with --seed {restored.seed}, not {seed}. Give the same seed.")
+    return restored
+
+
+def _behind(cursor: Cursor, pack: list[Piece]) -> Cursor:
+    """The cursor after one more pack."""
+    return replace(
+        cursor,
+        pack=cursor.pack + 1,
+        packs=cursor.packs + 1,
+        tokens=cursor.tokens + sum(piece.length for piece in pack),
+        cuts=cursor.cuts + sum(piece.start > 0 for piece in pack),
+    )
+
+
+def _share(
+    corpus: Corpus, packs: list[list[Piece]], count: int, tokens_per_pack: int, context: int, rank: int, world: int
+) -> list[PackedBatch]:
+    """`count` batches: every `world`-th pack from `rank` on, then batches without targets."""
+    mine = packs[rank::world]
+    mine += [[]] * (count - len(mine))
+    return [build_batch(corpus, pack, tokens_per_pack, context) for pack in mine]
+
+
+def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context: int) -> PackedBatch:
+    """The tokens of a pack, pinned where there is a GPU to copy them to.
+
+    Each piece is a segment. The padding behind them is cut into segments no longer than the context, and has no
+    targets; neither has the first token of a document, nor what follows its last one.
+    """
+    tokens = np.zeros(tokens_per_pack, np.int64)
+    targets = np.full(tokens_per_pack, IGNORE, np.int64)
+    bounds = [0]
+    for piece in pack:
+        begin, end = bounds[-1], bounds[-1] + piece.length
+        # One token more than the piece, where its document goes on: the last target.
+        ids = corpus.read(piece.document, piece.start, piece.start + piece.length + 1)
+        tokens[begin:end] = ids[: piece.length]
+        targets[begin : begin + len(ids) - 1] = ids[1:]
+        bounds.append(end)
+    assert bounds[-1] <= tokens_per_pack and len(pack) <= max_documents(tokens_per_pack)
+    while bounds[-1] < tokens_per_pack:
+        bounds.append(min(bounds[-1] + context, tokens_per_pack))
+    starts = np.repeat(bounds[:-1], np.diff(bounds))
+    cu_seqlens = np.full(max_documents(tokens_per_pack) + -(-tokens_per_pack // context) + 1, tokens_per_pack, np.int32)
+    cu_seqlens[: len(bounds)] = bounds
+    return PackedBatch(
+        tokens=_tensor(tokens),
+        positions=_tensor(np.arange(tokens_per_pack) - starts),
+        cu_seqlens=_tensor(cu_seqlens),
+        targets=_tensor(targets),
+        num_documents=len(pack),
+        max_seqlen=context,
+    )
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,400 @@
+"""Raw files to prepared directories: tokenised once, in parallel, in bounded memory; killed and resumed at will.
+
+The corpus is cut into units (`units.py`). Worker processes tokenise them one at a time and commit each by itself,
+so whoever starts again after a kill goes on with the units that are missing, and the result is the same to the byte.
+A manifest, written last, says that everything is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from engine.data.encodings import count_newlines, file_stamp
+from engine.data.records import SourceFile
+from engine.data.shards import FORMAT, MANIFEST, committed_units, fingerprint, merge_index
+from engine.data.sources import Listing, ReadOptions, list_files, probe
+from engine.data.units import Unit, cut, unit_size
+from engine.data.worker import Setting, TextEncoder, receive, send, tokenise
+from engine.files import explain, sync_directory, write_durably
+from model.errors import InputError
+
+PLAN = "plan.json"
+_ROOT = Path(__file__).resolve().parents[2]
+# A worker process costs half a second and 100 MB: it must have this much to do.
+_BYTES_PER_WORKER = 4 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is.
+
+    done, total: bytes of raw files; resumed: those of `done` that an earlier run had finished.
+    documents, tokens: of this run and earlier ones.
+    seconds: since this run began.
+    """
+
+    done: int
+    total: int
+    resumed: int
+    documents: int
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Raw bytes a second in this run."""
+        return (self.done - self.resumed) / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from this run's rate; None before anything is done."""
+        return (self.total - self.done) / self.rate if self.done > self.resumed else None
+
+
+def prepare(
+    paths: Sequence[str | os.PathLike[str]],
+    tokenizer: TextEncoder,
+    out_dir: str | os.PathLike[str],
+    options: ReadOptions | None = None,
+    part: tuple[int, int] = (1, 1),
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    unit_bytes: int | None = None,
+) -> Path:
+    """Tokenise raw files into a prepared directory, or go on with one that was interrupted.
+
+    Several processes may call this with the same arguments at once: one works, the others wait for it.
+
+    Args:
+        paths: files, directories and glob patterns; each is one source, for weights.
+        out_dir: made if missing. With parts, part i writes to `out_dir/part-i-of-n`.
+        part: (i, n), i from 1: which of n independent shares of the work this call does.
+        workers: processes; by default one a core, fewer for little text. 1 works in this process.
+        progress: called from time to time, never by two threads at once.
+        unit_bytes: raw bytes of a unit of work; by default 16 MiB, more beyond 64 GiB. All parts need the same.
+    Returns:
+        the prepared directory.
+    Raises:
+        InputError: data that cannot be read, a directory that holds other data, or one that cannot be written.
+    """
+    options = options or ReadOptions()
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise InputError(f"--part {index}/{parts}: parts are numbered from 1 to {parts}.")
+    listing = list_files(paths)
+    directory = Path(out_dir) if parts == 1 else Path(out_dir) / f"part-{index:05d}-of-{parts:05d}"
+    size = unit_bytes or unit_size(listing.size)
+    plan = _plan(listing, tokenizer, options, size, part)
+    if _is_finished(directory, plan):
+        return directory
+    try:
+        (directory / "tokens").mkdir(parents=True, exist_ok=True)
+        (directory / "units").mkdir(exist_ok=True)
+        with _locked(directory):
+            if _is_finished(directory, plan):
+                return directory
+            write_durably(directory / PLAN, json.dumps(plan, ensure_ascii=False))
+            _Preparation(directory, plan, listing, tokenizer, options, part, workers, progress, size).run()
+    except OSError as error:
+        raise InputError(f"{directory}: {explain(error)}") from None
+    return directory
+
+
+def preparation_key(
+    paths: Sequence[str | os.PathLike[str]], tokenizer: TextEncoder, options: ReadOptions | None = None
+) -> str:
+    """128 bits in hex that change with the files (names, sizes, times), the tokenizer and the options.
+
+    A directory named after it holds the right data or none.
+    """
+    listing = list_files(paths)
+    plan = _plan(listing, tokenizer, options or ReadOptions(), unit_size(listing.size), (1, 1))
+    return _digest({"id": plan["id"], "stamp": plan["stamp"]})
+
+
+def wait_until_prepared(directory: str | os.PathLike[str], timeout: float | None = None) -> None:
+    """Return when another process has finished the directory.
+
+    Raises:
+        InputError: it did not within `timeout` seconds.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not (Path(directory) / MANIFEST).is_file():
+        if deadline is not None and time.monotonic() > deadline:
+            raise InputError(
+                f"{directory}: not prepared after {timeout:.0f} s. See to the process that prepares it, or run "
+                "tools/prepare.py first."
+            )
+        time.sleep(0.5)
+
+
+def _plan(
+    listing: Listing, tokenizer: TextEncoder, options: ReadOptions, size: int, part: tuple[int, int]
+) -> dict[str, Any]:
+    """What a directory is going to hold, by digests: `id` is the same on every machine and for every part."""
+    files = [(file.source, file.name, file.size) for file in listing.files]
+    facts = [FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(options), size]
+    stamp = [file_stamp(file.path) for file in listing.files]
+    return {"id": _digest(facts), "stamp": _digest(stamp), "part": list(part)}
+
+
+def _digest(value: Any) -> str:
+    return blake2b(json.dumps(value, ensure_ascii=True).encode(), digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory for this process; the lock ends with the process, however that ends."""
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_finished(directory: Path, plan: dict[str, Any]) -> bool:
+    """Whether the directory holds all of this plan.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    try:
+        found = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        raise InputError(f"{directory / PLAN}: damaged. Delete {directory} and prepare it again.") from None
+    if found != plan:
+        what = "other versions of these files" if found["id"] == plan["id"] else "other data or options"
+        raise InputError(f"{directory}: it holds a preparation of {what}. Delete it, or choose another --out.")
+    return (directory / MANIFEST).is_file()
+
+
+class _Preparation:
+    """The work that is left in one directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: dict[str, Any],
+        listing: Listing,
+        tokenizer: TextEncoder,
+        options: ReadOptions,
+        part: tuple[int, int],
+        workers: int | None,
+        progress: Callable[[Progress], None] | None,
+        unit_bytes: int,
+    ) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.listing = listing
+        self.tokenizer = tokenizer
+        self.options = options
+        self.part = part
+        self.progress = progress
+        self.unit_bytes = unit_bytes
+        work = listing.size // part[1]
+        self.workers = workers or max(1, min(len(os.sched_getaffinity(0)), work // _BYTES_PER_WORKER))
+        largest = max(tokenizer.vocab_size - 1, tokenizer.eos_id, tokenizer.bos_id or 0)
+        self.setting = Setting(directory, options, "<u2" if largest < 1 << 16 else "<u4")
+        self.began = time.monotonic()
+        self.done = self.resumed = self.documents = self.tokens = 0
+        self.lock = threading.Lock()
+
+    def run(self) -> None:
+        for leftover in (self.directory / "tokens").glob(".*.tmp"):
+            leftover.unlink()
+        self.files = [probe(file, self.options) for file in self.listing.files]
+        self._save_tokenizer()
+        self.committed = committed_units(self.directory)
+        self.sizes: dict[int, int] = {}
+        jobs = self._jobs()
+        if self.workers == 1:
+            for unit in jobs:
+                facts = tokenise(unit, self._files_of(unit), self.tokenizer, self.setting)
+                self._report(unit, facts)
+        else:
+            self._run_workers(jobs)
+        self._finish()
+
+    def _jobs(self) -> Iterator[Unit]:
+        """Units of this part that are still to be done."""
+        index, parts = self.part
+
+        def is_wanted(unit: int) -> bool:
+            return unit % parts == index - 1 and unit not in self.committed
+
+        for unit in cut(self.files, self.options, self.unit_bytes, is_wanted):
+            if unit.index % parts != index - 1:
+                self._advance(unit.size, is_resumed=True)
+            elif unit.index in self.committed:
+                facts = json.loads(self.committed[unit.index].read_text(encoding="utf-8"))
+                self._advance(unit.size, facts, is_resumed=True)
+            else:
+                yield unit
+
+    def _files_of(self, unit: Unit) -> dict[int, SourceFile]:
+        return {segment.file: self.files[segment.file] for segment in unit.segments}
+
+    def _run_workers(self, jobs: Iterator[Unit]) -> None:
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def drive(worker: subprocess.Popen[bytes]) -> None:
+            jobs_in, answers = cast(BinaryIO, worker.stdin), cast(BinaryIO, worker.stdout)
+            try:
+                send(jobs_in, (self.setting, self.tokenizer))
+                while True:
+                    with self.lock:
+                        unit = next(jobs, None)
+                    if unit is None:
+                        jobs_in.close()
+                        return
+                    send(jobs_in, (unit, self._files_of(unit)))
+                    kind, answer = receive(answers)
+                    if kind == "refused":
+                        raise InputError(answer)
+                    if kind == "system":
+                        raise answer
+                    assert kind == "done", answer
+                    with self.lock:
+                        self._report(unit, answer)
+            except (EOFError, BrokenPipeError):
+                code = worker.wait()
+                raise InputError(
+                    f"A tokenising process ended with code {code}, perhaps for lack of memory. Start again with "
+                    "fewer --workers; what is finished is kept."
+                ) from None
+
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RAYON_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "engine.data.worker"]
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for _ in range(self.workers):
+                processes.append(
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                )
+            for outcome in [pool.submit(drive, worker) for worker in processes]:
+                outcome.result()
+        finally:
+            for worker in processes:
+                worker.kill()
+                worker.wait()
+            pool.shutdown()
+
+    def _report(self, unit: Unit, facts: dict[str, Any]) -> None:
+        self._advance(unit.size, facts, is_resumed=False)
+        if self.progress is not None:
+            seconds = time.monotonic() - self.began
+            self.progress(Progress(self.done, self.listing.size, self.resumed, self.documents, self.tokens, seconds))
+
+    def _advance(self, size: int, facts: dict[str, Any] | None = None, *, is_resumed: bool) -> None:
+        self.done += size
+        self.resumed += size * is_resumed
+        if facts is not None:
+            self.documents += facts["documents"]
+            self.tokens += facts["tokens"]
+
+    def _save_tokenizer(self) -> None:
+        target = self.directory / "tokenizer"
+        if not target.is_dir():
+            beside = self.directory / ".tokenizer.tmp"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.tokenizer.save(beside)
+            os.replace(beside, target)
+            sync_directory(self.directory)
+
+    def _finish(self) -> None:
+        """Join the units' indexes, lists and counts; the manifest makes the directory complete."""
+        paths = committed_units(self.directory)
+        units = [json.loads(paths[unit].read_text(encoding="utf-8")) for unit in sorted(paths)]
+        merge_index(self.directory, units)
+        files = self._per_file(units)
+        rejects = self._rejects(units)
+        _write_lines(self.directory / "files.jsonl", files)
+        _write_lines(self.directory / "rejects.jsonl", rejects)
+        manifest = {
+            "format": FORMAT,
+            "plan": self.plan["id"],
+            "part": list(self.part),
+            "fingerprint": fingerprint(self.tokenizer.fingerprint, [unit["digest"] for unit in units]),
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "dtype": self.setting.dtype,
+            "options": dataclasses.asdict(self.options),
+            "sources": list(self.listing.paths),
+            "ignored_files": self.listing.ignored,
+            **{name: sum(unit[name] for unit in units) for name in ("documents", "tokens")},
+            **{name: sum(file[name] for file in files) for name in ("characters", "rejected", "short", "divided")},
+            "encodings": _count(file["encoding"] for file in files),
+            "units": [self._unit_entry(unit) for unit in units],
+        }
+        write_durably(self.directory / MANIFEST, json.dumps(manifest, ensure_ascii=False))
+        shutil.rmtree(self.directory / "units", ignore_errors=True)
+
+    def _unit_entry(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest keeps of a unit; `sources` counts its documents by source, in order."""
+        entry = {name: unit[name] for name in ("unit", "documents", "tokens", "digest", "tokens_digest")}
+        sources: dict[int, int] = {}
+        for file in unit["files"]:
+            source = self.files[file["file"]].source
+            sources[source] = sources.get(source, 0) + file["documents"]
+        return {**entry, "sources": sorted(sources.items())}
+
+    def _per_file(self, units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        totals: dict[int, dict[str, int]] = {}
+        for unit in units:
+            for numbers in unit["files"]:
+                total = totals.setdefault(numbers["file"], {})
+                for name, number in numbers.items():
+                    total[name] = number if name == "file" else total.get(name, 0) + number
+        lines = []
+        for index in sorted(totals):
+            file = self.files[index]
+            kind = {"format": file.format, "encoding": file.encoding or "utf-8", "document": file.document or "record"}
+            counts = {name: number for name, number in totals[index].items() if name != "file"}
+            lines.append({"file": file.path, "source": file.source, **kind, **counts})
+        return lines
+
+    def _rejects(self, units: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Refused records with lines counted from their file's beginning, in one pass over each such file."""
+        rejects = [reject for unit in units for reject in unit["rejects"]]
+        rejects.sort(key=lambda reject: (reject["file"], reject["start"], reject["line"]))
+        file, position, lines = -1, 0, 0
+        for reject in rejects:
+            path = self.files[reject["file"]].path
+            if reject["file"] != file:
+                file, position, lines = reject["file"], 0, 0
+            lines += count_newlines(path, reject["start"], position)
+            position = reject["start"]
+            yield {"file": path, "line": lines + reject["line"], "reason": reject["reason"]}
+
+
+def _count(values: Iterator[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _write_lines(path: Path, records: Any) -> None:
+    write_durably(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
