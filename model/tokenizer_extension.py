@@ -30,6 +30,7 @@ from model.tokenizer_sentencepiece import (
     merge_order,
     read_sentencepiece,
 )
+from model.tokenizer_training import train_sentencepiece
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,23 @@ def _is_emitted_after_prefix(merger: PieceMerger, piece: str, added: dict[str, N
     return merger(SPACE + piece)[-1] == piece
 
 
-def domain_candidates(domain_model: bytes, lines: Sequence[str], known: PieceMerger) -> list[str]:
+def domain_pieces(
+    base: str | Path, lines: Sequence[str], vocab_size: int, character_coverage: float = 0.9999
+) -> list[str]:
+    """Candidates for `extend_tokenizer`: what a tokenizer trained on `lines` has and `base` lacks, the best first.
+
+    Args:
+        lines: text of the domain, from `sample_lines`.
+        vocab_size: of the extended tokenizer; about so many pieces are learnt beside the characters of the text.
+    """
+    base = Path(base)
+    known = PieceMerger(merge_order(_matching_proto(base, Tokenizer.load(base))))
+    characters: set[str] = set().union(*lines)
+    model = train_sentencepiece(lines, vocab_size + len(characters) + 260, character_coverage, is_limit_soft=True)
+    return rank_candidates(model, lines, known)
+
+
+def rank_candidates(domain_model: bytes, lines: Sequence[str], known: PieceMerger) -> list[str]:
     """Pieces of a domain's own tokenizer that a base lacks, by the tokens that each would save on `lines`.
 
     A merge saves one token each time it is made; a character that the base spells in bytes saves all but one.

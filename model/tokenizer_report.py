@@ -46,6 +46,32 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerReport:
     return report
 
 
+class HeldOutLines:
+    """Passes texts through without every `every`-th line, and keeps those lines to measure on.
+
+    lines: the held-out lines, filled while the texts are read; once they hold `max_characters`, no more are taken.
+    """
+
+    def __init__(self, texts: Iterable[str], every: int = 50, max_characters: int = 1_000_000) -> None:
+        self._texts = texts
+        self._every = every
+        self._room = max_characters
+        self.lines: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        number = 0
+        for text in self._texts:
+            kept = []
+            for line in text.splitlines(keepends=True):
+                number += bool(line.strip())
+                if line.strip() and number % self._every == 0 and len(line) <= self._room:
+                    self.lines.append(line)
+                    self._room -= len(line)
+                else:
+                    kept.append(line)
+            yield "".join(kept)
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     held = 0

@@ -60,7 +60,7 @@ def train_tokenizer(
     """
     lines, sample = sample_lines(texts, max_characters, seed)
     model = train_sentencepiece(lines, vocab_size, character_coverage)
-    Tokenizer.from_sentencepiece(model, {"model_max_length": int(1e30)}).save(directory)
+    Tokenizer.from_sentencepiece(model, {}).save(directory)
     return sample
 
 
