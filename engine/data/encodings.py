@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +49,18 @@ _BINARY = {
 _DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
+def open_raw(path: str | Path) -> BinaryIO:
+    """A user's file, for reading.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check its name and its permissions.") from None
+
+
 def codec_of(encoding: str) -> str:
     """Python's codec for an encoding that `detect_encoding` reports."""
     return "gb18030" if encoding == "gbk" else encoding
@@ -65,7 +76,7 @@ class Stream:
     """
 
     def __init__(self, path: str, compression: str, encoding: str) -> None:
-        self._raw = open(path, "rb")  # noqa: SIM115  closed by close()
+        self._raw = open_raw(path)
         self._path = path
         stream = _decompress(self._raw, path, compression)
         self.codec = codec_of(encoding)
@@ -292,15 +303,9 @@ def _reads_as_chinese(sample: bytes) -> bool:
 def count_newlines(path: str | Path, end: int, start: int = 0) -> int:
     """Newlines in bytes [start, end) of an uncompressed file."""
     count = 0
-    with open(path, "rb") as file:
+    with open_raw(path) as file:
         file.seek(start)
         while start < end and (chunk := file.read(min(SAMPLE_BYTES, end - start))):
             count += chunk.count(b"\n")
             start += len(chunk)
     return count
-
-
-def file_stamp(path: str | Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns

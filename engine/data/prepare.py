@@ -17,23 +17,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from engine.data.encodings import count_newlines, file_stamp
+from engine.data.encodings import count_newlines
 from engine.data.records import SourceFile
-from engine.data.shards import FORMAT, MANIFEST, committed_units, fingerprint, merge_index
+from engine.data.shards import FORMAT, MANIFEST, PLAN, committed_units, fingerprint, merge_index, rejects_path
 from engine.data.sources import Listing, ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
 from engine.data.worker import Setting, TextEncoder, receive, send, tokenise
 from engine.files import explain, sync_directory, write_durably
 from model.errors import InputError
 
-PLAN = "plan.json"
 _ROOT = Path(__file__).resolve().parents[2]
 # A worker process costs half a second and 100 MB: it must have this much to do.
 _BYTES_PER_WORKER = 4 << 20
@@ -92,7 +91,7 @@ def prepare(
     Raises:
         InputError: data that cannot be read, a directory that holds other data, or one that cannot be written.
     """
-    options = options or ReadOptions()
+    options = _plain(options)
     index, parts = part
     if not 1 <= index <= parts:
         raise InputError(f"--part {index}/{parts}: parts are numbered from 1 to {parts}.")
@@ -123,7 +122,7 @@ def preparation_key(
     A directory named after it holds the right data or none.
     """
     listing = list_files(paths)
-    plan = _plan(listing, tokenizer, options or ReadOptions(), unit_size(listing.size), (1, 1))
+    plan = _plan(listing, tokenizer, _plain(options), unit_size(listing.size), (1, 1))
     return _digest({"id": plan["id"], "stamp": plan["stamp"]})
 
 
@@ -143,14 +142,25 @@ def wait_until_prepared(directory: str | os.PathLike[str], timeout: float | None
         time.sleep(0.5)
 
 
+def _plain(options: ReadOptions | None) -> ReadOptions:
+    """The reading options alone, of whatever recipe they are part: nothing else may change a preparation."""
+    names = [field.name for field in dataclasses.fields(ReadOptions)]
+    return ReadOptions(**{name: getattr(options, name) for name in names}) if options else ReadOptions()
+
+
 def _plan(
     listing: Listing, tokenizer: TextEncoder, options: ReadOptions, size: int, part: tuple[int, int]
 ) -> dict[str, Any]:
     """What a directory is going to hold, by digests: `id` is the same on every machine and for every part."""
     files = [(file.source, file.name, file.size) for file in listing.files]
     facts = [FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(options), size]
-    stamp = [file_stamp(file.path) for file in listing.files]
-    return {"id": _digest(facts), "stamp": _digest(stamp), "part": list(part)}
+    return {"id": _digest(facts), "stamp": _stamp(listing), "part": list(part)}
+
+
+def _stamp(listing: Listing) -> str:
+    """Changes when a file does: sizes in bytes and times of change in nanoseconds."""
+    status = [os.stat(file.path) for file in listing.files]
+    return _digest([(entry.st_size, entry.st_mtime_ns) for entry in status])
 
 
 def _digest(value: Any) -> str:
@@ -215,8 +225,9 @@ class _Preparation:
         self.lock = threading.Lock()
 
     def run(self) -> None:
-        for leftover in (self.directory / "tokens").glob(".*.tmp"):
-            leftover.unlink()
+        for folder in ("tokens", "units"):
+            for leftover in (self.directory / folder).glob(".*"):
+                leftover.unlink()
         self.files = [probe(file, self.options) for file in self.listing.files]
         self._save_tokenizer()
         self.committed = committed_units(self.directory)
@@ -292,7 +303,8 @@ class _Preparation:
                 processes.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
                 )
-            for outcome in [pool.submit(drive, worker) for worker in processes]:
+            outcomes = [pool.submit(drive, worker) for worker in processes]
+            for outcome in wait(outcomes, return_when=FIRST_EXCEPTION).done:
                 outcome.result()
         finally:
             for worker in processes:
@@ -324,6 +336,11 @@ class _Preparation:
 
     def _finish(self) -> None:
         """Join the units' indexes, lists and counts; the manifest makes the directory complete."""
+        if _stamp(self.listing) != self.plan["stamp"]:
+            raise InputError(
+                f"A file of {', '.join(self.listing.paths)} changed while it was being prepared. Delete "
+                f"{self.directory} and prepare it again."
+            )
         paths = committed_units(self.directory)
         units = [json.loads(paths[unit].read_text(encoding="utf-8")) for unit in sorted(paths)]
         merge_index(self.directory, units)
@@ -341,7 +358,7 @@ class _Preparation:
             "eos_id": self.tokenizer.eos_id,
             "dtype": self.setting.dtype,
             "options": dataclasses.asdict(self.options),
-            "sources": list(self.listing.paths),
+            "sources": [_printable(path) for path in self.listing.paths],
             "ignored_files": self.listing.ignored,
             **{name: sum(unit[name] for unit in units) for name in ("documents", "tokens")},
             **{name: sum(file[name] for file in files) for name in ("characters", "rejected", "short", "divided")},
@@ -372,21 +389,26 @@ class _Preparation:
             file = self.files[index]
             kind = {"format": file.format, "encoding": file.encoding or "utf-8", "document": file.document or "record"}
             counts = {name: number for name, number in totals[index].items() if name != "file"}
-            lines.append({"file": file.path, "source": file.source, **kind, **counts})
+            lines.append({"file": _printable(file.path), "source": file.source, **kind, **counts})
         return lines
 
     def _rejects(self, units: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Refused records with lines counted from their file's beginning, in one pass over each such file."""
-        rejects = [reject for unit in units for reject in unit["rejects"]]
-        rejects.sort(key=lambda reject: (reject["file"], reject["start"], reject["line"]))
         file, position, lines = -1, 0, 0
-        for reject in rejects:
-            path = self.files[reject["file"]].path
-            if reject["file"] != file:
-                file, position, lines = reject["file"], 0, 0
-            lines += count_newlines(path, reject["start"], position)
-            position = reject["start"]
-            yield {"file": path, "line": lines + reject["line"], "reason": reject["reason"]}
+        for unit in units:
+            with open(rejects_path(self.directory, unit["unit"]), encoding="utf-8") as stream:
+                for reject in map(json.loads, stream):
+                    path = self.files[reject["file"]].path
+                    if reject["file"] != file:
+                        file, position, lines = reject["file"], 0, 0
+                    lines += count_newlines(path, reject["start"], position)
+                    position = reject["start"]
+                    yield {"file": _printable(path), "line": lines + reject["line"], "reason": reject["reason"]}
+
+
+def _printable(path: str) -> str:
+    """A file's name with bytes that are no UTF-8 spelt out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _count(values: Iterator[str]) -> dict[str, int]:
@@ -396,5 +418,11 @@ def _count(values: Iterator[str]) -> dict[str, int]:
     return counts
 
 
-def _write_lines(path: Path, records: Any) -> None:
-    write_durably(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

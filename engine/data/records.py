@@ -108,17 +108,15 @@ def read_stream(
         yield from _divide(_table(stream, file, fields), longest)
 
 
-def check_first_records(file: SourceFile, fields: Sequence[str], end: int | None = None) -> None:
+def check_first_records(file: SourceFile, fields: Sequence[str]) -> None:
     """Refuse a file none of whose first records has a text.
 
-    Args:
-        end: read no further than this byte of a seekable file.
     Raises:
         InputError: names the first record's line and what it holds.
     """
     if file.format == "text":
         return
-    records = list(itertools.islice(read_records(file, fields, LONGEST_RECORD, 0, end), _PROBED_RECORDS))
+    records = list(itertools.islice(read_records(file, fields, LONGEST_RECORD), _PROBED_RECORDS))
     if records and all(record.text is None for record in records):
         first = records[0]
         raise InputError(

@@ -28,7 +28,8 @@ from engine.files import sync_directory, sync_file, write_durably
 from model.errors import InputError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = "prepared.json"
+PLAN = "plan.prepared.json"
 INDEX = ("offsets", "hashes", "characters")
 # Open shards are bounded: a process may hold 1024 files by default.
 _OPEN_SHARDS = 256
@@ -48,6 +49,10 @@ def token_path(directory: Path, unit: int) -> Path:
     return directory / "tokens" / f"{unit:08d}.bin"
 
 
+def rejects_path(directory: Path, unit: int) -> Path:
+    return directory / "units" / f"{unit:08d}.rejects"
+
+
 class UnitWriter:
     """Writes one unit's tokens as they come, and commits them with their index by a marker written last."""
 
@@ -58,6 +63,8 @@ class UnitWriter:
         self._path = token_path(directory, unit)
         self._beside = self._path.with_name(f".{unit:08d}.{os.getpid()}.tmp")
         self._tokens = open(self._beside, "wb")  # noqa: SIM115  closed by commit() or abandon()
+        self._rejects_beside = directory / "units" / f".{unit:08d}.{os.getpid()}.rejects"
+        self._rejects = open(self._rejects_beside, "w", encoding="utf-8")  # noqa: SIM115
         self._digest = blake2b(digest_size=16)
         self._lengths: list[int] = []
         self._characters: list[int] = []
@@ -77,17 +84,23 @@ class UnitWriter:
         self._characters.append(characters)
         self._hashes += digest
 
-    def commit(self, facts: dict[str, Any], rejects: list[dict[str, Any]]) -> dict[str, Any]:
+    def reject(self, record: dict[str, Any]) -> None:
+        """Note a record that was refused."""
+        self._rejects.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Make the unit durable. Returns its facts, completed."""
-        self._tokens.flush()
-        os.fsync(self._tokens.fileno())
-        self._tokens.close()
+        for file in (self._tokens, self._rejects):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         os.replace(self._beside, self._path)
         sync_directory(self._path.parent)
+        os.replace(self._rejects_beside, rejects_path(self._directory, self._unit))
         lengths = np.array(self._lengths, "<u4")
         hashes = np.frombuffer(bytes(self._hashes), "<u8").reshape(-1, 2)
         stem = self._directory / "units" / f"{self._unit:08d}"
-        beside = stem.with_name(f".{self._unit:08d}.{os.getpid()}.npz")
+        beside = stem.with_name(f".{self._unit:08d}.{os.getpid()}.npz")  # savez appends this suffix where it is missing
         np.savez(beside, lengths=lengths, hashes=hashes, characters=np.array(self._characters, "<u4"))
         sync_file(beside)
         os.replace(beside, stem.with_suffix(".npz"))
@@ -100,16 +113,16 @@ class UnitWriter:
             "digest": digest,
             "tokens_digest": self._digest.hexdigest(),
             **facts,
-            "rejects": rejects,
         }
         write_durably(stem.with_suffix(".json"), json.dumps(facts, ensure_ascii=False))
         return facts
 
     def abandon(self) -> None:
         """Remove what was written of a unit that failed."""
-        self._tokens.close()
-        with suppress(OSError):
-            self._beside.unlink()
+        for file, path in ((self._tokens, self._beside), (self._rejects, self._rejects_beside)):
+            with suppress(OSError):
+                file.close()
+                path.unlink()
 
 
 def committed_units(directory: Path) -> dict[int, Path]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from engine.data.encodings import SAMPLE_BYTES, Encoding, Stream, detect_encoding
 from engine.data.records import Document, Format, Record, SourceFile, check_first_records, read_records
+from engine.data.shards import PLAN
 from model.errors import InputError
 
 FORMATS: dict[str, Format] = {
@@ -57,6 +58,14 @@ class ReadOptions:
             raise InputError(f"--data.min_characters is {self.min_characters}. Use at least 1.")
         if self.max_characters < 1000:
             raise InputError(f"--data.max_characters is {self.max_characters}. Use at least 1000.")
+
+
+@dataclass
+class DataOptions(ReadOptions):
+    """Which files, and how they are read."""
+
+    paths: list[str] = field(default_factory=list)
+    """files, directories or glob patterns of raw text, or prepared directories"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,9 @@ def _expand(argument: str) -> Iterator[tuple[str, str]]:
                 folders.clear()
                 continue
             visited.add(real)
+            if PLAN in names:  # what an earlier preparation made is no raw text
+                folders.clear()
+                continue
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         for file in sorted(found, key=lambda file: file.parts):

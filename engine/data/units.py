@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from engine.data.encodings import SAMPLE_BYTES, Stream
+from engine.data.encodings import SAMPLE_BYTES, Stream, open_raw
 from engine.data.records import Record, SourceFile, open_parquet, read_stream
 from engine.data.sources import ReadOptions
 
@@ -97,7 +97,7 @@ def _ranges(index: int, file: SourceFile, size: int) -> Iterator[tuple[Segment, 
 
 def _record_end(file: SourceFile, offset: int) -> int:
     """The first end of a record at or after byte `offset`."""
-    with open(file.path, "rb") as stream:
+    with open_raw(file.path) as stream:
         # A record that ends just before `offset` ends there, so the line that holds the byte before is read on.
         stream.seek(offset - 1)
         while line := stream.readline(SAMPLE_BYTES):
@@ -114,7 +114,7 @@ def _record_end(file: SourceFile, offset: int) -> int:
 def _begins_line(file: SourceFile, position: int) -> bool:
     if position == 0:
         return True
-    with open(file.path, "rb") as stream:
+    with open_raw(file.path) as stream:
         stream.seek(position - 1)
         return stream.read(1) == b"\n"
 

@@ -13,7 +13,7 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -68,16 +68,15 @@ def tokenise(unit: Unit, files: Mapping[int, SourceFile], tokenizer: TextEncoder
     dtype = np.dtype(setting.dtype)
     begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     found: dict[int, dict[str, int]] = {}
-    rejects: list[dict[str, Any]] = []
     writer = UnitWriter(setting.directory, unit.index, dtype)
     try:
-        for batch in _batches(_documents(unit, files, setting.options, found, rejects)):
+        for batch in _batches(_documents(unit, files, setting.options, found, writer.reject)):
             for record, ids in zip(batch, tokenizer.encode_batch([record.text for record in batch]), strict=True):  # type: ignore[misc]
                 assert record.text is not None
                 whole = [*(begin if record.is_first else []), *ids, *([tokenizer.eos_id] if record.is_last else [])]
                 writer.add(np.array(whole, dtype), len(record.text), text_hash(record.text))
         counts = [{"file": file, **numbers} for file, numbers in sorted(found.items())]
-        return writer.commit({"files": counts}, rejects)
+        return writer.commit({"files": counts})
     except BaseException:
         writer.abandon()
         raise
@@ -88,7 +87,7 @@ def _documents(
     files: Mapping[int, SourceFile],
     options: ReadOptions,
     found: dict[int, dict[str, int]],
-    rejects: list[dict[str, Any]],
+    reject: Callable[[dict[str, Any]], None],
 ) -> Iterator[Record]:
     """Usable records; the others are counted."""
     for segment in unit.segments:
@@ -102,7 +101,7 @@ def _documents(
                 if options.on_error == "fail":
                     raise malformed(file.path, record.line + count_newlines(file.path, start), record.reason)
                 numbers["rejected"] += 1
-                rejects.append({"file": segment.file, "start": start, "line": record.line, "reason": record.reason})
+                reject({"file": segment.file, "start": start, "line": record.line, "reason": record.reason})
             elif is_short(record, options):
                 numbers["short"] += 1
             else:

@@ -1,0 +1,250 @@
+"""What is in raw files or prepared directories, before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.corpus import Store, open_corpus
+from engine.data.prepare import Progress
+from engine.data.records import read_records
+from engine.data.shards import is_prepared, text_hash
+from engine.data.sources import ReadOptions, is_short, list_files, malformed, probe, settle
+from engine.data.worker import TextEncoder
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+
+_EXAMPLES = 5
+_SAMPLE_CHARACTERS = 200
+_BAR = 40  # characters of the longest bar
+_SCAN = 1 << 20
+
+
+@dataclass
+class Report:
+    """Facts about a corpus; duplicates are counted in documents, and so is everything else but characters and tokens.
+
+    files, encodings, formats: files of each kind.
+    lengths: of each document, in tokens if there is a tokenizer, else in characters: [documents].
+    tokens: with bos and eos as they are stored; None without a tokenizer.
+    short: dropped for too few characters. divided: longer than the longest that is stored in one piece.
+    reasons: of rejects, with numbers left out; examples: some of them, as "file:line: reason".
+    held_out, overlap: documents of the held-out files, and how many of their texts are also here; None without.
+    sample: beginning of a document, after a round through the tokenizer where there is one.
+    """
+
+    files: int = 0
+    ignored_files: int = 0
+    encodings: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+    characters: int = 0
+    tokens: int | None = None
+    duplicates: int = 0
+    short: int = 0
+    divided: int = 0
+    rejected: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    held_out: int | None = None
+    overlap: int | None = None
+    sample: str = ""
+
+    def reject(self, file: str, line: int, reason: str) -> None:
+        self.rejected += 1
+        self.reasons[re.sub(r"\d+", "N", reason)] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(f"{file}:{line}: {reason}")
+
+
+def check(
+    paths: Sequence[str],
+    tokenizer: TextEncoder | None = None,
+    options: ReadOptions | None = None,
+    held_out: Sequence[str] = (),
+    verify: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Read a corpus through and report on it.
+
+    Args:
+        paths: raw files, directories and globs, or prepared directories; not both.
+        tokenizer: to count tokens of raw files; prepared directories have theirs.
+        held_out: raw or prepared, to be looked for in `paths`.
+        verify: compare every byte of prepared shards with what was written.
+    Raises:
+        InputError: as `prepare` and `open_corpus`.
+    """
+    options = options or ReadOptions()
+    if all(map(is_prepared, paths)) and paths:
+        report, hashes = _check_prepared(paths, verify)
+    else:
+        for path in filter(is_prepared, paths):
+            raise InputError(
+                f"{path}: prepared, beside raw files. Check prepared directories and raw files separately."
+            )
+        report, hashes = _check_raw(paths, tokenizer, options, progress)
+    if held_out:
+        other = _hashes_of(held_out, options)
+        report.held_out = len(other)
+        report.overlap = int(np.isin(_keys(other), _keys(hashes)).sum())
+    return report
+
+
+def _check_prepared(paths: Sequence[str], verify: bool) -> tuple[Report, np.ndarray]:
+    corpus = open_corpus(paths)
+    store = corpus.store
+    report = Report(documents=len(store), tokens=store.num_tokens, duplicates=corpus.num_duplicates)
+    # Every part knows of all files that are of no known kind; each says what it found in the others.
+    for prepared in store.prepared:
+        if verify:
+            prepared.verify()
+        manifest = prepared.manifest
+        report.ignored_files = max(report.ignored_files, manifest["ignored_files"])
+        report.characters += manifest["characters"]
+        report.short += manifest["short"]
+        report.divided += manifest["divided"]
+        for line in _json_lines(prepared.directory / "files.jsonl"):
+            report.files += 1
+            report.encodings[line["encoding"]] += 1
+            report.formats[line["format"]] += 1
+        for line in _json_lines(prepared.directory / "rejects.jsonl"):
+            report.reject(line["file"], line["line"], line["reason"])
+    report.lengths = np.concatenate(
+        [store.lengths(np.arange(first, min(first + _SCAN, len(store)))) for first in range(0, len(store), _SCAN)]
+    )
+    tokenizer = Tokenizer.load(store.prepared[0].directory / "tokenizer")
+    report.sample = tokenizer.decode(store.read(0, 0, _SAMPLE_CHARACTERS).tolist(), skip_special=True)[
+        :_SAMPLE_CHARACTERS
+    ]
+    return report, _stored_hashes(store)
+
+
+def _json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _check_raw(
+    paths: Sequence[str],
+    tokenizer: TextEncoder | None,
+    options: ReadOptions,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Report, np.ndarray]:
+    listing = list_files(paths)
+    report = Report(files=len(listing.files), ignored_files=listing.ignored, tokens=None if tokenizer is None else 0)
+    hashes, lengths = bytearray(), array("I")
+    began, done = time.monotonic(), 0
+    for listed in listing.files:
+        file = probe(listed, options)
+        report.encodings[file.encoding or "utf-8"] += 1
+        report.formats[file.format] += 1
+        for record in read_records(file, options.fields, options.max_characters):
+            record = settle(record, options)
+            if record.text is None:
+                if options.on_error == "fail":
+                    raise malformed(file.path, record.line, record.reason)
+                report.reject(file.path, record.line, record.reason)
+            elif is_short(record, options):
+                report.short += 1
+            else:
+                report.documents += 1
+                report.characters += len(record.text)
+                report.divided += record.is_first and not record.is_last
+                hashes += text_hash(record.text)
+                lengths.append(_length(record.text, report, tokenizer))
+        done += file.size
+        if progress is not None:
+            progress(Progress(done, listing.size, 0, report.documents, report.tokens or 0, time.monotonic() - began))
+    report.lengths = np.array(lengths, np.int64)
+    found = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
+    report.duplicates = len(found) - len(np.unique(_keys(found)))
+    return report, found
+
+
+def _length(text: str, report: Report, tokenizer: TextEncoder | None) -> int:
+    """Tokens of a document, or its characters; adds to the report what is counted by the way."""
+    if tokenizer is None:
+        report.sample = report.sample or text[:_SAMPLE_CHARACTERS]
+        return len(text)
+    (ids,) = tokenizer.encode_batch([text])
+    if not report.sample and isinstance(tokenizer, Tokenizer):
+        report.sample = tokenizer.decode(ids[:_SAMPLE_CHARACTERS])[:_SAMPLE_CHARACTERS]
+    length = len(ids) + tokenizer.add_bos + 1
+    report.tokens = (report.tokens or 0) + length
+    return length
+
+
+def _hashes_of(paths: Sequence[str], options: ReadOptions) -> np.ndarray:
+    if all(map(is_prepared, paths)):
+        return _stored_hashes(open_corpus(paths).store)
+    return _check_raw(paths, None, options, None)[1]
+
+
+def _stored_hashes(store: Store) -> np.ndarray:
+    return store.hashes(0, len(store))
+
+
+def _keys(hashes: np.ndarray) -> np.ndarray:
+    """[N, 2] halves as one value each, in an order of their own."""
+    return np.ascontiguousarray(hashes).view([("high", "<u8"), ("low", "<u8")]).ravel()
+
+
+def render(report: Report) -> str:
+    """The report as a page of text."""
+    unit = "characters" if report.tokens is None else "tokens"
+    rows = [
+        (
+            "files",
+            f"{report.files:,} ({_counts(report.formats)})"
+            + _unless_zero(report.ignored_files, "of other kinds ignored"),
+        ),
+        ("encodings", _counts(report.encodings)),
+        ("documents", f"{report.documents:,}" + _unless_zero(report.divided, "stored in several pieces")),
+        ("characters", f"{report.characters:,}"),
+    ]
+    if report.tokens is not None:
+        rows.append(("tokens", f"{report.tokens:,} ({report.characters / max(1, report.tokens):.3f} characters each)"))
+    rows += [
+        ("duplicates", f"{report.duplicates:,} documents repeat an earlier one and are trained on once"),
+        ("too short", f"{report.short:,}"),
+        ("rejected", f"{report.rejected:,}"),
+        *(("", f"{count:,} x {reason}") for reason, count in report.reasons.most_common(_EXAMPLES)),
+        *(("", f"e.g. {example}") for example in report.examples[:_EXAMPLES]),
+    ]
+    if report.held_out is not None:
+        rows.append(("held out", f"{report.held_out:,} documents, {report.overlap:,} of them also to be trained on"))
+    lines = [f"{name:<12}{value}" for name, value in rows]
+    if report.documents:
+        lines += ["", *_histogram(report.lengths, unit), "", "The first document begins:", report.sample]
+    return "\n".join(lines)
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counter.most_common())
+
+
+def _unless_zero(count: int, what: str) -> str:
+    return f", {count:,} {what}" if count else ""
+
+
+def _histogram(lengths: np.ndarray, unit: str) -> list[str]:
+    """A bar for each doubling of the length."""
+    middle, high = np.percentile(lengths, [50, 95])
+    lines = [
+        f"Length in {unit}: median {middle:,.0f}, mean {lengths.mean():,.0f}, 95% below {high:,.0f}, "
+        f"longest {lengths.max():,}"
+    ]
+    counts = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
+    for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
+        bar = "█" * round(_BAR * counts[power] / counts.max())
+        lines.append(f"{2**power:>11,} –{2 ** (power + 1) - 1:>11,} {counts[power]:>11,} {bar}")
+    return lines
