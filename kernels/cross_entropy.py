@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE
+from kernels.vocabulary import IGNORE, log_softmax_
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -23,9 +23,9 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, z_loss: float = 0.0
 
 
 def _cross_entropy_fwd(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    labels = targets.clamp_min(0).unsqueeze(1)
-    nll = -torch.log_softmax(logits, dim=-1, dtype=accumulation_dtype(logits.dtype)).gather(1, labels).squeeze(1)
-    lse = nll + logits.gather(1, labels).squeeze(1)
+    x = logits.to(accumulation_dtype(logits.dtype), copy=True)
+    lse = log_softmax_(x)
+    nll = -x.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1)
     return (nll + z_loss * lse.square()).where(targets != IGNORE, 0), lse
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, pick, put_back
+from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, log_softmax_, pick, put_back
 
 
 def linear_cross_entropy_reference(
@@ -49,10 +49,8 @@ def _linear_cross_entropy(
     dweight = None
     for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
         x = products.logits(picked[part])
-        target_logit = x.gather(1, labels[part]).squeeze(1)
-        torch.log_softmax(x, dim=-1, out=x)
+        lse[part] = log_softmax_(x)
         nll[part] = -x.gather(1, labels[part]).squeeze(1)
-        lse[part] = target_logit + nll[part]
         if with_grad:
             row_scale = scale[part] * (1 + 2 * z_loss * lse[part])
             dx = x.exp_().mul_(row_scale.unsqueeze(1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, pick, put_back
+from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, log_softmax_, pick, put_back
 
 
 def linear_logprob_reference(
@@ -47,10 +47,8 @@ def _linear_logprob_fwd(
         x = products.logits(picked[part])
         if temperature is not None:
             x.div_(temperature[part].unsqueeze(1))
-        target_logit = x.gather(1, labels[part]).squeeze(1)
-        torch.log_softmax(x, dim=-1, out=x)
+        lse[part] = log_softmax_(x)
         logprob[part] = x.gather(1, labels[part]).squeeze(1)
-        lse[part] = target_logit - logprob[part]
         if with_entropy:
             entropy[part] = -x.exp().mul_(x).sum(dim=-1)
     counted = targets != IGNORE

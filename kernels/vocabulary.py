@@ -49,6 +49,16 @@ def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device)
         yield slice(rows * index // count, rows * (index + 1) // count)
 
 
+def log_softmax_(x: Tensor) -> Tensor:
+    """Turn logits [n, V] into log-probabilities, in place; return their log-sum-exp [n].
+
+    The log-sum-exp is read off the largest entry, where the difference of the two loses the least.
+    """
+    peak = x.amax(dim=-1)
+    torch.log_softmax(x, dim=-1, out=x)
+    return peak - x.amax(dim=-1)
+
+
 class HeadProducts:
     """The three matrix products of a head, with sums and results in fp32 (fp64 for fp64).
 

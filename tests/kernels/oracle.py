@@ -1,0 +1,55 @@
+"""How a face of an op is held to its reference.
+
+The reference is run twice: in float64, which is the truth, and in the dtype under test, which says how much
+rounding the computation costs anyway. A face may err at most twice as much as the latter, plus a few last places
+at the size of the result; of all results where one cancels to nothing. No tolerance is chosen by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_faithful(face: Op, reference: Op, inputs: Sequence[Tensor], *, grad_seed: int = 1) -> None:
+    """Results and the gradients of all inputs of `face` are as good as the reference's in the same dtype.
+
+    Args:
+        face, reference: functions of `inputs` that return one tensor or several.
+        inputs: float tensors of the dtype under test, each of which gets a gradient.
+    """
+    truth = _run(reference, [x.double() for x in inputs], grad_seed)
+    plain = _run(reference, inputs, grad_seed)
+    tested = _run(face, inputs, grad_seed)
+    assert len(truth) == len(tested)
+    largest = torch.stack([x.abs().max() for x in truth if x.numel()] or [torch.zeros(())]).max()
+    for index, (true, rounded, ours) in enumerate(zip(truth, plain, tested, strict=True)):
+        assert ours.shape == rounded.shape and ours.dtype == rounded.dtype, f"result {index}: {ours.shape} {ours.dtype}"
+        if true.numel() == 0:
+            continue
+        size = true.abs().max()
+        size = size if size > 1e-12 * largest else largest
+        last_places = 4 * torch.finfo(ours.dtype).eps * size
+        allowed = 2 * (rounded.double() - true).abs().max() + last_places
+        error = (ours.double() - true).abs().max()
+        assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _run(op: Op, inputs: Sequence[Tensor], grad_seed: int) -> list[Tensor]:
+    """Results, then gradients of all inputs under random upstream gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    results = op(*leaves)
+    results = (results,) if isinstance(results, Tensor) else results
+    upstream = [random(*y.shape, seed=grad_seed + i, dtype=y.dtype) for i, y in enumerate(results)]
+    torch.autograd.backward(results, upstream)
+    for leaf in leaves:
+        assert leaf.grad is not None
+    return [y.detach() for y in results] + [leaf.grad for leaf in leaves if leaf.grad is not None]
