@@ -53,12 +53,7 @@ def extend_tokenizer(base: str | Path, candidates: Sequence[str], directory: str
         InputError: no SentencePiece BPE base, or a vocab_size that cannot be reached.
     """
     base = Path(base)
-    old = Tokenizer.load(base)
-    proto = _matching_proto(base, old)
-    if vocab_size <= old.vocab_size:
-        raise InputError(
-            f"{base}: it has {old.vocab_size} ids already. Ask for a larger --vocab_size than {vocab_size}."
-        )
+    old, proto = open_base(base, vocab_size)
     merger = PieceMerger(merge_order(proto))
     room = vocab_size - old.vocab_size
     pieces, unreachable = grow(merger, candidates, room, has_prefix=old.add_prefix_space)
@@ -98,8 +93,7 @@ def grow(merger: PieceMerger, candidates: Sequence[str], room: int, has_prefix: 
         symbols = merger(candidate)
         # Unknown characters first (what is no piece cannot be merged), then prefix by prefix.
         steps = [piece for piece in dict.fromkeys([*symbols, *accumulate(symbols)]) if piece not in merger.rank]
-        if len(added) + len(steps) > room:
-            continue
+        steps = steps[: room - len(added)]  # what leads to a candidate is reached without it
         for piece in steps:
             merger.rank[piece] = len(merger.rank)
         if has_prefix and not all(_is_emitted_after_prefix(merger, piece, added) for piece in steps):
@@ -126,11 +120,10 @@ def domain_pieces(
         lines: text of the domain, from `sample_lines`.
         vocab_size: of the extended tokenizer; about so many pieces are learnt beside the characters of the text.
     """
-    base = Path(base)
-    known = PieceMerger(merge_order(_matching_proto(base, Tokenizer.load(base))))
+    _, proto = open_base(base, vocab_size)
     characters: set[str] = set().union(*lines)
     model = train_sentencepiece(lines, vocab_size + len(characters) + 260, character_coverage, is_limit_soft=True)
-    return rank_candidates(model, lines, known)
+    return rank_candidates(model, lines, PieceMerger(merge_order(proto)))
 
 
 def rank_candidates(domain_model: bytes, lines: Sequence[str], known: PieceMerger) -> list[str]:
@@ -179,13 +172,16 @@ def extended_rows(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]]:
     return {index: old.split(new.piece(index)) for index in range(old.vocab_size, new.vocab_size)}
 
 
-def _matching_proto(base: Path, tokenizer: Tokenizer) -> Any:
-    """The base's SentencePiece model, when it is what defines the base's ids."""
-    path = base / "tokenizer.model"
+def open_base(base: str | Path, vocab_size: int) -> tuple[Tokenizer, Any]:
+    """The base's tokenizer and its SentencePiece model, once it is clear that they can grow to `vocab_size` ids.
+
+    Raises:
+        InputError: no tokenizer.model, or one that does not define the base's ids, or no room for a new piece.
+    """
+    path = Path(base) / "tokenizer.model"
+    tokenizer = Tokenizer.load(base)
     if not path.is_file():
-        raise InputError(
-            f"{base}: no tokenizer.model in it; only SentencePiece bases can be extended. Train a new one."
-        )
+        raise InputError(f"{base}: no tokenizer.model in it. Only SentencePiece bases can be extended.")
     proto = read_sentencepiece(path.read_bytes(), path)
     for index, piece in enumerate(proto.pieces):
         if tokenizer.piece(index) != piece.piece:
@@ -193,4 +189,6 @@ def _matching_proto(base: Path, tokenizer: Tokenizer) -> Any:
                 f"{base}: id {index} is {piece.piece!r} in tokenizer.model and {tokenizer.piece(index)!r} in "
                 "tokenizer.json. Fetch files that belong together."
             )
-    return proto
+    if vocab_size <= tokenizer.vocab_size:
+        raise InputError(f"{base}: it has {tokenizer.vocab_size} ids already. Ask for a larger --vocab_size.")
+    return tokenizer, proto

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import heapq
 import io
+import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +106,19 @@ def train_sentencepiece(
     return writer.getvalue()
 
 
+def coverage_that_fits(lines: Sequence[str], vocab_size: int) -> float:
+    """The largest character coverage, at most 0.9999, that leaves half of the vocabulary to longer pieces.
+
+    Args:
+        lines: from `sample_lines`.
+    """
+    counts = Counter(itertools.chain.from_iterable(lines))
+    most = max(1, (vocab_size - 260) // 2)  # 260: 256 bytes and the special tokens
+    covered = sum(count for _, count in counts.most_common(most))
+    # SentencePiece takes characters until the share is reached, so an exact share could take one more.
+    return min(0.9999, covered / max(1, counts.total()) - 1e-9) if len(counts) > most else 0.9999
+
+
 def sample_lines(texts: Iterable[str], max_characters: int, seed: int) -> tuple[list[str], Sample]:
     """A uniform sample of the lines of `texts`, in their order, of at most `max_characters` characters.
 
@@ -138,7 +153,7 @@ def _explain(message: str, vocab_size: int) -> Exception:
     if found := re.search(r"(\d+) vs (\d+)", message):
         least = max(int(number) for number in found.groups())
         return InputError(
-            f"a vocabulary of {vocab_size} cannot hold the text's characters: take at least {least + 1}, "
+            f"a vocabulary of {vocab_size} cannot hold the text's characters: take at least {least}, "
             "or lower --character_coverage."
         )
     return RuntimeError(message)

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.data.sources import ReadOptions, read_texts
 from engine.launch import run, speak
 from model.errors import InputError
+from model.hf import load_config
 from model.tokenizer import Tokenizer
-from model.tokenizer_extension import domain_pieces, extend_tokenizer
+from model.tokenizer_extension import domain_pieces, extend_tokenizer, open_base
 from model.tokenizer_report import HeldOutLines, TokenizerReport, measure
 from model.tokenizer_resize import resize_model
 from model.tokenizer_training import Sample, sample_lines, train_sentencepiece
@@ -57,6 +58,14 @@ class TrainTokenizer:
 def main(config: TrainTokenizer) -> None:
     if config.model and not config.extend:
         raise InputError("--model is resized to an extended vocabulary. Give --extend its tokenizer's directory too.")
+    if config.extend:
+        open_base(config.extend, config.vocab_size)  # before hours of reading
+    if config.model:
+        load_config(config.model)
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{config.out}: cannot be made ({error.strerror}). Choose another --out.") from None
     speak("Reading the text")
     held_out = HeldOutLines(_texts(config))
     lines, sample = sample_lines(held_out, config.max_characters, config.seed)
