@@ -84,7 +84,11 @@ def case_facts(condition: Condition, patient: Patient, knowledge: Knowledge, dra
         "unremarkable": "" if patient.background else draw.choice(UNREMARKABLE),
     }
     facts |= _examinations(suitable_examinations(condition, patient), draw, part=True)
-    return facts | _prescription(prescription, draw)
+    facts |= _prescription(prescription, draw)
+    if prescription.chosen:
+        _, drug = draw.choice(prescription.chosen)
+        facts |= drug_facts(drug, knowledge, draw)  # the drug that a follow-up asks about
+    return facts
 
 
 def drug_facts(drug: Drug, knowledge: Knowledge, draw: Draw) -> Facts:
@@ -94,7 +98,7 @@ def drug_facts(drug: Drug, knowledge: Knowledge, draw: Draw) -> Facts:
         "drug_class": drug.drug_class,
         "form": drug.form,
         "uses": Items(draw.shuffled(drug.uses)),
-        "treated": Items(draw.shuffled([condition.name for condition in knowledge.treated_by(drug.id)])),
+        "treated": Items(draw.shuffled(sorted(condition.name for condition in knowledge.treated_by(drug.id)))),
         "contraindications": Items(draw.shuffled(drug.contraindications)),
         "avoid_groups": Items(draw.shuffled([knowledge.trait(trait_id).group for trait_id in drug.avoid])),
         "drug_cautions": Items(draw.shuffled(drug.cautions)),

@@ -24,8 +24,8 @@ from samples.sheets import Facts, load_sheets
 HELD_OUT_FRACTION = 0.045
 
 # Copies of each kind: cases differ by patient, so there are many; the rest restates the same facts in other words.
-CONDITION_COPIES = {"encyclopedia": 3, "prevention": 2, "nursing": 2}
-CASE_COPIES = {"case_form": 6, "case_story": 5, "follow_up": 3, "triage": 3}
+CONDITION_COPIES = {"encyclopedia": 2, "prevention": 2, "nursing": 1}
+CASE_COPIES = {"case_form": 4, "case_story": 3, "follow_up": 2, "triage": 2}
 DRUG_SHEET_COPIES = 2
 MEDICATION_COPIES = 1
 
@@ -42,7 +42,7 @@ def render_pretraining(knowledge: Knowledge) -> tuple[list[Document], list[Docum
     sheets = load_sheets()
     train: list[Document] = []
     held_out: list[Document] = []
-    for document_id, kind, facts in _plan(knowledge):
+    for document_id, kind, facts in plan(knowledge):
         document = Document(document_id, kind, sheets[kind].fill(facts, Draw(document_id)))
         is_held_out = Draw(f"split/{document_id}").chance(HELD_OUT_FRACTION)
         (held_out if is_held_out else train).append(document)
@@ -60,7 +60,7 @@ def write_pretraining(directory: Path, knowledge: Knowledge) -> dict[str, list[D
     return splits
 
 
-def _plan(knowledge: Knowledge) -> Iterator[tuple[str, str, Facts]]:
+def plan(knowledge: Knowledge) -> Iterator[tuple[str, str, Facts]]:
     """Every document to write: its id, its kind and the facts it may use."""
     for condition in knowledge.conditions:
         for document_id, kind in _ids(CONDITION_COPIES, condition.id):
