@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -33,8 +33,10 @@ from model.errors import InputError
 class Loader(Protocol):
     """Where micro-batches come from; `cursor` is the JSON state after the last step handed out."""
 
-    cursor: dict[str, Any]
     wait_seconds: float
+
+    @property
+    def cursor(self) -> dict[str, Any]: ...
 
     def next_step(self) -> list[PackedBatch]: ...
 
@@ -114,7 +116,6 @@ def train(
     checkpoint: CheckpointConfig,
     evaluation: EvalConfig,
     log: LogConfig,
-    resume: Literal["auto", "never"],
     timeout_seconds: float,
     recipe: dict[str, Any],
 ) -> float | None:
@@ -129,7 +130,7 @@ def train(
     """
     runtime = run.runtime
     checkpointer = Checkpointer(run.directory, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous)
-    progress, cursor = _resume(run, checkpointer) if resume == "auto" else (Progress(), None)
+    progress, cursor = _resume(run, checkpointer)
     loader = run.fresh_loader(cursor)
     run_log = RunLog(run.directory, progress.step, log, recipe)
     clock = BusyClock(run.model.model.layers, runtime.device)
@@ -246,7 +247,7 @@ class _Desk:
             raise DivergedError(
                 f"Diverged at step {step}: {report.skipped_in_a_row} steps in a row were refused, {report.skipped} in "
                 f"all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower --optim.lr or "
-                "lengthen --schedule.warmup_ratio, and look at the data around this step; the last checkpoint is intact."
+                "lengthen --schedule.warmup_ratio, and look at the data of this step. The last checkpoint is intact."
             )
 
     def _line(self, step: int, row: dict[str, Any], report: StepReport) -> str:

@@ -17,8 +17,8 @@ from model.errors import InputError
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: float = 3e-4
-    """peak learning rate"""
+    lr: float | None = None
+    """peak learning rate; by default from the model's width, a tenth of that on trained weights"""
     beta1: float = 0.9
     """decay of the mean of gradients"""
     beta2: float = 0.95
@@ -34,7 +34,7 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises InputError where a value cannot train."""
-        if self.lr <= 0:
+        if self.lr is not None and self.lr <= 0:
             raise InputError(f"--optim.lr is {self.lr}. Use a positive learning rate, such as 3e-4.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -1,0 +1,138 @@
+"""From a preset's name or a model directory to a sharded model with its weights, and back to a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.agreement import ControlGroup
+from engine.files import explain
+from engine.launch import speak
+from engine.mesh import Runtime
+from engine.publish import publish, require_model
+from engine.shard import fill
+from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.errors import InputError
+from model.hf import load_config, read_model, write_model
+from model.init import initial_value
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where training starts: a preset with fresh weights, or a directory with trained ones.
+
+    directory: None for a preset.
+    """
+
+    config: ModelConfig
+    directory: Path | None
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.directory is not None
+
+
+def find_base(model: str) -> Base:
+    """Resolve `--model`.
+
+    Raises:
+        InputError: neither a preset nor a complete model directory.
+    """
+    if model in PRESETS:
+        return Base(PRESETS[model], None)
+    if not Path(model).exists():
+        presets = ", ".join(PRESETS)
+        raise InputError(f"--model {model}: neither a preset ({presets}) nor a directory. Check the spelling.")
+    directory = require_model(model)
+    return Base(load_config(directory), directory)
+
+
+def fit_vocabulary(base: Base, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's configuration for this tokenizer: a preset takes its size, a trained model must have it.
+
+    Raises:
+        InputError: the tokenizer has more ids than the model has rows, or is not the one the model came with.
+    """
+    if base.directory is None:
+        return dataclasses.replace(
+            base.config,
+            vocab_size=tokenizer.padded_vocab_size,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, the model in {base.directory} only "
+            f"{base.config.vocab_size} rows. Use the model's own tokenizer, or extend the model with "
+            "tools/train_tokenizer.py --extend."
+        )
+    if _has_tokenizer(base.directory) and Tokenizer.load(base.directory).fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"--tokenizer is not the one in {base.directory}; its ids would mean other words. "
+            "Leave --tokenizer out, or extend the model with tools/train_tokenizer.py --extend."
+        )
+    return base.config
+
+
+def own_tokenizer(base: Base) -> Path | None:
+    """The base's directory, if it holds a tokenizer."""
+    return base.directory if base.directory is not None and _has_tokenizer(base.directory) else None
+
+
+def make_run_directory(directory: Path, *, keep_state: bool) -> None:
+    """Create a run directory; without `keep_state` an earlier run's training state is set aside, not deleted.
+
+    Raises:
+        InputError: it cannot be made, or not be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        state = directory / "state"
+        if state.is_dir() and not keep_state:
+            aside = next(path for n in itertools.count(1) if not (path := directory / f"state-replaced-{n}").exists())
+            state.rename(aside)
+            (directory / "metrics.jsonl").unlink(missing_ok=True)
+            speak(f"The training state of an earlier run is now in {aside}.")
+    except OSError as error:
+        raise InputError(f"--out {directory}: {explain(error)}") from None
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def fill_from_base(model: nn.Module, config: ModelConfig, base: Base, seed: int, runtime: Runtime) -> None:
+    """Give a sharded model its first weights: the base's, or fresh ones that do not depend on the world size."""
+    if base.directory is not None:
+        fill(model, read_model(base.directory, base.config))
+        return
+    shapes = parameter_shapes(config)
+    fill(model, ((name, initial_value(config, name, shapes[name], seed, runtime.device)) for name in shapes))
+
+
+def publisher(
+    model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, stage: str, dtype: torch.dtype
+) -> Callable[[Path, int], None]:
+    """A function that publishes the model as it is, to a directory, after so many steps. It is a collective."""
+
+    ranks = ControlGroup()
+
+    def write(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        write_model(directory, config, tensors, dtype)
+        tokenizer.save(directory)
+
+    def publish_to(directory: Path, step: int) -> None:
+        publish(directory, model.named_parameters(), write, ranks, step=step, stage=stage, dtype=dtype)
+
+    return publish_to
