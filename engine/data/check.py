@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.data.corpus import Store, open_corpus
 from engine.data.prepare import Progress
-from engine.data.records import read_records
+from engine.data.reading import read_records
 from engine.data.shards import is_prepared, text_hash
 from engine.data.sources import ReadOptions, is_short, list_files, malformed, probe, settle
 from engine.data.worker import TextEncoder

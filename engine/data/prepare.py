@@ -13,27 +13,22 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from engine.data.encodings import count_newlines
-from engine.data.records import SourceFile
+from engine.data.pool import Job, run_workers
 from engine.data.shards import FORMAT, MANIFEST, PLAN, committed_units, fingerprint, merge_index, rejects_path
 from engine.data.sources import Listing, ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
-from engine.data.worker import Setting, TextEncoder, receive, send, tokenise
+from engine.data.worker import Setting, TextEncoder, tokenise
 from engine.files import explain, sync_directory, write_durably
 from model.errors import InputError
 
-_ROOT = Path(__file__).resolve().parents[2]
 # A worker process costs half a second and 100 MB: it must have this much to do.
 _BYTES_PER_WORKER = 4 << 20
 
@@ -222,7 +217,6 @@ class _Preparation:
         self.setting = Setting(directory, options, "<u2" if largest < 1 << 16 else "<u4")
         self.began = time.monotonic()
         self.done = self.resumed = self.documents = self.tokens = 0
-        self.lock = threading.Lock()
 
     def run(self) -> None:
         for folder in ("tokens", "units"):
@@ -231,18 +225,16 @@ class _Preparation:
         self.files = [probe(file, self.options) for file in self.listing.files]
         self._save_tokenizer()
         self.committed = committed_units(self.directory)
-        self.sizes: dict[int, int] = {}
         jobs = self._jobs()
         if self.workers == 1:
-            for unit in jobs:
-                facts = tokenise(unit, self._files_of(unit), self.tokenizer, self.setting)
-                self._report(unit, facts)
+            for unit, files in jobs:
+                self._report(unit, tokenise(unit, files, self.tokenizer, self.setting))
         else:
-            self._run_workers(jobs)
+            run_workers(self.workers, jobs, self.tokenizer, self.setting, self._report)
         self._finish()
 
-    def _jobs(self) -> Iterator[Unit]:
-        """Units of this part that are still to be done."""
+    def _jobs(self) -> Iterator[Job]:
+        """Units of this part that are still to be done, with their files."""
         index, parts = self.part
 
         def is_wanted(unit: int) -> bool:
@@ -255,62 +247,7 @@ class _Preparation:
                 facts = json.loads(self.committed[unit.index].read_text(encoding="utf-8"))
                 self._advance(unit.size, facts, is_resumed=True)
             else:
-                yield unit
-
-    def _files_of(self, unit: Unit) -> dict[int, SourceFile]:
-        return {segment.file: self.files[segment.file] for segment in unit.segments}
-
-    def _run_workers(self, jobs: Iterator[Unit]) -> None:
-        processes: list[subprocess.Popen[bytes]] = []
-
-        def drive(worker: subprocess.Popen[bytes]) -> None:
-            jobs_in, answers = cast(BinaryIO, worker.stdin), cast(BinaryIO, worker.stdout)
-            try:
-                send(jobs_in, (self.setting, self.tokenizer))
-                while True:
-                    with self.lock:
-                        unit = next(jobs, None)
-                    if unit is None:
-                        jobs_in.close()
-                        return
-                    send(jobs_in, (unit, self._files_of(unit)))
-                    kind, answer = receive(answers)
-                    if kind == "refused":
-                        raise InputError(answer)
-                    if kind == "system":
-                        raise answer
-                    assert kind == "done", answer
-                    with self.lock:
-                        self._report(unit, answer)
-            except (EOFError, BrokenPipeError):
-                code = worker.wait()
-                raise InputError(
-                    f"A tokenising process ended with code {code}, perhaps for lack of memory. Start again with "
-                    "fewer --workers; what is finished is kept."
-                ) from None
-
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "RAYON_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "engine.data.worker"]
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            for _ in range(self.workers):
-                processes.append(
-                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-                )
-            outcomes = [pool.submit(drive, worker) for worker in processes]
-            for outcome in wait(outcomes, return_when=FIRST_EXCEPTION).done:
-                outcome.result()
-        finally:
-            for worker in processes:
-                worker.kill()
-                worker.wait()
-            pool.shutdown()
+                yield unit, {segment.file: self.files[segment.file] for segment in unit.segments}
 
     def _report(self, unit: Unit, facts: dict[str, Any]) -> None:
         self._advance(unit.size, facts, is_resumed=False)

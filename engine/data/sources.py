@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.data.encodings import SAMPLE_BYTES, Encoding, Stream, detect_encoding
-from engine.data.records import Document, Format, Record, SourceFile, check_first_records, read_records
+from engine.data.reading import check_first_records, read_records
+from engine.data.records import Document, Format, Record, SourceFile
 from engine.data.shards import PLAN
 from model.errors import InputError
 

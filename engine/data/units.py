@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.data.encodings import SAMPLE_BYTES, Stream, open_raw
-from engine.data.records import Record, SourceFile, open_parquet, read_stream
+from engine.data.read_tables import open_parquet
+from engine.data.reading import read_stream
+from engine.data.records import Record, SourceFile
 from engine.data.sources import ReadOptions
 
 UNIT_BYTES = 16 << 20

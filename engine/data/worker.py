@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from engine.data.encodings import count_newlines
-from engine.data.records import Record, SourceFile, read_records
+from engine.data.reading import read_records
+from engine.data.records import Record, SourceFile
 from engine.data.shards import UnitWriter, text_hash
 from engine.data.sources import ReadOptions, is_short, malformed, settle
 from engine.data.units import Segment, Unit
