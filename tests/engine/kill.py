@@ -30,7 +30,8 @@ def kill_at_touch(number: int, below: Path) -> Callable[[], int]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in EVENTS and str(arguments[0]).startswith(str(below)):
+        # Deleting a tree names its files relative to an open directory, so relative names count too.
+        if event in EVENTS and (str(arguments[0]).startswith(str(below)) or not str(arguments[0]).startswith("/")):
             touch()
 
     real_fsync = os.fsync

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
 
 import engine.checkpoint
 from engine.checkpoint import Checkpointer
@@ -184,6 +185,23 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> No
         pytest.skip("mounting a filesystem is not permitted here")
     assert "the disk or the quota is full" in message
     assert message.endswith("The checkpoint of step 1 is intact.")
+
+
+def test_a_shard_that_is_short_when_reopened_never_becomes_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_written = engine.checkpoint.check_written
+
+    def lose_a_byte(directory: Path, planned: Metadata) -> None:
+        (shard,) = directory.glob("*.safetensors")
+        os.truncate(shard, shard.stat().st_size - 1)
+        check_written(directory, planned)
+
+    monkeypatch.setattr(engine.checkpoint, "check_written", lose_a_byte)
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(InputError, match="bytes where its header tells of"):
+        checkpointer.save(1, full_state(1), {})
+    assert list(checkpointer.state_dir.iterdir()) == []
 
 
 def test_an_asynchronous_failure_is_raised_once_by_the_next_call(

@@ -1,0 +1,93 @@
+"""What is on disk is the old or the new, and was flushed before it had its name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.files import explain, human_size, remove_directory, sync_tree, write_durably
+
+
+def test_a_file_keeps_its_old_content_until_the_new_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "COMPLETE"
+    path.write_text("old")
+    real_fsync = os.fsync
+    seen = []
+
+    def fsync(descriptor: int) -> None:
+        seen.append((path.read_text(), os.fstat(descriptor).st_size))
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_durably(path, "newer")
+    assert seen[0] == ("old", 5)
+    assert [content for content, _ in seen[1:]] == ["newer"]  # the directory, with the new name in it
+    assert [entry.name for entry in tmp_path.iterdir()] == ["COMPLETE"]
+
+
+def test_a_directory_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "step-00000001"
+    directory.mkdir()
+    (directory / "COMPLETE").write_text("")
+    real_rmtree = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        assert not directory.exists() or path != directory
+        real_rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    remove_directory(directory)
+    assert list(tmp_path.iterdir()) == []
+    remove_directory(directory)  # gone already: nothing to do
+
+
+def test_every_file_of_a_tree_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    files = {tmp_path / "one", tmp_path / "a" / "two"}
+    for path in files:
+        path.write_text("x")
+    flushed = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    sync_tree(tmp_path)
+    assert flushed == files | {tmp_path, tmp_path / "a"}
+
+
+def test_a_filesystem_that_cannot_flush_directories_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_durably(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("number", "meaning", "remedy"),
+    [
+        (errno.ENOSPC, "is full", "Free some space"),
+        (errno.EDQUOT, "is full", "Free some space"),
+        (errno.EROFS, "may not be written", "Choose an --out where this user can write"),
+        (errno.EACCES, "may not be written", "Choose an --out where this user can write"),
+        (errno.ENOTDIR, "a file stands where a directory is needed", "Move it"),
+        (errno.EIO, "Input/output error", "See to the filesystem"),
+    ],
+)
+def test_an_operating_system_error_is_explained(number: int, meaning: str, remedy: str) -> None:
+    sentence = explain(OSError(number, os.strerror(number), "/runs/x"))
+    assert meaning in sentence
+    assert "(/runs/x)" in sentence
+    assert remedy in sentence
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (156_000_000_000, "156.0 GB")]
+)
+def test_sizes_read_well(count: int, text: str) -> None:
+    assert human_size(count) == text
