@@ -14,7 +14,11 @@ from torch.autograd import gradcheck
 
 from kernels.attention import attention, attention_reference
 from kernels.attention.sdpa import attention_sdpa
-from tests.kernels.oracle import assert_faithful, random
+from tests.kernels import oracle
+from tests.kernels.oracle import random
+
+# The gradients of queries and keys are sums of P (dP - mean dP): with few keys they all but cancel.
+assert_faithful = partial(oracle.assert_faithful, cancels=True)
 
 
 def bounds(lengths: Sequence[int]) -> Tensor:
