@@ -87,9 +87,8 @@ class Condition:
 
     @property
     def drugs(self) -> tuple[str, ...]:
-        """Ids of all its drugs, each once, the first line first."""
-        therapies = (*self.therapies, *self.second_line)
-        return tuple(dict.fromkeys(drug for therapy in therapies for drug in therapy.drugs))
+        """Ids of all its drugs, the first line first; each serves one purpose."""
+        return tuple(drug for therapy in (*self.therapies, *self.second_line) for drug in therapy.drugs)
 
 
 @dataclass(frozen=True)
@@ -285,6 +284,7 @@ def _problems(knowledge: Knowledge) -> Iterator[str]:
             yield f"{where}: course {condition.course!r} or sexes {condition.sexes!r} is not a known one."
         if condition.course == "慢性" and condition.ages[0] < 4:
             yield f"{where}: a chronic course does not fit patients from {condition.ages[0]} years."
+        yield from _repeated(f"drug of {where}", condition.drugs)
         if len(condition.examinations) < 2 or not condition.therapies:
             yield f"{where}: two examinations and one therapy are the least."
         fixed = [known_traits[trait] for trait in condition.implies]

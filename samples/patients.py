@@ -62,7 +62,7 @@ def suitable_examinations(condition: Condition, patient: Patient) -> tuple[Exami
 
 
 def prescribe(condition: Condition, patient: Patient, knowledge: Knowledge, draw: Draw) -> Prescription:
-    """One drug for each purpose, from the alternatives that the patient may have; none is prescribed twice."""
+    """One drug for each purpose, from the alternatives that the patient may have."""
     chosen: list[tuple[str, Drug]] = []
     avoided: dict[Drug, Trait] = {}
     unserved: list[str] = []
@@ -74,7 +74,6 @@ def prescribe(condition: Condition, patient: Patient, knowledge: Knowledge, draw
                 suitable.append(drug)
             else:
                 avoided[drug] = trait
-        suitable = [drug for drug in suitable if drug not in {taken for _, taken in chosen}]
         if suitable:
             chosen.append((therapy.purpose, draw.choice(suitable)))
         else:

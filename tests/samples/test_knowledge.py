@@ -55,6 +55,11 @@ BROKEN = {
     "a key that is missing": ("    definition: 以体循环", "    aliases2: 以体循环", "'definition' is missing"),
     "a name given twice": ("name: 稳定型心绞痛", "name: 原发性高血压", "原发性高血压: this name is given twice"),
     "an id given twice": ("id: stable_angina", "id: hypertension", "hypertension: this id is given twice"),
+    "a drug for two purposes": (
+        "控制心室率: [",
+        "控制心室率: [warfarin, ",
+        "warfarin: this drug of atrial_fib.* twice",
+    ),
     "an unknown course": ("course: 慢性", "course: 永久", "course '永久'"),
     "a text with its own full stop": ("[低盐饮食,", "[低盐饮食。,", "closing punctuation.*低盐饮食。"),
     "too few symptoms": ("[头晕, 头痛, 颈项板紧, 耳鸣, 心悸]", "[头晕]", "'symptoms' should list 4"),
