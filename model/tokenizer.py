@@ -103,6 +103,7 @@ class Tokenizer:
             directory: where they came from, for messages.
         """
         files = {**(files or {}), "tokenizer.model": model}
+        files.pop("tokenizer.json", None)
         proto = read_sentencepiece(model, directory / "tokenizer.model")
         spec = proto.trainer_spec
         prefix = config.get("add_prefix_space")

@@ -68,7 +68,9 @@ def extend_tokenizer(base: str | Path, candidates: Sequence[str], directory: str
     for rank, piece in enumerate(pieces, start=1):
         proto.pieces.add(piece=piece, score=lowest - rank, type=NORMAL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
-    new = Tokenizer.from_sentencepiece(proto.SerializeToString(), old.config, old.files, base)
+    added = {str(index): token.__getstate__() for index, token in old.added_tokens.items()}
+    config = {**old.config, "added_tokens_decoder": added}
+    new = Tokenizer.from_sentencepiece(proto.SerializeToString(), config, old.files, base)
     assert new.vocab_size == vocab_size
     new.save(directory)
     return Extension(old.vocab_size, pieces, unreachable)

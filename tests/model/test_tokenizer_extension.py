@@ -20,10 +20,14 @@ from tests.model.tokenizer_bases import llama_model, real_texts, sentences, writ
 WORDS = ["高血压病人", "心力衰竭", "对乙酰氨基酚", "一日三次", "过敏性休克", "龘靐", "acetaminophen", "▁mmHg", "KTx"]
 
 
-@pytest.fixture(scope="module", params=["dummy prefix", "no prefix"])
+@pytest.fixture(scope="module", params=["dummy prefix", "no prefix", "with tokenizer.json"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base") / "base"
-    return write_llama(directory, add_dummy_prefix=request.param == "dummy prefix", character_coverage=0.98)
+    folder = tmp_path_factory.mktemp("base")
+    write_llama(folder / "base", add_dummy_prefix=request.param != "no prefix", character_coverage=0.98)
+    if request.param != "with tokenizer.json":
+        return folder / "base"
+    Tokenizer.load(folder / "base").save(folder / "saved")
+    return folder / "saved"
 
 
 def test_every_added_piece_is_emitted_when_its_own_text_is_encoded(base: Path, tmp_path: Path) -> None:
@@ -98,6 +102,8 @@ def test_old_ids_and_added_tokens_do_not_move(base: Path, tmp_path: Path) -> Non
     new = Tokenizer.load(tmp_path)
     assert [new.piece(index) for index in range(old.vocab_size)] == [old.piece(i) for i in range(old.vocab_size)]
     assert new.encode("<human>:头痛<bot>:", True)[0] == old.encode("<human>:头痛<bot>:", True)[0] == old.vocab_size - 2
+    for index, token in old.added_tokens.items():
+        assert new.added_tokens[index].__getstate__() == {**token.__getstate__(), "normalized": False}
     assert (new.bos_id, new.eos_id, new.pad_id, new.add_bos) == (old.bos_id, old.eos_id, old.pad_id, old.add_bos)
     rows = extended_rows(old, new)
     assert list(rows) == list(range(old.vocab_size, new.vocab_size))
