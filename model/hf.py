@@ -6,6 +6,7 @@ another: they are joined when read and split when written, and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -137,48 +138,58 @@ def write_model(
     directory = Path(directory)
     parameters = hf_parameters(config)
     shards = _plan([part for parts in parameters.values() for part in parts], dtype.itemsize, max_shard_bytes)
+    documents = _documents(config, dtype, shards)
+    files = [*shards, *documents]
     pieces = _split(tensors, parameters)
-    documents: dict[str, dict[str, Any]] = {}
-    if len(shards) > 1:
-        weight_map = {name: file for file, entries in shards.items() for name, _ in entries}
-        total = sum(torch.Size(shape).numel() for entries in shards.values() for _, shape in entries)
-        documents[SAFETENSORS_INDEX] = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
-    facts = config_to_hf(config, _DTYPES[dtype])
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    documents["generation_config.json"] = {name: facts[name] for name in ids if facts[name] is not None}
-    documents["config.json"] = facts
-
-    def temporary(file: str) -> Path:
-        return directory / f".{file}.tmp"
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for file, entries in shards.items():
-            write_safetensors(temporary(file), entries, dtype, pieces)
+            write_safetensors(_temporary(directory, file), entries, dtype, pieces)
         assert next(pieces, None) is None, "more tensors than parameters"
         for file, content in documents.items():
-            temporary(file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in (*shards, *documents):
-            _sync(temporary(file))
-        (directory / "config.json").unlink(missing_ok=True)
-        for stale in (
-            directory / SAFETENSORS_INDEX,
-            directory / SAFETENSORS,
-            *directory.glob("model-*-of-*.safetensors"),
-        ):
-            stale.unlink(missing_ok=True)
-        _sync(directory)
-        for file in (*shards, *documents):
-            temporary(file).replace(directory / file)
-            _sync(directory)
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            _temporary(directory, file).write_text(text, encoding="utf-8")
+        _swap(directory, files)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(
-            f"{directory}: the model cannot be written ({reason}). Free space or choose another."
-        ) from error
+        raise InputError(f"{directory}: cannot write the model ({reason}). Free space or choose another.") from error
     finally:
-        for file in (*shards, *documents):
-            temporary(file).unlink(missing_ok=True)
+        for file in files:
+            with contextlib.suppress(OSError):
+                _temporary(directory, file).unlink(missing_ok=True)
+
+
+def _documents(config: ModelConfig, dtype: torch.dtype, shards: dict[str, list]) -> dict[str, dict[str, Any]]:
+    """The JSON files of a directory, config.json last."""
+    facts = config_to_hf(config, _DTYPES[dtype])
+    special = {name: facts[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    documents = {
+        "generation_config.json": {name: value for name, value in special.items() if value is not None},
+        "config.json": facts,
+    }
+    if len(shards) == 1:
+        return documents
+    weight_map = {name: file for file, entries in shards.items() for name, _ in entries}
+    index = {"metadata": {"total_size": config.num_parameters * dtype.itemsize}, "weight_map": weight_map}
+    return {SAFETENSORS_INDEX: index, **documents}
+
+
+def _temporary(directory: Path, file: str) -> Path:
+    return directory / f".{file}.tmp"
+
+
+def _swap(directory: Path, files: list[str]) -> None:
+    """Put finished temporary files in the place of an older model, in order; every step is on disk before the next."""
+    for file in files:
+        _sync(_temporary(directory, file))
+    (directory / "config.json").unlink(missing_ok=True)
+    _sync(directory)
+    for stale in (SAFETENSORS, SAFETENSORS_INDEX, "model-*-of-*.safetensors"):
+        for path in directory.glob(stale):
+            path.unlink()
+    for file in files:
+        _temporary(directory, file).replace(directory / file)
+        _sync(directory)
 
 
 def _plan(

@@ -40,6 +40,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "quantization_config": (),
+    "use_mrope": (False,),
     "is_encoder_decoder": (False,),
 }
 
@@ -70,29 +71,32 @@ def config_from_hf(facts: dict[str, Any], source: str = "config.json") -> ModelC
         # There it puts a bias on the output projection too.
         raise InputError(f"{source}: attention_bias is true; {model_type} is supported without. Choose another base.")
 
-    facts = {**_DEFAULTS[model_type], **{name: value for name, value in facts.items() if value is not None}} | {
-        "sliding_window": facts.get("sliding_window", _DEFAULTS[model_type].get("sliding_window"))
-    }
+    # A null says the same as silence, but for the window, where it says that there is none.
+    window = facts.get("sliding_window", _DEFAULTS[model_type].get("sliding_window"))
+    facts = {**_DEFAULTS[model_type], **{name: value for name, value in facts.items() if value is not None}}
+    facts["sliding_window"] = window
 
-    def required(name: str) -> int:
-        if not isinstance(facts.get(name), int):
-            raise InputError(f"{source}: {name} is {facts.get(name)!r}; it must be an integer. Correct the file.")
-        return facts[name]
+    def number(name: str, default: float | None = None) -> Any:
+        value = facts.get(name, default)
+        kinds = (int, float) if isinstance(default, float) else int
+        if not isinstance(value, kinds) or value <= 0:
+            raise InputError(f"{source}: {name} is {value!r}; a positive number belongs there. Correct the file.")
+        return value
 
-    heads = required("num_attention_heads")
+    hidden_size, layers, heads = number("hidden_size"), number("num_hidden_layers"), number("num_attention_heads")
     theta, scaling = _rope(facts, source)
     window, full_layers = _window(facts, model_type, source)
     eos = facts.get("eos_token_id")
     return ModelConfig(
-        vocab_size=required("vocab_size"),
-        hidden_size=required("hidden_size"),
-        intermediate_size=required("intermediate_size"),
-        num_layers=required("num_hidden_layers"),
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size"),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=facts.get("num_key_value_heads", heads),
-        head_dim=facts.get("head_dim", required("hidden_size") // heads),
-        max_position_embeddings=required("max_position_embeddings"),
-        rms_norm_eps=facts.get("rms_norm_eps", 1e-6),
+        num_kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", hidden_size // heads),
+        max_position_embeddings=number("max_position_embeddings"),
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=facts.get("tie_word_embeddings", False),
@@ -100,7 +104,7 @@ def config_from_hf(facts: dict[str, Any], source: str = "config.json") -> ModelC
         qk_norm=model_type == "qwen3",
         sliding_window=window,
         max_window_layers=full_layers,
-        initializer_range=facts.get("initializer_range", 0.02),
+        initializer_range=number("initializer_range", 0.02),
         model_type=model_type,
         bos_token_id=facts.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
