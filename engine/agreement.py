@@ -97,9 +97,10 @@ class ControlGroup:
             return
         if failures[0].is_input_error:
             raise InputError(failures[0].message) from own
-        if own is not None:
-            raise own
-        raise RuntimeError(failures[0].message) from cause
+        error = own or RuntimeError(failures[0].message)
+        if cause is not None:
+            raise error from cause  # DCP's exception holds the tracebacks of the ranks that failed
+        raise error
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

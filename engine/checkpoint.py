@@ -184,16 +184,6 @@ class Checkpointer:
         )
         return trainer
 
-    def clear(self) -> None:
-        """Remove every checkpoint, oldest first: for a run that begins anew in a directory that was used before."""
-        self.wait()
-
-        def remove() -> None:
-            for step in self.steps():
-                remove_directory(self.directory(step))
-
-        self._ranks.first(f"remove the checkpoints in {self.state_dir}", remove)
-
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, as this rank sees them, in order."""
         if not self.state_dir.is_dir():

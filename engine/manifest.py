@@ -134,6 +134,7 @@ def check_manifest(directory: Path) -> None:
 
     Raises:
         DamagedFile: a listed file is missing, of another size or with another header; or a shard is not listed.
+        InputError: another version of this program wrote it.
     """
     marker = directory / COMPLETE
     try:
@@ -144,7 +145,7 @@ def check_manifest(directory: Path) -> None:
     except (ValueError, LookupError, TypeError):
         raise DamagedFile(f"{marker} is not readable") from None
     if schema != SCHEMA:
-        raise DamagedFile(f"{marker} is of format {schema}; this version reads {SCHEMA}")
+        raise InputError(f"{marker} is of format {schema}; this version reads {SCHEMA}. Resume with the one it is of.")
     for name, facts in files.items():
         path = directory / name
         if not path.is_file():

@@ -210,15 +210,6 @@ def test_leftovers_are_no_checkpoints_and_go_with_the_next_save(tmp_path: Path) 
     assert sorted(path.name for path in checkpointer.state_dir.iterdir()) == ["notes", "step-00000001", "step-00000004"]
 
 
-def test_clear_removes_every_checkpoint(tmp_path: Path) -> None:
-    checkpointer = Checkpointer(tmp_path)
-    for step in (1, 2):
-        checkpointer.save(step, full_state(step), {})
-    checkpointer.clear()
-    assert checkpointer.latest() is None
-    assert list(checkpointer.state_dir.iterdir()) == []
-
-
 def test_nothing_is_created_by_looking(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path / "run").latest() is None
     assert list(tmp_path.iterdir()) == []

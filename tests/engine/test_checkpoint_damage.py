@@ -81,11 +81,6 @@ def garble_complete(directory: Path) -> None:
     (directory / "COMPLETE").write_text("{")
 
 
-def raise_complete_format(directory: Path) -> None:
-    path = directory / "COMPLETE"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-
-
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
@@ -100,7 +95,6 @@ def raise_complete_format(directory: Path) -> None:
         (bring_a_foreign_shard, "shard-00009-model-00001-of-00001.safetensors does not belong to this checkpoint"),
         (edit_trainer, "trainer.json is not the file that was written"),
         (garble_complete, "COMPLETE is not readable"),
-        (raise_complete_format, "COMPLETE is of format 2"),
     ],
 )
 def test_damage_is_named_and_the_previous_checkpoint_offered(
@@ -131,13 +125,17 @@ def test_the_remedy_without_an_earlier_checkpoint_is_to_begin_again(tmp_path: Pa
         checkpointer.load(2, blank(None))
 
 
-def test_a_trainer_file_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schema", ["engine.checkpoint.TRAINER_SCHEMA", "engine.manifest.SCHEMA"])
+def test_a_later_format_is_refused_and_nobody_is_told_to_delete_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema: str
+) -> None:
     checkpointer = Checkpointer(tmp_path)
-    monkeypatch.setattr("engine.checkpoint.TRAINER_SCHEMA", 2)
+    monkeypatch.setattr(schema, 2)
     checkpointer.save(1, full_state(1), {})
     monkeypatch.undo()
-    with pytest.raises(InputError, match="is of format 2; this version reads 1"):
+    with pytest.raises(InputError, match="is of format 2; this version reads 1") as caught:
         checkpointer.load(1, blank(None))
+    assert "Delete" not in str(caught.value)
 
 
 def wider(state: dict[str, Tensor]) -> None:
