@@ -22,6 +22,8 @@ class LogConfig:
     """steps between lines of progress; metrics.jsonl holds every step"""
     tensorboard: bool = True
     """write TensorBoard events where tensorboard is installed"""
+    curves: bool = True
+    """redraw curves.png at every save, where matplotlib is installed"""
     wandb: str | None = None
     """project to log to; needs the wandb extra"""
 
@@ -44,6 +46,7 @@ class RunLog:
         if not self.is_active:
             return
         self._directory = directory
+        self._draws = config.curves
         self._path = directory / "metrics.jsonl"
         _drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
@@ -87,7 +90,7 @@ class RunLog:
 
     def draw(self) -> None:
         """Renew curves.png from metrics.jsonl."""
-        if self.is_active:
+        if self.is_active and self._draws:
             draw_curves(self._path, self._directory / "curves.png")
 
     def close(self) -> None:

@@ -61,12 +61,13 @@ class Speedometer:
         peak: FLOP/s of one device, or None.
     """
 
-    # The average follows the last twenty steps or so.
+    # The average follows the last twenty steps or so; the first step, which warms everything up, is left out.
     RATE = 0.05
 
     def __init__(self, flops_per_token: float, peak: float | None, world: int) -> None:
         self._flops_per_token, self._peak, self._world = flops_per_token, peak, world
-        self._average: tuple[float, float, float] | None = None
+        self._average: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self._laps = 0
         self.restart()
 
     def restart(self) -> None:
@@ -78,16 +79,15 @@ class Speedometer:
         now = time.perf_counter()
         lap = (float(tokens), max(now - self._begin, 1e-9), data_wait)
         self._begin = now
-        if self._average is None:
-            self._average = lap
-        else:
-            mixed = [(1 - self.RATE) * old + self.RATE * new for old, new in zip(self._average, lap, strict=True)]
-            self._average = (mixed[0], mixed[1], mixed[2])
+        rate = max(self.RATE, 1 / max(1, self._laps))
+        self._laps += 1
+        mixed = [(1 - rate) * old + rate * new for old, new in zip(self._average, lap, strict=True)]
+        self._average = (mixed[0], mixed[1], mixed[2])
         return self._speed(*lap)
 
     def average(self) -> Speed:
         """Speed over recent steps; needs one lap."""
-        assert self._average is not None
+        assert self._laps
         return self._speed(*self._average)
 
     def _speed(self, tokens: float, seconds: float, data_wait: float) -> Speed:

@@ -15,7 +15,7 @@ from typing import Any
 _context = mp.get_context("forkserver")
 # torch imports dynamo when the first DTensor is distributed: a second in each rank unless the server has it.
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "engine.pretraining", "pytest"]
 )
 
 
@@ -25,7 +25,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, results: Any) -> None:
+def _set_rank(rank: int, world: int, port: int) -> None:
+    """The variables that torchrun sets, and one thread."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -35,9 +36,14 @@ def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, a
         MASTER_PORT=str(port),
     )
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, results: Any) -> None:
+    _set_rank(rank, world, port)
+    import torch.distributed as dist
+
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world)
         results.put((rank, function(*args), None))
@@ -46,6 +52,23 @@ def _rank_main(function: Callable[..., Any], rank: int, world: int, port: int, a
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise
+
+
+def _job_main(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple) -> None:
+    _set_rank(rank, world, port)
+    function(*args)
+
+
+def start_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Start `function(*args)` as `world` processes under torchrun's variables; it forms its own process group."""
+    port = free_port()
+    processes = [
+        _context.Process(target=_job_main, args=(function, rank, world, port, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
