@@ -76,10 +76,7 @@ class Tokenizer:
         config = {name: token for name, token in named.items() if name in _NAMED}
         config |= _json(files, "tokenizer_config.json", directory)
         if "tokenizer.json" in files:
-            try:
-                backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-            except Exception as error:  # the library raises bare Exception
-                raise InputError(f"{directory}/tokenizer.json: damaged ({error}). Fetch the file again.") from None
+            backend = _open_json(files["tokenizer.json"], directory)
             _add_tokens(backend, config, files, directory)
             return cls(backend, config, files, directory)
         if "tokenizer.model" in files:
@@ -103,7 +100,6 @@ class Tokenizer:
             directory: where they came from, for messages.
         """
         files = {**(files or {}), "tokenizer.model": model}
-        files.pop("tokenizer.json", None)
         proto = read_sentencepiece(model, directory / "tokenizer.model")
         spec = proto.trainer_spec
         prefix = config.get("add_prefix_space")
@@ -266,6 +262,28 @@ def _json(files: dict[str, bytes], name: str, directory: Path) -> dict[str, Any]
     return content
 
 
+def _open_json(content: bytes, directory: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, with every added token within reach."""
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{directory}/tokenizer.json: damaged ({error}). Fetch the file again.") from None
+    added = backend.get_added_tokens_decoder().values()
+    hidden = {token.content for token in added if token.normalized and _is_hidden(backend, token.content)}
+    if hidden:
+        table = json.loads(content)
+        for token in table["added_tokens"]:
+            token["normalized"] &= token["content"] not in hidden
+        backend = tokenizers.Tokenizer.from_str(json.dumps(table))
+    return backend
+
+
+def _is_hidden(backend: tokenizers.Tokenizer, content: str) -> bool:
+    """Whether an added token that is looked for in normalised text is missed there: LLaMA's normaliser puts a space
+    before the token's own text, so that it is found at the start of a text only."""
+    return backend.normalizer is not None and backend.normalizer.normalize_str(content) != content
+
+
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], directory: Path
 ) -> None:
@@ -281,8 +299,7 @@ def _add_tokens(
         wanted[int(index)] = AddedToken(**{key: value for key, value in token.items() if key != "__type"})
     for index in sorted(wanted):
         token = wanted[index]
-        if "tokenizer.json" not in files:
-            # The converted normaliser puts a space before a token's own text too: it would never be found.
+        if token.normalized and _is_hidden(backend, token.content):
             rules = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
             token = AddedToken(token.content, normalized=False, **rules)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])

@@ -184,18 +184,36 @@ def test_added_tokens_keep_the_ids_that_are_written_down(where: str, llama: Path
     assert oracle_ids(oracle(tmp_path / "saved"), "<human>:发热\n<bot>:") == ids
 
 
+def test_added_tokens_are_found_where_an_older_file_hides_them(llama: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(llama)
+    tokenizer.save(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in table["added_tokens"]:
+        token["normalized"] = True
+    write_json(tmp_path / "tokenizer.json", table)
+    older = Tokenizer.load(tmp_path)
+    text = "问<bot>答</s>"
+    ids = older.encode(text, allow_special=True)
+    assert ids == tokenizer.encode(text, allow_special=True) and ids.count(tokenizer.vocab_size - 1) == 1
+    assert older.decode(ids) == tokenizer.decode(ids) and older.fingerprint == tokenizer.fingerprint
+
+
 def test_pieces_of_one_score_merge_in_the_order_of_ids_as_in_transformers(tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
         llama_model(vocab_size=400)
     )
-    for piece in ("血", "压", "高", "高血", "血压", "高血压"):
-        if piece not in {known.piece for known in proto.pieces}:
-            proto.pieces.add(piece=piece, score=0.0)
+    known = {piece.piece for piece in proto.pieces}
+    assert not known & {"血压", "高血", "压病"}
+    pieces = {"血": -900.0, "压": -901.0, "高": -902.0, "病": -903.0, "血压": -904.0, "高血": 0.0, "压病": 0.0}
+    for piece, score in pieces.items():
+        if piece not in known:
+            proto.pieces.add(piece=piece, score=score)
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"})
     tokenizer = Tokenizer.load(tmp_path)
+    assert [tokenizer.piece(index) for index in tokenizer.encode("高血压病")][1:] == ["高", "血压", "病"]
     for text in ("高血压", "高血压病", "血压高", *ENGLISH[:2]):
         assert tokenizer.encode(text) == oracle_ids(oracle(tmp_path), text)
 
@@ -221,7 +239,12 @@ def test_the_fingerprint_tells_tokenizers_apart(trained: Path, llama: Path, tmp_
         Tokenizer.load(trained).save(tmp_path)
         write_json(tmp_path / "tokenizer_config.json", {**config, **change})
         fingerprints.add(Tokenizer.load(tmp_path).fingerprint)
-    assert len(fingerprints) == 5
+    Tokenizer.load(trained).save(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    table["model"]["merges"][-2:] = table["model"]["merges"][:-3:-1]
+    write_json(tmp_path / "tokenizer.json", table)
+    fingerprints.add(Tokenizer.load(tmp_path).fingerprint)
+    assert len(fingerprints) == 6
 
 
 def test_a_base_whose_template_puts_bos_first_says_so(qwen: Path, tmp_path: Path) -> None:

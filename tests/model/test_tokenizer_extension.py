@@ -26,7 +26,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     write_llama(folder / "base", add_dummy_prefix=request.param != "no prefix", character_coverage=0.98)
     if request.param != "with tokenizer.json":
         return folder / "base"
-    Tokenizer.load(folder / "base").save(folder / "saved")
+    tokenizer = Tokenizer.load(folder / "base")
+    rules = {index: token.__getstate__() for index, token in tokenizer.added_tokens.items()}
+    tokenizer.config["added_tokens_decoder"] = {index: {**rule, "normalized": True} for index, rule in rules.items()}
+    tokenizer.save(folder / "saved")
     return folder / "saved"
 
 
@@ -44,6 +47,8 @@ def test_every_added_piece_is_emitted_when_its_own_text_is_encoded(base: Path, t
         assert processor.encode(text) == tokenizer.encode(text)
         after_line_end = tokenizer.encode("\n" + piece.replace(SPACE, " "))
         assert after_line_end[-1] == index, piece
+    for text in sentences(7, 50):
+        assert processor.encode(text) == tokenizer.encode(text)
 
 
 def test_added_words_alone_would_hardly_ever_be_emitted(base: Path) -> None:
@@ -103,7 +108,8 @@ def test_old_ids_and_added_tokens_do_not_move(base: Path, tmp_path: Path) -> Non
     assert [new.piece(index) for index in range(old.vocab_size)] == [old.piece(i) for i in range(old.vocab_size)]
     assert new.encode("<human>:头痛<bot>:", True)[0] == old.encode("<human>:头痛<bot>:", True)[0] == old.vocab_size - 2
     for index, token in old.added_tokens.items():
-        assert new.added_tokens[index].__getstate__() == {**token.__getstate__(), "normalized": False}
+        for rule in ("content", "special", "lstrip", "rstrip", "single_word"):
+            assert getattr(new.added_tokens[index], rule) == getattr(token, rule)
     assert (new.bos_id, new.eos_id, new.pad_id, new.add_bos) == (old.bos_id, old.eos_id, old.pad_id, old.add_bos)
     rows = extended_rows(old, new)
     assert list(rows) == list(range(old.vocab_size, new.vocab_size))
@@ -128,8 +134,8 @@ def test_candidates_come_by_the_tokens_they_save() -> None:
     ranked = rank_candidates(model, lines, known)
     # 图 is spelt in 3 bytes: each of 80 saves 2 tokens. 律: 20 times 2. One half of 心电图 is joined 40 times, then all
     # of it; the rest is joined 20 times.
-    assert ranked[0] == "图"
-    assert {"律", "心电图"} < set(ranked[1:4]) < {"律", "心电图", "心电", "电图"}
+    assert ranked[0] == "图" and ranked[3] == "律"  # of equal ones, the domain's order
+    assert {"心电图"} < set(ranked[1:3]) < {"心电图", "心电", "电图"}
     assert set(ranked[4:]) == {"心律", "图图", "心电图心电图"}
 
 
