@@ -41,7 +41,5 @@ def _costly_ops() -> frozenset[Any]:
         if name.startswith("_scaled_dot_product_") and not name.endswith("_backward"):
             found.add(getattr(aten, name).default)
     ours = getattr(torch.ops, "chimed", None)
-    attention = getattr(ours, "attention", None)
-    if attention is not None:
-        found.add(attention.default)
+    found |= {getattr(ours, name).default for name in ("attention", "matmul_nt") if hasattr(ours, name)}
     return frozenset(found)

@@ -40,8 +40,11 @@ def parallelize(
             block.compile(fullgraph=True)
     # One process in fp32 has nothing to shard and nothing to cast.
     if runtime.world > 1 or precision == "bf16":
+        # Inputs stay as they are: FSDP would round the rotary tables, temperatures and loss weights to bf16.
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         )
         for block in blocks:
             fully_shard(
