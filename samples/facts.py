@@ -1,7 +1,7 @@
 """What a document may say, by name: the facts of a condition, a drug or a patient's case, in a drawn order and wording.
 
 Each function returns the facts that the phrases of `phrases/*.yaml` name. Facts that do not apply are empty, and the
-phrases that name them are then never drawn.
+phrases that name them are then never used.
 """
 
 from collections.abc import Sequence

@@ -5,11 +5,12 @@ which sections may come, and the phrases of each section. A phrase is a format s
 
     {symptoms}     the items joined by 、
     {symptoms:；}  joined by another mark
-    {symptoms:#}   numbered: 1. …；2. …
+    {symptoms:#}   numbered: 1.…；2.…
     {symptoms[0]}  the first of them
 
-A phrase can be drawn only when every fact it names is known and not empty, and a section without such a phrase is left
-out; so what a document says follows from its facts, without conditions in code.
+A phrase is possible only when every fact it names is known and not empty, and a section without such a phrase is left
+out; so what a document says follows from its facts, without conditions in code. Among the possible ones a document
+keeps to one voice, as an author does: the first sections tell how the later ones will be worded.
 """
 
 import re
@@ -23,6 +24,7 @@ import yaml
 from samples.draw import Draw
 
 DIRECTORY = Path(__file__).parent / "phrases"
+VOICES = 12  # a multiple of 2, 3 and 4, so that every phrase of such lists is spoken equally often
 NUMERALS = (*"一二三四五六七八九十", "十一", "十二")
 
 
@@ -31,7 +33,7 @@ class Items(tuple[str, ...]):
 
     def __format__(self, spec: str) -> str:
         if spec == "#":
-            return "；".join(f"{number}. {item}" for number, item in enumerate(self, 1))
+            return "；".join(f"{number}.{item}" for number, item in enumerate(self, 1))
         return (spec or "、").join(self)
 
 
@@ -53,13 +55,13 @@ class Sheet:
 
     def fill(self, facts: Facts, draw: Draw) -> str:
         """One document: a title and the sections that these facts can fill, a line each."""
-        frame, order = draw.choice(self.frames), draw.choice(self.orders)
-        lines = [say(self.titles, facts, draw)]
+        frame, order, voice = draw.choice(self.frames), draw.choice(self.orders), draw.integer(0, VOICES - 1)
+        lines = [say(self.titles, facts, draw.integer(0, VOICES - 1))]
         for name in order:
             section = self.sections[name]
-            body = say(section.bodies, facts, draw)
+            body = say(section.bodies, facts, voice)
             if body:
-                heading = say(section.headings, facts, draw)
+                heading = say(section.headings, facts, voice)
                 lines.append(frame.format(numeral=NUMERALS[len(lines) - 1], heading=heading, body=body))
         return "\n".join(line for line in lines if line)
 
@@ -69,10 +71,10 @@ def load_sheets(directory: Path = DIRECTORY) -> dict[str, Sheet]:
     return {path.stem: _sheet(path) for path in sorted(directory.glob("*.yaml"))}
 
 
-def say(phrases: Sequence[str], facts: Facts, draw: Draw) -> str:
-    """One of the phrases that these facts can fill, filled; empty when there is none."""
+def say(phrases: Sequence[str], facts: Facts, voice: int) -> str:
+    """The voice's choice of the phrases that these facts can fill, filled; empty when there is none."""
     possible = [phrase for phrase in phrases if all(facts.get(name) for name in fact_names(phrase))]
-    return draw.choice(possible).format_map(facts) if possible else ""
+    return possible[voice % len(possible)].format_map(facts) if possible else ""
 
 
 def fact_names(phrase: str) -> set[str]:
