@@ -30,6 +30,7 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # transformers' name for "as tokenizer.json says"
 _PROBE = " a  b\n\n12.5 mg\t高血压病，　é\u0301😀</s>"  # touches spaces, digits, normalisation and bytes
 
 
@@ -41,7 +42,8 @@ class Tokenizer:
         bos_id, eos_id, pad_id, unk_id: None where the base has none; eos_id is always there.
         add_bos: whether a document begins with bos.
         add_prefix_space: whether every text is encoded with a space before it (SentencePiece's dummy prefix).
-        config: `tokenizer_config.json` as found; a chat template may be put into it before `save`.
+        config: `tokenizer_config.json`, with what transformers needs to agree; a chat template may be put into it
+            before `save`.
         files: name -> bytes of the directory's other files, saved as they are.
     """
 
@@ -58,7 +60,8 @@ class Tokenizer:
         if eos_id is None:
             raise InputError(f'{source}: no end token is named. Add "eos_token" to its tokenizer_config.json.')
         self.eos_id = eos_id
-        self.add_prefix_space = self._backend.encode("a", add_special_tokens=False).tokens[0] != "a"
+        first = "".join(backend.encode("a", add_special_tokens=False).tokens[:1])
+        self.add_prefix_space = first.startswith((SPACE, "Ġ"))  # Ġ is the space of byte-level pieces
         self.add_bos = self.bos_id is not None and bool(config.get("add_bos_token", self._json_adds_bos()))
 
     @classmethod
@@ -78,7 +81,11 @@ class Tokenizer:
         if "tokenizer.json" in files:
             backend = _open_json(files["tokenizer.json"], directory)
             _add_tokens(backend, config, files, directory)
-            return cls(backend, config, files, directory)
+            tokenizer = cls(backend, config, files, directory)
+            if tokenizer.add_prefix_space and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+                # transformers 5 would put rules of its own in place of the file's, and lose a text's leading space.
+                config["tokenizer_class"] = _TOKENIZER_CLASS
+            return tokenizer
         if "tokenizer.model" in files:
             return cls.from_sentencepiece(files["tokenizer.model"], config, files, directory)
         raise InputError(
@@ -111,7 +118,7 @@ class Tokenizer:
         # From here on tokenizer.json holds the added tokens, with the rules of this conversion.
         files = {name: content for name, content in files.items() if name in ("tokenizer.model", "chat_template.jinja")}
         config |= {name: _content(config[name]) for name in _NAMED if name in config}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": prefix}
+        config |= {"tokenizer_class": _TOKENIZER_CLASS, "add_prefix_space": prefix}
         for name in ("added_tokens_decoder", "auto_map", "legacy", "sp_model_kwargs"):
             config.pop(name, None)
         tokenizer = cls(backend, {"clean_up_tokenization_spaces": False, **config}, files, directory)

@@ -128,6 +128,16 @@ def test_transformers_gives_the_same_ids_beside_a_model(model_type: str, trained
         assert oracle_ids(found, text) == tokenizer.encode(text)
 
 
+def test_a_saved_llama_keeps_a_leading_space_in_transformers(llama: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(llama)
+    tokenizer.config["tokenizer_class"] = "LlamaTokenizer"  # as Llama 2's directory has it, beside a tokenizer.json
+    tokenizer.save(tmp_path / "llama2")
+    Tokenizer.load(tmp_path / "llama2").save(tmp_path / "saved")
+    for text in (" leading", "  two", "none"):
+        assert oracle_ids(oracle(tmp_path / "saved"), text) == tokenizer.encode(text)
+    assert oracle_ids(oracle(tmp_path / "llama2"), " leading") != tokenizer.encode(" leading")
+
+
 def test_sentencepiece_gives_the_same_ids(trained: Path, llama: Path) -> None:
     for directory in (trained, llama):
         tokenizer = Tokenizer.load(directory)
@@ -261,6 +271,12 @@ def test_a_base_whose_template_puts_bos_first_says_so(qwen: Path, tmp_path: Path
     write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.add_bos and tokenizer.bos_id == index
+
+
+def test_the_dummy_prefix_is_recognised(trained: Path, llama: Path, qwen: Path, tmp_path: Path) -> None:
+    train_tokenizer(["只有汉字的文本，没有字母。" * 5], tmp_path, 275)
+    prefixed = [Tokenizer.load(path).add_prefix_space for path in (trained, llama, qwen, tmp_path)]
+    assert prefixed == [False, True, False, False]
 
 
 def test_a_chat_template_is_kept(trained: Path, tmp_path: Path) -> None:
