@@ -26,6 +26,9 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
 
+# Where a run keeps the tokenizer it has trained.
+TOKENIZER = "tokenizer"
+
 # Enough to learn a vocabulary of tens of thousands, little enough for a minute of work.
 _TOKENIZER_CHARACTERS = 5_000_000
 # Beyond this, counting n-grams takes more memory than the comparison is worth.
@@ -44,8 +47,8 @@ class DataConfig(ReadOptions):
     """processes that tokenise; by default one a core"""
 
 
-def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path, seed: int) -> Tokenizer:
-    """The tokenizer given, or the base's, or the prepared data's, or one trained on the data and kept in the run.
+def find_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path) -> Tokenizer | None:
+    """The tokenizer given, or the base's, or the prepared data's, or the one this run has trained; None if none is.
 
     Raises:
         InputError: the directory given holds none, or trained weights come without one.
@@ -56,22 +59,28 @@ def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, directo
     if own is not None:
         return Tokenizer.load(own)
     if base.is_pretrained:
-        raise InputError(
-            f"{base.directory} holds no tokenizer. Give the one its weights were trained with: --tokenizer."
-        )
+        raise InputError(f"{base.directory} holds no tokenizer. Give --tokenizer the one it was trained with.")
     for path in config.paths:
         if is_prepared(path):
             return Tokenizer.load(next(iter(prepared_parts(path)), Path(path)) / "tokenizer")
-    trained = directory / "tokenizer"
-    if not trained.is_dir():
-        speak(f"Training a tokenizer of {base.config.vocab_size} pieces on the data ({trained}).")
-        lines, _ = sample_lines(read_texts(config.paths, config), _TOKENIZER_CHARACTERS, seed)
-        coverage = coverage_that_fits(lines, base.config.vocab_size)
-        model = train_sentencepiece(lines, base.config.vocab_size, coverage, is_limit_soft=True)
-        beside = directory / ".tokenizer-new"
-        shutil.rmtree(beside, ignore_errors=True)
-        Tokenizer.from_sentencepiece(model, {}).save(beside)
-        beside.replace(trained)
+    trained = directory / TOKENIZER
+    return Tokenizer.load(trained) if trained.is_dir() else None
+
+
+def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path, seed: int) -> Tokenizer:
+    """As `find_tokenizer`; where there is none, one is trained on the data and kept in the run directory."""
+    found = find_tokenizer(config, given, base, directory)
+    if found is not None:
+        return found
+    trained = directory / TOKENIZER
+    speak(f"Training a tokenizer of {base.config.vocab_size} pieces on the data ({trained}).")
+    lines, _ = sample_lines(read_texts(config.paths, config), _TOKENIZER_CHARACTERS, seed)
+    coverage = coverage_that_fits(lines, base.config.vocab_size)
+    model = train_sentencepiece(lines, base.config.vocab_size, coverage, is_limit_soft=True)
+    beside = directory / ".tokenizer-new"
+    shutil.rmtree(beside, ignore_errors=True)
+    Tokenizer.from_sentencepiece(model, {}).save(beside)
+    beside.replace(trained)
     return Tokenizer.load(trained)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.mesh import Runtime
+from engine.shard import free_gathered
 from engine.step import Objective
 from model.batch import PackedBatch
 
@@ -25,6 +26,7 @@ def held_out_loss(model: nn.Module, objective: Objective, batches: Iterable[Pack
     for batch in batches:
         loss = objective(model, batch.to(runtime.device))
         sums += torch.stack([loss.reported, loss.count]).double()
+    free_gathered(model)
     total, count = runtime.sum(sums).tolist()
     return total / count if count else math.nan
 

@@ -134,7 +134,7 @@ def train(
     loader = run.fresh_loader(cursor)
     run_log = RunLog(run.directory, progress.step, log, recipe)
     clock = BusyClock(run.model.model.layers, runtime.device)
-    desk = _Desk(run, progress, run_log, log, runtime)
+    desk = _Desk(run, progress, run_log, log, checkpointer)
     last_saved = progress.step if cursor is not None else None
     held_out: float | None = None
     pending: PendingReport | None = None
@@ -197,8 +197,12 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 class _Desk:
     """Reads each step's report when it has arrived: logs it, and says when the run must end."""
 
-    def __init__(self, run: Run, progress: Progress, run_log: RunLog, log: LogConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, run: Run, progress: Progress, run_log: RunLog, log: LogConfig, checkpointer: Checkpointer
+    ) -> None:
+        runtime = run.runtime
         self._run, self._progress, self._run_log, self._every = run, progress, run_log, log.every
+        self._checkpointer = checkpointer
         self._stragglers = Stragglers(runtime.world)
         self._waits: list[float] = []
         self._read = progress.step
@@ -244,6 +248,7 @@ class _Desk:
             if slow:
                 self._run_log.say(slow)
         if self._run.guard.has_given_up(report.skipped, report.skipped_in_a_row):
+            self._checkpointer.wait()
             raise DivergedError(
                 f"Diverged at step {step}: {report.skipped_in_a_row} steps in a row were refused, {report.skipped} in "
                 f"all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower --optim.lr or "

@@ -14,9 +14,18 @@ import torch
 
 from engine.building import Base, fill_from_base, find_base, fit_vocabulary, make_run_directory, publisher
 from engine.config import to_yaml
-from engine.corpora import DataConfig, describe, open_data, open_held_out, print_baselines, resolve_tokenizer
+from engine.corpora import (
+    DataConfig,
+    describe,
+    find_tokenizer,
+    open_data,
+    open_held_out,
+    print_baselines,
+    resolve_tokenizer,
+)
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
+from engine.dry_run import PlanConfig, look_at_data, memory_report, planned_world, schedule_report
 from engine.files import write_durably
 from engine.guard import Guard, GuardConfig
 from engine.launch import speak
@@ -125,6 +134,7 @@ class PretrainConfig:
     """of fresh weights and of the order of documents"""
     dry_run: bool = False
     """print the memory plan, the schedule and one decoded sample, and exit"""
+    plan: PlanConfig = field(default_factory=PlanConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -147,6 +157,8 @@ def pretrain(config: PretrainConfig) -> None:
     config.schedule.check()
     directory = Path(config.out)
     base = find_base(config.model)
+    if config.dry_run:
+        return dry_run(config, base)
     runtime = start(config.parallel)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
@@ -158,7 +170,7 @@ def pretrain(config: PretrainConfig) -> None:
             documents, config.eval.fraction, config.eval.data, config.data, tokenizer, directory
         )
     model_config = fit_vocabulary(base, tokenizer).with_context(shape.context)
-    recipe = resolve_recipe(config, base, documents, shape)
+    recipe = resolve_recipe(config, base, documents.epoch_tokens, shape)
     evaluation = _evaluation(held_out, shape, config.eval.max_tokens, runtime.rank, runtime.world)
     if runtime.is_main:
         write_durably(directory / "config.yaml", to_yaml(recipe))
@@ -202,10 +214,38 @@ def pretrain(config: PretrainConfig) -> None:
     stop()
 
 
-def resolve_recipe(config: PretrainConfig, base: Base, documents: Corpus, shape: StepShape) -> PretrainConfig:
+def dry_run(config: PretrainConfig, base: Base) -> None:
+    """Print the memory plan, the schedule and one document to stdout."""
+    shape = resolve_shape(config.train, base.config, planned_world(config.plan))
+    tokenizer = find_tokenizer(config.data, config.tokenizer, base, Path(config.out))
+    model = base.config if tokenizer is None else fit_vocabulary(base, tokenizer)
+    look = look_at_data(config.data.paths, config.data, tokenizer, model.vocab_size, shape.context)
+    recipe = resolve_recipe(config, base, look.tokens, shape)
+    print(
+        f"{config.model}: {model.num_parameters:,} parameters, vocabulary {model.vocab_size:,}, context {shape.context}"
+    )
+    print(
+        memory_report(
+            model,
+            config.plan,
+            **dataclasses.asdict(shape),
+            replicas=config.parallel.replicas,
+            precision=config.train.precision,
+            recompute=config.train.recompute,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        )
+    )
+    print(f"data: {'' if look.is_exact else 'about '}{look.tokens:,} tokens")
+    assert recipe.optim.lr is not None and recipe.train.steps is not None
+    rate = functools.partial(learning_rate, steps=recipe.train.steps, peak=recipe.optim.lr, config=config.schedule)
+    print(schedule_report(recipe.train.steps, shape.tokens_per_pack * shape.packs_per_step, rate))
+    print(f"one document, trained tokens marked:\n{look.sample}")
+
+
+def resolve_recipe(config: PretrainConfig, base: Base, epoch_tokens: int, shape: StepShape) -> PretrainConfig:
     """The recipe with every default filled in, as the run directory keeps it."""
     per_step = shape.tokens_per_pack * shape.packs_per_step
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * documents.epoch_tokens / per_step))
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_tokens / per_step))
     lr = config.optim.lr or default_learning_rate(base.config, base.is_pretrained)
     train = dataclasses.replace(
         config.train,

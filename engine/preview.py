@@ -35,7 +35,8 @@ def show_document(batch: PackedBatch, tokenizer: Tokenizer, index: int = 0, most
 def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
     """Text with special tokens by name, which decoding alone would drop."""
     special = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
-    text, run = "", []
+    text = ""
+    run: list[int] = []
     for token in ids:
         if token in special:
             text, run = text + tokenizer.decode(run) + special[token], []

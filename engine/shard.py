@@ -85,3 +85,10 @@ def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
         model.set_is_last_backward(is_last)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Back to sharded masters after a forward without a backward, which would have left the root gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.evaluation import held_out_loss
 from engine.guard import Guard, GuardConfig
 from engine.mesh import ParallelConfig, start
 from engine.optim import AdamW, OptimConfig
@@ -130,3 +131,20 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters() -> None:
     # bf16 carries 8 bits: a relative rounding of 2^-9 a number.
     np.testing.assert_allclose(half["loss"], exact["loss"], rtol=2**-7)
     assert all(value.dtype == np.float32 for value in half["weights"].values())
+
+
+def evaluate_then_look(precision: str) -> dict[str, tuple[str, bool]]:
+    runtime = start(ParallelConfig())
+    config = small_config(False)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    parallelize(model, runtime, ParallelConfig(), precision, "none")  # type: ignore[arg-type]
+    shapes = parameter_shapes(config)
+    fill(model, ((name, initial_value(config, name, shape, 0)) for name, shape in shapes.items()))
+    held_out_loss(model, next_token_loss(), [pack(lengths, 1) for lengths in LENGTHS], runtime)
+    return {name: (str(p.dtype), hasattr(p, "full_tensor")) for name, p in model.named_parameters()}
+
+
+def test_after_an_evaluation_the_parameters_are_the_sharded_masters_again() -> None:
+    for rank in run_ranks(evaluate_then_look, 2, "bf16"):
+        assert set(rank.values()) == {("torch.float32", True)}

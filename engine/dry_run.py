@@ -1,0 +1,141 @@
+"""What a run would do, without doing it: memory on each rank, the schedule, and one document as it is trained.
+
+Nothing is written, nothing is allocated on a device; of raw files only the beginning is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from engine.data.corpus import open_corpus
+from engine.data.shards import is_prepared
+from engine.data.sources import ReadOptions, list_files, read_texts
+from engine.memory import Setup, plan
+from engine.memory_advice import GIB, describe
+from engine.preview import show_document
+from engine.shard import Precision
+from model.batch import IGNORE, PackedBatch
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
+
+# Read of raw files for a sample, and for a throwaway tokenizer.
+_TEXTS, _CHARACTERS = 200, 200_000
+
+
+@dataclass
+class PlanConfig:
+    """What --dry-run plans for, where it is not the machine at hand."""
+
+    world: int | None = None
+    """number of processes; by default those of this launch"""
+    device_gib: float | None = None
+    """memory of one device; by default that of the GPU here, or the smallest common one that suffices"""
+
+
+def planned_world(config: PlanConfig) -> int:
+    """Processes to plan for."""
+    return config.world or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def memory_report(
+    model: ModelConfig,
+    config: PlanConfig,
+    *,
+    tokens_per_pack: int,
+    packs_per_step: int,
+    context: int,
+    replicas: int,
+    precision: Literal["auto", "bf16", "fp32"],
+    recompute: Literal["none", "selective", "full"],
+    reshard_after_forward: bool,
+) -> str:
+    """The memory plan as text. `auto` precision is fp32 only where the run would stay on this machine's CPU."""
+    world = planned_world(config)
+    is_for_gpu = torch.cuda.is_available() or config.world is not None or config.device_gib is not None
+    chosen: Precision = ("bf16" if is_for_gpu else "fp32") if precision == "auto" else precision
+    setup = Setup(
+        tokens_per_pack=tokens_per_pack,
+        context=context,
+        world=world,
+        replicas=replicas,
+        precision=chosen,
+        recompute=recompute,
+        reshard_after_forward=reshard_after_forward,
+        micro_batches=-(-packs_per_step // world),
+        device="cuda" if is_for_gpu else "cpu",
+    )
+    device_bytes = None if config.device_gib is None else int(config.device_gib * GIB)
+    if device_bytes is None and torch.cuda.is_available():
+        device_bytes = torch.cuda.get_device_properties(0).total_memory
+    return describe(plan(model, setup), device_bytes)
+
+
+def schedule_report(steps: int, tokens_per_step: int, rate: Callable[[int], float]) -> str:
+    """The learning rate at some steps."""
+    shown = sorted({0, steps // 100, steps // 10, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
+    points = ", ".join(f"{step + 1:,}: {rate(step):.2e}" for step in shown)
+    return (
+        f"{steps:,} steps of {tokens_per_step:,} tokens, {steps * tokens_per_step:,} in all. "
+        f"Learning rate at step {points}."
+    )
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """What a look at the data says. `is_exact`: the data is prepared, so its tokens are counted, not estimated."""
+
+    tokens: int
+    is_exact: bool
+    sample: str
+
+
+def look_at_data(
+    paths: Sequence[str], options: ReadOptions, tokenizer: Tokenizer | None, vocab_size: int, context: int
+) -> DataLook:
+    """Count or estimate the tokens of an epoch, and show one document.
+
+    Args:
+        tokenizer: None for one that the run would train; a throwaway one stands in for it.
+    Raises:
+        InputError: data that cannot be read.
+    """
+    if all(map(is_prepared, paths)) and tokenizer is not None:
+        corpus = open_corpus(paths, None, tokenizer.fingerprint)
+        ids = corpus.read(int(corpus.documents()[0]), 0, context).tolist()
+        return DataLook(corpus.num_tokens, True, show_document(_as_batch(ids, context), tokenizer))
+    listing = list_files(paths)
+    texts: list[str] = []
+    for text in itertools.islice(read_texts(paths, options), _TEXTS):
+        texts.append(text[:_CHARACTERS])
+        if sum(map(len, texts)) > _CHARACTERS:
+            break
+    note = ""
+    if tokenizer is None:
+        lines, _ = sample_lines(texts, _CHARACTERS, 0)
+        coverage = coverage_that_fits(lines, vocab_size)
+        tokenizer = Tokenizer.from_sentencepiece(
+            train_sentencepiece(lines, vocab_size, coverage, is_limit_soft=True), {}
+        )
+        note = " (with a tokenizer trained on the first texts only)"
+    encoded = tokenizer.encode_batch(texts)
+    per_byte = sum(map(len, encoded)) / max(1, sum(len(text.encode()) for text in texts))
+    first = ([tokenizer.bos_id] if tokenizer.add_bos else []) + encoded[0] + [tokenizer.eos_id]
+    ids = [token for token in first if token is not None][:context]
+    return DataLook(math.ceil(listing.size * per_byte), False, show_document(_as_batch(ids, context), tokenizer) + note)
+
+
+def _as_batch(ids: list[int], context: int) -> PackedBatch:
+    """One document as a batch of its own."""
+    tokens = torch.from_numpy(np.array(ids, dtype=np.int64))
+    targets = torch.cat([tokens[1:], torch.tensor([IGNORE])])
+    bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+    return PackedBatch(tokens, torch.arange(len(ids)), bounds, targets, 1, context)

@@ -1,0 +1,171 @@
+"""What a memory plan says to its reader: a table, whether it fits, and what to change when it does not.
+
+Every piece of advice has been planned again, so it holds as far as the plan does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from engine.memory import MemoryPlan, Setup, plan
+
+GIB = 1 << 30
+MOST_PROCESSES = 4096
+
+# What common devices let a process allocate, in GiB.
+_DEVICES = {
+    "a 24 GB card (RTX 4090)": 23.5,
+    "A100 40 GB": 39.4,
+    "a 48 GB card (L40S, A6000)": 44.4,
+    "A100 or H100 80 GB": 79.1,
+    "H200": 139.8,
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options to add, what they cost, and the plan with them."""
+
+    options: str
+    cost: str
+    plan: MemoryPlan
+
+
+def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
+    """The plan as a table of a few lines, followed by what to change where it does not fit.
+
+    Args:
+        device_bytes: memory of the device; None names a device that is large enough instead.
+    """
+    setup, peak, rest = memory.setup, memory.peak, memory.at_rest
+    lines = [
+        f"memory of a rank: {setup.world} process{'es' if setup.world > 1 else ''}, {setup.precision}, "
+        f"{setup.tokens_per_pack:,} tokens a pack, recompute {setup.recompute}",
+        f"{'GiB':<14}{'at rest':>9}{'peak':>9}   peak: {peak.name}",
+    ]
+    for category in ("weights", "gradients", "optimizer", "activations", "head", "total"):
+        lines.append(f"  {category:<12}{getattr(rest, category) / GIB:>9.2f}{getattr(peak, category) / GIB:>9.2f}")
+    needed = f"A device needs {_gib(memory.needed_bytes)}, with what holds no tensor"
+    if device_bytes is None:
+        enough = next((name for name, size in _DEVICES.items() if memory.fits(int(size * GIB))), None)
+        lines.append(f"{needed}: {f'fits {enough}' if enough else 'more than any one device has'}.")
+        device_bytes = int(max(_DEVICES.values()) * GIB)
+    else:
+        verdict = "fits" if memory.fits(device_bytes) else "does not fit"
+        lines.append(f"{needed}: {verdict} the {_gib(device_bytes)} that are there.")
+    if not memory.fits(device_bytes):
+        changes = advice(memory, device_bytes)
+        lines.append("Any one of these fits:" if changes else "No option makes it fit. Use a smaller model.")
+        lines += [f"  {change.options}  ({change.cost}; {_gib(change.plan.needed_bytes)})" for change in changes]
+    return "\n".join(lines)
+
+
+def advice(memory: MemoryPlan, device_bytes: int) -> list[Change]:
+    """Changes that make a plan fit, each by itself, the cheapest first; where none does, the cheapest together.
+
+    Args:
+        memory: a plan that does not fit.
+    Returns:
+        nothing when the model is too large for any of them.
+    """
+    singles = [_first_that_fits(memory, ways, device_bytes) for ways in _STEPS]
+    return [_change([way]) for way in singles if way is not None] or _together(memory, device_bytes)
+
+
+def _together(memory: MemoryPlan, device_bytes: int) -> list[Change]:
+    """One change after another, the cheapest first, each as far as it helps, until they fit."""
+    taken: dict[str, _Way] = {}  # by option: recompute may be changed twice
+    for ways in _STEPS:
+        way = _first_that_fits(memory, ways, device_bytes)
+        way = way or min(_plans(memory, ways), key=lambda way: way.plan.peak.total, default=None)
+        if way is not None and way.plan.peak.total < memory.peak.total:
+            taken[way.option] = way
+            memory = way.plan
+            if memory.fits(device_bytes):
+                return [_change(list(taken.values()))]
+    return []
+
+
+class _Way(NamedTuple):
+    """One option changed: how it is written, what it costs, and the plan with it."""
+
+    option: str
+    text: str
+    cost: str
+    plan: MemoryPlan
+
+
+# From a setup: other setups, each with its option's value and cost, the cheapest first.
+_Ways = tuple[str, str, Callable[[Setup], Iterator[tuple[Any, Setup]]]]
+
+
+def _plans(memory: MemoryPlan, ways: _Ways) -> Iterator[_Way]:
+    option, cost, setups = ways
+    for value, setup in setups(memory.setup):
+        yield _Way(option, option.format(value), cost, plan(memory.config, setup))
+
+
+def _first_that_fits(memory: MemoryPlan, ways: _Ways, device_bytes: int) -> _Way | None:
+    return next((way for way in _plans(memory, ways) if way.plan.fits(device_bytes)), None)
+
+
+def _change(ways: list[_Way]) -> Change:
+    # Each way was planned on top of those before it.
+    final = min((way.plan for way in ways), key=lambda planned: planned.peak.total)
+    return Change(" ".join(way.text for way in ways), "; ".join(way.cost for way in ways), final)
+
+
+def _half_precision(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    if setup.precision == "fp32" and setup.device == "cuda":
+        yield "bf16", replace(setup, precision="bf16")
+
+
+def _reshard(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    if not setup.reshard_after_forward and setup.is_wrapped:
+        yield "true", replace(setup, reshard_after_forward=True)
+
+
+def _selective(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    if setup.recompute == "none":
+        yield "selective", replace(setup, recompute="selective")
+
+
+def _one_replica(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    if setup.replicas > 1:
+        yield 1, replace(setup, replicas=1)
+
+
+def _smaller_packs(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    while setup.tokens_per_pack % 2 == 0 and setup.tokens_per_pack // 2 >= setup.context:
+        setup = replace(setup, tokens_per_pack=setup.tokens_per_pack // 2, micro_batches=setup.micro_batches * 2)
+        yield setup.tokens_per_pack, setup
+
+
+def _full(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    if setup.recompute != "full":
+        yield "full", replace(setup, recompute="full")
+
+
+def _more_processes(setup: Setup) -> Iterator[tuple[Any, Setup]]:
+    while setup.world * 2 <= MOST_PROCESSES:
+        setup = replace(setup, world=setup.world * 2, micro_batches=math.ceil(setup.micro_batches / 2))
+        yield setup.world, setup
+
+
+# In order of cost.
+_STEPS: tuple[_Ways, ...] = (
+    ("--train.precision {}", "activations are rounded", _half_precision),
+    ("--parallel.reshard_after_forward {}", "weights are gathered again for the backward pass", _reshard),
+    ("--train.recompute {}", "norms and activations are computed twice", _selective),
+    ("--parallel.replicas {}", "weights are gathered from all processes", _one_replica),
+    ("--train.micro_batch_tokens {}", "smaller products, more passes a step", _smaller_packs),
+    ("--train.recompute {}", "every block's forward pass runs twice, a third more work", _full),
+    ("on {} processes", "more devices", _more_processes),
+)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
