@@ -10,6 +10,7 @@ CORE = [
     "numpy",
     "safetensors",
     "sentencepiece",
+    "protobuf",  # how sentencepiece models are stored
     "tokenizers",
     "jsonargparse[signatures]",
     "PyYAML",
@@ -22,7 +23,7 @@ EXTRAS = {
     "logs": ["tensorboard", "matplotlib"],
     "wandb": ["wandb"],
     "eval": ["sacrebleu", "rouge-score"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "protobuf", "types-PyYAML"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML"],
 }
 
 setup(

@@ -6,7 +6,6 @@ Everything here is done by rank 0 first and found done by the others.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,9 +15,9 @@ import numpy as np
 
 from engine.building import Base, own_tokenizer
 from engine.data.corpus import Corpus, open_corpus
-from engine.data.prepare import Progress, preparation_key, prepare
+from engine.data.prepare import preparation_key, prepare
 from engine.data.shards import is_prepared, prepared_parts, read_manifest
-from engine.data.sources import ReadOptions, read_texts
+from engine.data.sources import DataOptions, ReadOptions, read_texts
 from engine.launch import speak
 from engine.ngram import NGram
 from model.batch import IGNORE, PackedBatch
@@ -36,11 +35,9 @@ _BASELINE_TOKENS = 20_000_000
 
 
 @dataclass
-class DataConfig(ReadOptions):
+class DataConfig(DataOptions):
     """What is read, and how raw files become documents."""
 
-    paths: list[str] = field(default_factory=list)
-    """files, folders or globs of raw text, or directories made by tools/prepare.py"""
     weights: list[float] = field(default_factory=list)
     """epochs of each source in one epoch of the mixture; by default 1 each"""
     workers: int | None = None
@@ -134,20 +131,9 @@ def _prepared(paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, di
         )
     options = ReadOptions(**{name: getattr(config, name) for name in ReadOptions.__dataclass_fields__})
     target = directory / "prepared" / preparation_key(paths, tokenizer, options)
-    prepare(paths, tokenizer, target, options, workers=config.workers, progress=_show)
+    prepare(paths, tokenizer, target, options, workers=config.workers, progress=ProgressLine("Preparing"))
     _report(target)
     return [target]
-
-
-def _show(progress: Progress) -> None:
-    left = progress.seconds_left
-    line = f"preparing {progress.done / max(1, progress.total):.0%}, {progress.rate / 1e6:.1f} MB/s" + (
-        f", {left:.0f} s left" if left is not None else ""
-    )
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="" if progress.done < progress.total else "\n", file=sys.stderr, flush=True)
-    elif progress.done >= progress.total:
-        speak(line)
 
 
 def _report(directory: Path) -> None:
