@@ -16,6 +16,7 @@ import numpy as np
 from engine.building import Base, own_tokenizer
 from engine.data.corpus import Corpus, open_corpus
 from engine.data.prepare import preparation_key, prepare
+from engine.data.progress import ProgressLine
 from engine.data.shards import is_prepared, prepared_parts, read_manifest
 from engine.data.sources import DataOptions, ReadOptions, read_texts
 from engine.launch import speak
