@@ -81,12 +81,8 @@ class HeadProducts:
 
     def add_dweight(self, total: Tensor | None, dlogits: Tensor, hidden: Tensor) -> Tensor:
         """total + dlogits^T hidden, [V, d], in place where there is a total."""
-        if total is None:
-            return self._product(dlogits.t(), hidden.t())
-        if self.is_mixed:
-            narrow = self.weight.dtype
-            return torch.addmm(total, dlogits.t().to(narrow), hidden.to(narrow), out_dtype=self.wide, out=total)
-        return total.add_(self._product(dlogits.t(), hidden.t()))
+        product = self._product(dlogits.t(), hidden.t())
+        return product if total is None else total.add_(product)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """a b^T"""

@@ -30,7 +30,7 @@ def attention_sdpa(
         n_q, n_k = query.shape[2], key.shape[2]
         if n_q == 0:
             continue
-        blind = max(n_q - n_k, 0)  # leading queries that see no key: torch would make them NaN
+        blind = max(n_q - n_k, 0)  # leading queries that see no key: not every backend makes them zero
         query = query[:, :, blind:]
         is_square = n_q - blind == n_k and (window is None or n_k <= window)
         mask = None if is_square else visible_keys(n_q - blind, n_k, window, q.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import pytest
@@ -16,12 +17,25 @@ from kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from kernels.vocabulary import IGNORE
 from tests.kernels.oracle import Op, assert_faithful, random
 
+# Modules and the functions imported from them have the same names.
+linear_logprob_module = importlib.import_module("kernels.linear_logprob")
+linear_cross_entropy_module = importlib.import_module("kernels.linear_cross_entropy")
+
 DTYPES = (torch.float32, torch.bfloat16)
+either_way = pytest.mark.usefixtures("picking")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def head(tokens: int, width: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return random(tokens, width, dtype=dtype), random(vocab, width, seed=1, dtype=dtype)
+
+
+@pytest.fixture(params=[True, False], ids=["counted rows only", "all rows"])
+def picking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored rows are left out, as on a CPU, or computed and cleared, as on a GPU."""
+    if not request.param:
+        for module in (linear_logprob_module, linear_cross_entropy_module):
+            monkeypatch.setattr(module, "counted_rows", lambda targets: None)
 
 
 def labels(tokens: int, vocab: int, ignored: float = 0.3) -> Tensor:
@@ -30,6 +44,7 @@ def labels(tokens: int, vocab: int, ignored: float = 0.3) -> Tensor:
     return targets.where(torch.rand(tokens, generator=generator) >= ignored, IGNORE)
 
 
+@either_way
 @dtypes
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("heat", ["one", "number", "per token"])
@@ -40,6 +55,7 @@ def test_linear_logprob_is_faithful(heat: str, ignored: float, dtype: torch.dtyp
     assert_faithful(partial(linear_logprob, **keywords), partial(linear_logprob_reference, **keywords), inputs)
 
 
+@either_way
 @dtypes
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -86,6 +102,7 @@ def test_ignored_rows_are_zero_whatever_their_hidden_state_holds() -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(nll, (hidden, weight)))
 
 
+@either_way
 def test_a_batch_without_targets_gives_zero_gradients_not_none() -> None:
     hidden, weight = (x.requires_grad_() for x in head(6, 4, 9))
     targets = torch.full((6,), IGNORE)

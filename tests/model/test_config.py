@@ -111,6 +111,15 @@ def test_silence_means_what_transformers_means_by_it() -> None:
     assert config_from_hf({**FACTS, "architectures": ["LLaMAForCausalLM"]}) == config_from_hf(FACTS)
 
 
+def test_a_window_that_is_switched_off_is_none() -> None:
+    """Qwen's files state a window that they do not use."""
+    window = {"sliding_window": 5, "max_window_layers": 1}
+    qwen = {**FACTS, **window, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    assert config_from_hf({**qwen, "use_sliding_window": False}).sliding_window is None
+    assert config_from_hf(qwen).sliding_window is None
+    assert config_from_hf({**qwen, "use_sliding_window": True}).window(1) == 5
+
+
 def test_several_end_tokens_are_kept() -> None:
     config = config_from_hf({**FACTS, "eos_token_id": [5, 6]})
     assert config.eos_token_id == (5, 6)

@@ -74,6 +74,12 @@ def test_safetensors_library_reads_what_we_write(whole: Path) -> None:
         assert torch.equal(tensors[f"model.layers.1.{part}_proj.weight"], expected)
 
 
+def test_tensors_start_aligned_in_their_file(sharded: Path) -> None:
+    """Readers map files and read vectors from the map."""
+    for path in sharded.glob("*.safetensors"):
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
 def test_shards_are_named_indexed_and_bounded(sharded: Path) -> None:
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 2

@@ -41,13 +41,16 @@ CONFIGS: dict[str, ModelConfig] = {
     "linear": replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), rope_theta=500.0),
     "dynamic": replace(LLAMA, rope_scaling=RopeScaling("dynamic", 2.0), rope_theta=500.0),
     "yarn": replace(LLAMA, rope_scaling=RopeScaling("yarn", 4.0, 16), rope_theta=500.0),
+    # Ramps over several pairs: from 0 to 3 when truncated, to 2.5 when not.
     "yarn with mscale": replace(
         LLAMA,
-        rope_theta=500.0,
-        rope_scaling=RopeScaling("yarn", 4.0, 16, beta_fast=16.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=1.1),
+        rope_theta=50.0,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, beta_fast=4.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.1),
     ),
     "yarn with a factor": replace(
-        LLAMA, rope_theta=500.0, rope_scaling=RopeScaling("yarn", 4.0, 16, truncate=False, attention_factor=1.3)
+        LLAMA,
+        rope_theta=50.0,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, beta_fast=4.0, beta_slow=0.5, truncate=False, attention_factor=1.3),
     ),
     "llama3": replace(LLAMA, rope_theta=500.0, rope_scaling=RopeScaling("llama3", 8.0, 16, 1.0, 4.0)),
 }
