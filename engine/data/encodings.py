@@ -22,6 +22,7 @@ SAMPLE_BYTES = 1 << 20
 # Multi-byte characters that settle a file's encoding; a file with fewer is read on, as far as this many samples.
 ENOUGH_CHARACTERS = 64
 MOST_SAMPLES = 16
+_PACKED_BYTES = 1 << 16
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -143,28 +144,55 @@ class _Recoder(io.RawIOBase):
             self._taken += len(chunk)
             if not chunk:
                 break
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
+        return _hand_out(self, buffer)
 
 
 def _decompress(raw: BinaryIO, path: str, compression: str) -> BinaryIO:
     if compression == "gz":
         return cast(BinaryIO, gzip.open(raw))
     if compression == "zst":
-        return cast(
-            BinaryIO, io.BufferedReader(_zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        )
+        return io.BufferedReader(_Zstandard(raw, path))
     return raw
 
 
-def _zstandard(path: str) -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{path}: reading .zst needs zstandard. pip install 'chimed-engine[data]'") from None
-    return zstandard
+class _Zstandard(io.RawIOBase):
+    """Frames end to end, decompressed. The library's own stream takes a cut file for a shorter one; this does not."""
+
+    def __init__(self, stream: BinaryIO, path: str) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError(f"{path}: reading .zst needs zstandard. pip install 'chimed-engine[data]'") from None
+        self._stream = stream
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._packed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._stream.read(_PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._ready = self._frame.decompress(self._packed)
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        return _hand_out(self, buffer)
+
+
+def _hand_out(source: Any, buffer: Any) -> int:
+    """Move what is ready into a caller's buffer."""
+    size = min(len(buffer), len(source._ready))
+    buffer[:size] = source._ready[:size]
+    source._ready = source._ready[size:]
+    return size
 
 
 def _zstd_errors() -> tuple[type[Exception], ...]:

@@ -50,6 +50,8 @@ def run_workers(
                 if job is None:
                     return
                 send(questions, job)
+                # The records that travelled are the worker's now; dozens of units need not stay here as well.
+                unit, job = Unit(job[0].index, size=job[0].size), None
                 kind, answer = receive(answers)
                 if kind == "refused":
                     raise InputError(answer)
@@ -57,7 +59,7 @@ def run_workers(
                     raise answer
                 assert kind == "done", answer
                 with one_at_a_time:
-                    report(job[0], answer)
+                    report(unit, answer)
         except (EOFError, BrokenPipeError):
             raise InputError(
                 f"A tokenising process ended with code {process.wait()}, perhaps for lack of memory. Start again "

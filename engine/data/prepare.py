@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from engine.data.encodings import count_newlines
+from engine.data.encodings import count_newlines, open_raw
 from engine.data.pool import Job, run_workers
 from engine.data.shards import FORMAT, MANIFEST, PLAN, committed_units, fingerprint, merge_index, rejects_path
 from engine.data.sources import Listing, ReadOptions, list_files, probe
@@ -94,9 +94,9 @@ def prepare(
     directory = Path(out_dir) if parts == 1 else Path(out_dir) / f"part-{index:05d}-of-{parts:05d}"
     size = unit_bytes or unit_size(listing.size)
     plan = _plan(listing, tokenizer, options, size, part)
-    if _is_finished(directory, plan):
-        return directory
     try:
+        if _is_finished(directory, plan):
+            return directory
         (directory / "tokens").mkdir(parents=True, exist_ok=True)
         (directory / "units").mkdir(exist_ok=True)
         with _locked(directory):
@@ -147,9 +147,15 @@ def _plan(
     listing: Listing, tokenizer: TextEncoder, options: ReadOptions, size: int, part: tuple[int, int]
 ) -> dict[str, Any]:
     """What a directory is going to hold, by digests: `id` is the same on every machine and for every part."""
-    files = [(file.source, file.name, file.size) for file in listing.files]
+    files = [(file.source, file.name, file.size, _beginning(file.path)) for file in listing.files]
     facts = [FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(options), size]
     return {"id": _digest(facts), "stamp": _stamp(listing), "part": list(part)}
+
+
+def _beginning(path: str) -> str:
+    """Tells files of one name and size apart, as far as their first 4 KiB do."""
+    with open_raw(path) as file:
+        return blake2b(file.read(4096), digest_size=16).hexdigest()
 
 
 def _stamp(listing: Listing) -> str:
@@ -185,7 +191,11 @@ def _is_finished(directory: Path, plan: dict[str, Any]) -> bool:
     if found != plan:
         what = "other versions of these files" if found["id"] == plan["id"] else "other data or options"
         raise InputError(f"{directory}: it holds a preparation of {what}. Delete it, or choose another --out.")
-    return (directory / MANIFEST).is_file()
+    if not (directory / MANIFEST).is_file():
+        return False
+    # All that a kill behind the manifest can have left over.
+    shutil.rmtree(directory / "units", ignore_errors=True)
+    return True
 
 
 class _Preparation:
@@ -303,7 +313,7 @@ class _Preparation:
             "units": [self._unit_entry(unit) for unit in units],
         }
         write_durably(self.directory / MANIFEST, json.dumps(manifest, ensure_ascii=False))
-        shutil.rmtree(self.directory / "units", ignore_errors=True)
+        assert _is_finished(self.directory, self.plan)
 
     def _unit_entry(self, unit: dict[str, Any]) -> dict[str, Any]:
         """What the manifest keeps of a unit; `sources` counts its documents by source, in order."""

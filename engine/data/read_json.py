@@ -45,6 +45,8 @@ def _json_line(number: int, line: bytes, codec: str, fields: Sequence[str]) -> R
         return Record(number, None, f"broken JSON: {error.msg} at character {error.pos + 1}")
 
 
+_DELIMITERS = (" ", "\t", "\r", "\n", ",", "]")
+_ENOUGH_FOLLOWING = 16
 _SPACES = re.compile(r"[ \t\r\n]*")
 
 
@@ -87,8 +89,9 @@ class _JsonText:
                 if self._is_end:
                     raise self.error(error.msg) from None
             else:
-                # A number may go on behind the window's end; everything else shows its own end.
-                if stop < len(self._window) or self._is_end:
+                # A number may go on behind the window ("1.5" of "1.5e3"): what follows shows whether it is whole.
+                following = self._window[stop : stop + _ENOUGH_FOLLOWING]
+                if self._is_end or following[:1] in _DELIMITERS or len(following) == _ENOUGH_FOLLOWING:
                     self._advance(stop)
                     return value
             waiting = len(self._window) - self._position

@@ -147,7 +147,9 @@ def _read_ahead(index: int, file: SourceFile, options: ReadOptions) -> Iterator[
             characters += len(record.text or record.reason) + 64
             if characters >= READ_AHEAD_CHARACTERS:
                 position = stream.consumed()
-                yield Segment(index, records=tuple(records)), position - consumed
-                records, characters, consumed = [], 0, position
+                segment = Segment(index, records=tuple(records))
+                records, characters = [], 0
+                yield segment, position - consumed
+                consumed = position
     if records:
         yield Segment(index, records=tuple(records)), file.size - consumed

@@ -37,9 +37,11 @@ class TextEncoder(Protocol):
     """What preparation needs of a tokenizer."""
 
     vocab_size: int
-    bos_id: int | None
     eos_id: int
     add_bos: bool
+
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def fingerprint(self) -> str: ...
