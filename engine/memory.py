@@ -121,6 +121,26 @@ def plan(config: ModelConfig, setup: Setup) -> MemoryPlan:
     return MemoryPlan(config, setup, _Planner(config, setup).moments())
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Parameters that FSDP gathers, and whose gradients it reduces, all at once; numbers of entries.
+
+    size: as they are.
+    padded: with every rank's rows padded to rank 0's.
+    last: of the last parameter.
+    """
+
+    size: int
+    padded: int
+    last: int
+
+
+def _unit(shapes: list[tuple[int, ...]], setup: Setup) -> _Unit:
+    sizes = [math.prod(shape) for shape in shapes]
+    padded = [math.ceil(rows / setup.shards) * setup.shards * math.prod(rest) for rows, *rest in shapes]
+    return _Unit(sum(sizes), sum(padded), sizes[-1])
+
+
 class _Planner:
     """T tokens, d width, H and K heads of width h, F feed-forward width, V vocabulary; results are bytes."""
 
@@ -128,17 +148,12 @@ class _Planner:
         self.config, self.setup = config, setup
         self.b = setup.number_bytes
         self.layers = config.num_layers
-        # FSDP splits rows, and pads every rank's part to the size of rank 0's.
-        sizes = {
-            name: math.ceil(rows / setup.shards) * setup.shards * math.prod(columns)
-            for name, (rows, *columns) in parameter_shapes(config).items()
-        }
-        self.block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
-        self.root = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+        shapes = parameter_shapes(config)
+        self.block = _unit([shape for name, shape in shapes.items() if name.startswith("model.layers.0.")], setup)
+        self.root = _unit([shape for name, shape in shapes.items() if not name.startswith("model.layers.")], setup)
         self.matrix = config.vocab_size * config.hidden_size  # the embedding; also the head
-        self.down_proj = config.intermediate_size * config.hidden_size  # the last matrix of a block
         self.stream = self.b * setup.tokens_per_pack * config.hidden_size  # [T, d]
-        self.masters = FP32 * (self.layers * self.block + self.root) // setup.shards
+        self.masters = FP32 * (self.layers * self.block.padded + self.root.padded) // setup.shards
 
     def moments(self) -> tuple[Moment, ...]:
         in_blocks: list[Moment] = []
@@ -154,7 +169,7 @@ class _Planner:
 
     def _loss(self) -> Moment:
         """The last chunk of the cross-entropy, when the forward pass has kept all it keeps."""
-        late_buffer = self.b * self.block if self.setup.shards > 1 else 0  # of the last block's gather
+        late_buffer = self.b * self.block.padded if self.setup.shards > 1 else 0  # of the last block's gather
         kept_gathered = 0 if self.setup.reshard_after_forward else self.layers
         return self._moment(
             "loss",
@@ -190,7 +205,7 @@ class _Planner:
         return self._moment(
             f"reduction of block {layer}",
             weights=self._gathered_in_backward(layer),
-            gradients=self._finished(layer + 1) + self.b * self.matrix + self._in_reduction(self.block, self.down_proj),
+            gradients=self._finished(layer + 1) + self.b * self.matrix + self._in_reduction(self.block),
             activations=self._kept(layer) + self.stream,
         )
 
@@ -208,8 +223,7 @@ class _Planner:
         return self._moment(
             "reduction of the root",
             weights=0,
-            gradients=self._finished(0)
-            + self._in_reduction(self.root, 0 if self.config.tie_word_embeddings else self.matrix),
+            gradients=self._finished(0) + self._in_reduction(self.root),
         )
 
     def _moment(self, name: str, *, weights: int, gradients: int, activations: int = 0, head: int = 0) -> Moment:
@@ -223,11 +237,11 @@ class _Planner:
 
     def _gathered_once(self) -> int:
         """One block."""
-        return self.b * self.block if self.setup.is_wrapped else 0
+        return self.b * self.block.padded if self.setup.is_wrapped else 0
 
     def _gathered(self, blocks: int) -> int:
         """The root and some blocks."""
-        return (self.b * self.root if self.setup.is_wrapped else 0) + blocks * self._gathered_once()
+        return (self.b * self.root.padded if self.setup.is_wrapped else 0) + blocks * self._gathered_once()
 
     def _gathered_in_backward(self, layer: int) -> int:
         """The root and the blocks below a layer: all of them if they stayed, or the next one's, fetched ahead."""
@@ -241,32 +255,32 @@ class _Planner:
         """From the step's earlier micro-batches: all gradients, and the root's buffer, which FSDP lets go late."""
         if self.setup.micro_batches == 1:
             return 0
-        return self.masters + (FP32 * self.root if self.setup.is_wrapped else 0)
+        return self.masters + (FP32 * self.root.padded if self.setup.is_wrapped else 0)
 
     def _finished(self, layer: int) -> int:
         """Reduced gradients of the blocks from a layer on, or of everything from earlier micro-batches."""
         if self.setup.micro_batches > 1:
             return self.masters
-        return FP32 * (self.layers - layer) * self.block // self.setup.shards
+        return FP32 * (self.layers - layer) * self.block.padded // self.setup.shards
 
     def _unreduced(self, is_first: bool) -> int:
         """The head's gradient waits for the root's reduction; a reduced unit's buffer waits for the next unit."""
         if not self.setup.is_wrapped:
             return FP32 * self.matrix if self.setup.micro_batches == 1 else 0
-        buffer = FP32 * self.block
+        buffer = FP32 * self.block.padded
         if is_first:
-            buffer = FP32 * self.root if self.setup.micro_batches > 1 else 0
+            buffer = FP32 * self.root.padded if self.setup.micro_batches > 1 else 0
         return self.b * self.matrix + buffer
 
     def _of_down_proj(self) -> int:
         """The one matrix of a block whose gradient is there before the activation function's."""
         is_added = not self.setup.is_wrapped and self.setup.micro_batches > 1  # into that of an earlier pack
-        return 0 if is_added else self.b * self.down_proj
+        return 0 if is_added else self.b * self.block.last
 
-    def _in_reduction(self, size: int, last: int) -> int:
+    def _in_reduction(self, unit: _Unit) -> int:
         """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last."""
-        forgotten = self.b * last if self.setup.shards > 1 else 0
-        return FP32 * size + max(self.b * size, FP32 * size // self.setup.shards + forgotten)
+        forgotten = self.b * unit.last if self.setup.shards > 1 else 0
+        return FP32 * unit.padded + max(self.b * unit.size, FP32 * unit.padded // self.setup.shards + forgotten)
 
     # Activations.
 

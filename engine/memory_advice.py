@@ -48,19 +48,24 @@ def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
     ]
     for category in ("weights", "gradients", "optimizer", "activations", "head", "total"):
         lines.append(f"  {category:<12}{getattr(rest, category) / GIB:>9.2f}{getattr(peak, category) / GIB:>9.2f}")
-    needed = f"A device needs {_gib(memory.needed_bytes)}, with what holds no tensor"
-    if device_bytes is None:
-        enough = next((name for name, size in _DEVICES.items() if memory.fits(int(size * GIB))), None)
-        lines.append(f"{needed}: {f'fits {enough}' if enough else 'more than any one device has'}.")
-        device_bytes = int(max(_DEVICES.values()) * GIB)
-    else:
-        verdict = "fits" if memory.fits(device_bytes) else "does not fit"
-        lines.append(f"{needed}: {verdict} the {_gib(device_bytes)} that are there.")
-    if not memory.fits(device_bytes):
-        changes = advice(memory, device_bytes)
-        lines.append("Any one of these fits:" if changes else "No option makes it fit. Use a smaller model.")
+    lines.append(
+        f"A rank needs {_gib(memory.needed_bytes)}, with what holds no tensor{_verdict(memory, device_bytes)}."
+    )
+    limit = int(max(_DEVICES.values()) * GIB) if device_bytes is None else device_bytes
+    if not memory.fits(limit):
+        changes = advice(memory, limit)
+        lines.append("Any of these makes it fit:" if changes else "No option makes it fit. Use a smaller model.")
         lines += [f"  {change.options}  ({change.cost}; {_gib(change.plan.needed_bytes)})" for change in changes]
     return "\n".join(lines)
+
+
+def _verdict(memory: MemoryPlan, device_bytes: int | None) -> str:
+    if device_bytes is not None:
+        return f": it {'fits' if memory.fits(device_bytes) else 'does not fit'} the {_gib(device_bytes)} that are there"
+    if memory.setup.device == "cpu":
+        return ""
+    enough = (name for name, size in _DEVICES.items() if memory.fits(int(size * GIB)))
+    return f": it fits {next(enough, 'no single device')}"
 
 
 def advice(memory: MemoryPlan, device_bytes: int) -> list[Change]:
@@ -113,7 +118,7 @@ def _first_that_fits(memory: MemoryPlan, ways: _Ways, device_bytes: int) -> _Way
 
 
 def _change(ways: list[_Way]) -> Change:
-    # Each way was planned on top of those before it.
+    # Each was planned on top of those taken before it, and needs less.
     final = min((way.plan for way in ways), key=lambda planned: planned.peak.total)
     return Change(" ".join(way.text for way in ways), "; ".join(way.cost for way in ways), final)
 
