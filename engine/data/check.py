@@ -104,7 +104,8 @@ def _check_prepared(paths: Sequence[str], verify: bool) -> tuple[Report, np.ndar
     corpus = open_corpus(paths)
     store = corpus.store
     report = Report(documents=len(store), tokens=store.num_tokens, duplicates=corpus.num_duplicates)
-    # Every part knows of all files that are of no known kind; each says what it found in the others.
+    # A file that is larger than a unit may lie in several parts, and every part knows of all ignored files.
+    files: dict[str, tuple[str, str]] = {}
     for prepared in store.prepared:
         if verify:
             prepared.verify()
@@ -114,11 +115,12 @@ def _check_prepared(paths: Sequence[str], verify: bool) -> tuple[Report, np.ndar
         report.short += manifest["short"]
         report.divided += manifest["divided"]
         for line in _json_lines(prepared.directory / "files.jsonl"):
-            report.files += 1
-            report.encodings[line["encoding"]] += 1
-            report.formats[line["format"]] += 1
+            files[line["file"]] = line["encoding"], line["format"]
         for line in _json_lines(prepared.directory / "rejects.jsonl"):
             report.reject(line["file"], line["line"], line["reason"])
+    report.files = len(files)
+    report.encodings.update(encoding for encoding, _ in files.values())
+    report.formats.update(kind for _, kind in files.values())
     report.lengths = np.concatenate(
         [store.lengths(np.arange(first, min(first + _SCAN, len(store)))) for first in range(0, len(store), _SCAN)]
     )
