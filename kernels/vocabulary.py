@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.backend import accumulation_dtype
 from kernels.linear import matmul_nt
 
+# A target that is none: it adds nothing to a loss and has no gradient.
 IGNORE = -100
 
 # Bytes of one chunk's logits. Few large chunks: each reads the whole head and adds to the whole of its gradient.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from kernels.vocabulary import IGNORE as IGNORE
 
 
 @dataclass(frozen=True)

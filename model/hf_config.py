@@ -196,14 +196,15 @@ def _rope(facts: dict[str, Any], source: str) -> tuple[float, RopeScaling | None
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Both names of the kind: `rope_type`, and `type` for transformers before 4.43."""
+    """As the first version of transformers that knew the kind wants it: some refuse a field more."""
     if scaling is None:
         return None
+    if scaling.kind in ("linear", "dynamic"):
+        return {"type": scaling.kind, "factor": scaling.factor}
     given = {field.name: getattr(scaling, field.name) for field in fields(scaling) if field.name != "kind"}
-    if scaling.kind != "yarn" or scaling.truncate:
+    if scaling.truncate:
         del given["truncate"]
-    kinds = {"rope_type": scaling.kind, "type": scaling.kind}
-    return kinds | {name: value for name, value in given.items() if value is not None}
+    return {"rope_type": scaling.kind} | {name: value for name, value in given.items() if value is not None}
 
 
 def _window(facts: dict[str, Any], model_type: str, source: str) -> tuple[int | None, int]:
