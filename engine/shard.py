@@ -37,7 +37,8 @@ def parallelize(
     apply_recompute(blocks, recompute)
     if compile_blocks:
         for block in blocks:
-            block.compile(fullgraph=True)
+            # Not `block.compile()`: that would draw the hooks of sharding and timing into the graph.
+            block.forward = torch.compile(block.forward, fullgraph=True)
     # One process in fp32 has nothing to shard and nothing to cast.
     if runtime.world > 1 or precision == "bf16":
         # Inputs stay as they are: FSDP would round the rotary tables, temperatures and loss weights to bf16.

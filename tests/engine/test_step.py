@@ -56,13 +56,16 @@ def pack(lengths: list[int], seed: int) -> PackedBatch:
     return PackedBatch(tokens, positions, bounds, targets, len(lengths), T)
 
 
-def train(tied: bool, replicas: int, precision: str, recompute: str, clip: float) -> dict[str, Any]:
+def train(
+    tied: bool, replicas: int, precision: str, recompute: str, clip: float, compile_blocks: bool = False
+) -> dict[str, Any]:
     """A few steps over four packs a step, shared out over however many ranks there are."""
     runtime = start(ParallelConfig(replicas=replicas))
     config = small_config(tied)
     with torch.device("meta"):
         model = CausalLM(config)
-    parallelize(model, runtime, ParallelConfig(replicas=replicas), precision, recompute)  # type: ignore[arg-type]
+    parallel = ParallelConfig(replicas=replicas)
+    parallelize(model, runtime, parallel, precision, recompute, compile_blocks)  # type: ignore[arg-type]
     shapes = parameter_shapes(config)
     fill(model, ((name, initial_value(config, name, shape, 0)) for name, shape in shapes.items()))
     optimizer = AdamW(model, OptimConfig(lr=0.01, clip=clip))
@@ -148,3 +151,15 @@ def evaluate_then_look(precision: str) -> dict[str, tuple[str, bool]]:
 def test_after_an_evaluation_the_parameters_are_the_sharded_masters_again() -> None:
     for rank in run_ranks(evaluate_then_look, 2, "bf16"):
         assert set(rank.values()) == {("torch.float32", True)}
+
+
+def train_compiled(recompute: str) -> dict[str, Any]:
+    torch._dynamo.reset()
+    return train(False, 1, "fp32", recompute, 1.0, compile_blocks=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_blocks_train_as_plain_ones(recompute: str) -> None:
+    (plain,) = run_ranks(train, 1, False, 1, "fp32", "none", 1.0)
+    (compiled,) = run_ranks(train_compiled, 1, recompute)
+    assert_same(plain, compiled, 1e-5)

@@ -1,0 +1,77 @@
+"""metrics.jsonl across a kill and a resume, and what is drawn from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.loggers import LogConfig, RunLog, draw_curves, read_rows
+from engine.metrics import Speedometer
+
+PLAIN = LogConfig(tensorboard=False, curves=False)
+
+
+def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, PLAIN, PLAIN)
+    for step in range(1, 6):
+        log.record(step, {"loss": 1.0 / step})
+        if step == 4:
+            log.record(step, {"held_out_loss": 0.5})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "los')  # cut short by a kill
+    RunLog(tmp_path, 4, PLAIN, PLAIN).close()
+    # The evaluation after step 4 comes after the save of step 4, so the resumed run repeats it.
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
+
+
+def test_ranks_other_than_the_first_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    log = RunLog(tmp_path, 0, LogConfig(), PLAIN)
+    log.record(1, {"loss": 1.0})
+    log.say("hello")
+    log.draw()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_are_drawn_from_rows_with_and_without_losses(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, PLAIN, PLAIN)
+    log.record(1, {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": None})
+    log.record(1, {"held_out_loss": 2.1})
+    log.close()
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_events_hold_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tmp_path, 0, LogConfig(curves=False), PLAIN)
+    for step in (1, 2, 3):
+        log.record(step, {"loss": 4.0 / step, "mfu": None})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 4.0),
+        (2, 2.0),
+        (3, pytest.approx(4 / 3)),
+    ]
+
+
+def test_speed_counts_laps_and_leaves_out_the_first_and_what_is_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("engine.metrics.time.perf_counter", lambda: clock[0])
+    speedometer = Speedometer(flops_per_token=50.0, peak=1000.0, world=2)
+    clock[0] = 100.0  # the first step warms up
+    speedometer.lap(10, 0.0)
+    for _ in range(3):
+        clock[0] += 7.0  # an evaluation
+        speedometer.restart()
+        clock[0] += 2.0
+        speed = speedometer.lap(40, 0.5)
+    assert (speed.tokens_per_second, speed.mfu, speed.data_wait_share, speed.seconds_a_step) == (20.0, 0.5, 0.25, 2.0)
+    assert speedometer.average() == speed
