@@ -87,25 +87,38 @@ def own_tokenizer(base: Base) -> Path | None:
     return base.directory if base.directory is not None and _has_tokenizer(base.directory) else None
 
 
-def make_run_directory(directory: Path, *, keep_state: bool) -> None:
-    """Create a run directory; without `keep_state` an earlier run's training state is set aside, not deleted.
+def make_run_directory(directory: Path) -> None:
+    """Create a run directory, or see that an existing one can be written to.
 
     Raises:
-        InputError: it cannot be made, or not be written to.
+        InputError: it cannot.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
-        state = directory / "state"
-        if state.is_dir() and not keep_state:
-            aside = next(path for n in itertools.count(1) if not (path := directory / f"state-replaced-{n}").exists())
-            state.rename(aside)
-            (directory / "metrics.jsonl").unlink(missing_ok=True)
-            speak(f"The training state of an earlier run is now in {aside}.")
     except OSError as error:
         raise InputError(f"--out {directory}: {explain(error)}") from None
+
+
+def set_state_aside(directory: Path) -> None:
+    """Move an earlier run's training state and metrics to `state-replaced-<n>`, so that a run begins anew.
+
+    Raises:
+        InputError: the filesystem refuses.
+    """
+    state, metrics = directory / "state", directory / "metrics.jsonl"
+    if not state.is_dir():
+        return
+    aside = next(path for n in itertools.count(1) if not (path := directory / f"state-replaced-{n}").exists())
+    try:
+        state.rename(aside)
+        if metrics.exists():
+            metrics.rename(aside / metrics.name)
+    except OSError as error:
+        raise InputError(f"--out {directory}: {explain(error)}") from None
+    speak(f"The training state of an earlier run is now in {aside}.")
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
@@ -48,22 +49,39 @@ def parse(
     """
     fields = dict(_leaf_fields(config_class))
     words = _normalise(argv, fields, aliases or {})
+    places: dict[str, str] = {}
     for position, word in enumerate(words):
         if word == "--config":
-            _check_file(Path(words[position + 1]), fields)
+            places |= _check_file(Path(words[position + 1]), fields)
+    places = {name: place for name, place in places.items() if not any(word.startswith(f"--{name}=") for word in words)}
     parser = _build_parser(config_class, prog, default_config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = parser.instantiate(parser.parse_args(words))
+    except InputError:
+        raise
     except Exception as error:  # jsonargparse raises several kinds; each is a sentence about the user's input
-        raise InputError(_explain(str(error), fields)) from None
+        raise InputError(_explain(str(error), fields, places)) from None
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
 def to_yaml(config: Any) -> str:
     """The resolved recipe as YAML, in the order of its dataclasses; `--config` reads it back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def check_range(group: str, config: Any, least: float, *names: str, below: float = math.inf) -> None:
+    """Numbers of a group of options lie in [least, below); None passes, nan does not.
+
+    Raises:
+        InputError: names the first option that does not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < below:
+            span = f"{least} or more" if below == math.inf else f"a value from {least} up to, not at, {below}"
+            raise InputError(f"--{group}.{name} is {value}. Use {span}.")
 
 
 def _build_parser(config_class: type, prog: str, default_config: Path | None) -> ArgumentParser:
@@ -130,7 +148,7 @@ def _option_words(flag: str, kind: Any, values: list[str]) -> list[str]:
             raise InputError(f"--{flag} takes name=value pairs, as in --{flag} user=ask assistant=answer.")
         return [f"--{flag}={json.dumps({key: value for key, _, value in pairs}, ensure_ascii=False)}"]
     if len(values) != 1:
-        raise InputError(f"--{flag} takes one value, not {len(values)} ({_type_name(kind)}).")
+        raise InputError(f"--{flag} takes one value, not {len(values)}. Give it {_type_name(kind)}.")
     return [f"--{flag}={values[0]}"]
 
 
@@ -141,31 +159,35 @@ def _scalar(value: str, kind: type, flag: str) -> Any:
         raise InputError(f"--{flag}: {value!r} is not {_type_name(kind)}.") from None
 
 
-def _check_file(path: Path, fields: dict[str, Any]) -> None:
-    """A YAML recipe is a mapping of known names."""
+def _check_file(path: Path, fields: dict[str, Any]) -> dict[str, str]:
+    """A YAML recipe is a mapping of known names. Returns where it sets each: {"train.steps": "recipe.yaml:2"}."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such recipe. Give --config an existing YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else f"{path}"
         raise InputError(f"{place}: not readable as YAML ({str(error).splitlines()[0]}). Mend the file.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a mapping of names to values, not {type(content).__name__}.")
+    if not isinstance(content, yaml.MappingNode):
+        raise InputError(f"{path}: a recipe is a mapping of names to values. Write lines such as out: ckpt/pretrain.")
+    places: dict[str, str] = {}
 
-    def walk(mapping: dict, prefix: str) -> None:
-        for key, value in mapping.items():
-            name = f"{prefix}{key}"
+    def walk(mapping: yaml.MappingNode, prefix: str) -> None:
+        for key, value in mapping.value:
+            name, place = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
             is_group = any(field.startswith(f"{name}.") for field in fields)
-            if is_group and isinstance(value, dict):
+            if is_group and isinstance(value, yaml.MappingNode):
                 walk(value, f"{name}.")
             elif is_group:
-                raise InputError(f"{path}: {name} is a group of options, not {value!r}. Write its options below it.")
+                found = value.value if isinstance(value, yaml.ScalarNode) else "a list"
+                raise InputError(f"{place}: {name} is a group of options, not {found}. Write its options below it.")
             else:
-                _check_known(name, fields, f"{path}: {name} is not an option")
+                _check_known(name, fields, f"{place}: {name} is not an option")
+                places[name] = place
 
     walk(content, "")
+    return places
 
 
 def _check_known(name: str, fields: dict[str, Any], found: str) -> None:
@@ -178,8 +200,8 @@ def _check_known(name: str, fields: dict[str, Any], found: str) -> None:
     raise InputError(f"{found}. {hint}")
 
 
-def _explain(message: str, fields: dict[str, Any]) -> str:
-    """A parser's message as one sentence: option, value, what was expected."""
+def _explain(message: str, fields: dict[str, Any], places: dict[str, str]) -> str:
+    """A parser's message as one sentence: option or line of a recipe, value, what was expected."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     key = message.partition('key "')[2].partition('"')[0]
     if key not in fields:
@@ -187,7 +209,8 @@ def _explain(message: str, fields: dict[str, Any]) -> str:
     given = next((line.partition(": ")[2] for line in lines if line.startswith("Given value:")), "")
     given = given or next((line.rpartition("Got value: ")[2] for line in lines if "Got value: " in line), "")
     found = f"{given!r} is not" if given else "the value is not"
-    return f"--{key}: {found} {_type_name(fields[key])}. Correct the option or the recipe."
+    where = f"{places[key]}: {key}" if key in places else f"--{key}"
+    return f"{where}: {found} {_type_name(fields[key])}. Correct it."
 
 
 def _type_name(kind: Any) -> str:

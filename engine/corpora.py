@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.building import Base, own_tokenizer
+from engine.config import check_range
 from engine.data.corpus import Corpus, open_corpus
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
@@ -44,6 +45,10 @@ class DataConfig(DataOptions):
     workers: int | None = None
     """processes that tokenise; by default one a core"""
 
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("data", self, 1, "workers")
+
 
 def find_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path) -> Tokenizer | None:
     """The tokenizer given, or the base's, or the prepared data's, or the one this run has trained; None if none is.
@@ -73,6 +78,10 @@ def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, directo
     trained = directory / TOKENIZER
     speak(f"Training a tokenizer of {base.config.vocab_size} pieces on the data ({trained}).")
     lines, _ = sample_lines(read_texts(config.paths, config), _TOKENIZER_CHARACTERS, seed)
+    if not lines:
+        raise InputError(
+            f"{', '.join(config.paths)}: there is no text to train a tokenizer on. Give --data other files."
+        )
     coverage = coverage_that_fits(lines, base.config.vocab_size)
     model = train_sentencepiece(lines, base.config.vocab_size, coverage, is_limit_soft=True)
     beside = directory / ".tokenizer-new"
@@ -98,11 +107,9 @@ def open_held_out(
     """Training documents and held-out ones, which share no text: from files of their own, or split off.
 
     Raises:
-        InputError: a fraction outside [0, 1), or nothing left to train on.
+        InputError: nothing is left to train on.
     """
     if not paths:
-        if not 0 <= fraction < 1:
-            raise InputError(f"--eval.fraction is {fraction}. Use a share from 0 up to, not at, 1.")
         if fraction == 0:
             return train, None
         rest, held_out = train.split(fraction)
@@ -133,18 +140,25 @@ def _prepared(paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, di
     options = ReadOptions(**{name: getattr(config, name) for name in ReadOptions.__dataclass_fields__})
     target = directory / "prepared" / preparation_key(paths, tokenizer, options)
     prepare(paths, tokenizer, target, options, workers=config.workers, progress=ProgressLine("Preparing"))
-    _report(target)
+    _report(paths, target)
     return [target]
 
 
-def _report(directory: Path) -> None:
-    """What the files were, in two lines."""
+def _report(paths: Sequence[str], directory: Path) -> None:
+    """What the files were, in two lines.
+
+    Raises:
+        InputError: there is no document in them.
+    """
     manifest = read_manifest(directory)
-    encodings = ", ".join(f"{count} {name}" for name, count in sorted(manifest["encodings"].items()))
-    speak(f"{sum(manifest['encodings'].values())} files ({encodings}), {manifest['documents']} documents.")
-    dropped = [f"{manifest['short']} too short"] if manifest["short"] else []
-    dropped += [f"{manifest['rejected']} malformed ({directory / 'rejects.jsonl'})"] if manifest["rejected"] else []
-    dropped += [f"{manifest['ignored_files']} files of other kinds"] if manifest["ignored_files"] else []
+    dropped = [f"{manifest['short']:,} too short"] if manifest["short"] else []
+    dropped += [f"{manifest['rejected']:,} malformed ({directory / 'rejects.jsonl'})"] if manifest["rejected"] else []
+    dropped += [f"{manifest['ignored_files']:,} files of other kinds"] if manifest["ignored_files"] else []
+    if not manifest["documents"]:
+        why = f" ({', '.join(dropped)})" if dropped else ""
+        raise InputError(f"{', '.join(paths)}: there is no document to read{why}. Give --data other files.")
+    encodings = ", ".join(f"{count:,} {name}" for name, count in sorted(manifest["encodings"].items()))
+    speak(f"Files read: {encodings}; {manifest['documents']:,} documents.")
     if dropped:
         speak(f"Left out: {', '.join(dropped)}.")
 

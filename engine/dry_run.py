@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from engine.config import check_range
 from engine.data.corpus import open_corpus
 from engine.data.shards import is_prepared
 from engine.data.sources import ReadOptions, list_files, read_texts
@@ -39,6 +40,10 @@ class PlanConfig:
     """number of processes; by default those of this launch"""
     device_gib: float | None = None
     """memory of one device; by default that of the GPU here, or the smallest common one that suffices"""
+
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("plan", self, 1, "world", "device_gib")
 
 
 def planned_world(config: PlanConfig) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config import check_range
+
 # Layout of the state vector.
 _MEAN_LOSS, _VAR_LOSS, _MEAN_NORM, _VAR_NORM, _SEEN, SKIPPED, SKIPPED_IN_A_ROW = range(7)
 
@@ -33,6 +35,11 @@ class GuardConfig:
     """refused steps in a row that end the run with exit code 3"""
     max_total: int = 200
     """refused steps in all that end the run with exit code 3"""
+
+    def check(self) -> None:
+        """Raises InputError where a limit makes no sense."""
+        check_range("guard", self, 0, "sigmas", "loss_leap")
+        check_range("guard", self, 1, "norm_leap", "settle_steps", "max_in_a_row", "max_total")
 
 
 class Guard:

@@ -1,7 +1,10 @@
-"""Where a run's numbers go: metrics.jsonl always; the terminal, TensorBoard, wandb and curves.png beside it."""
+"""Where a run's words and numbers go: config.yaml and metrics.jsonl always; the terminal, TensorBoard, wandb and
+curves.png beside them."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import check_range, to_yaml
+from engine.files import write_durably
 from engine.launch import speak
 from model.errors import InputError
 
@@ -27,19 +32,23 @@ class LogConfig:
     wandb: str | None = None
     """project to log to; needs the wandb extra"""
 
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense, or wandb is asked for and not installed."""
+        check_range("log", self, 1, "every")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError("--log.wandb needs wandb, which is not installed. pip install -e '.[wandb]'")
+
 
 class RunLog:
     """Rank 0's log of a run; on other ranks every call does nothing.
 
     Args:
-        directory: the run directory; `metrics.jsonl`, `tensorboard/` and `curves.png` lie in it.
+        directory: the run directory; `config.yaml`, `metrics.jsonl`, `tensorboard/` and `curves.png` lie in it.
         steps_done: by the checkpoint this process starts from; later rows, of a run that was killed, are dropped.
-        recipe: the resolved configuration, for wandb.
-    Raises:
-        InputError: wandb was asked for and is not installed.
+        recipe: the resolved configuration, a dataclass; `config.yaml` keeps it.
     """
 
-    def __init__(self, directory: Path, steps_done: int, config: LogConfig, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, steps_done: int, config: LogConfig, recipe: Any) -> None:
         self.is_active = int(os.environ.get("RANK", "0")) == 0
         self._events: Any = None
         self._wandb: Any = None
@@ -47,6 +56,7 @@ class RunLog:
             return
         self._directory = directory
         self._draws = config.curves
+        write_durably(directory / "config.yaml", to_yaml(recipe))
         self._path = directory / "metrics.jsonl"
         _drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
@@ -54,7 +64,7 @@ class RunLog:
         if config.tensorboard:
             self._events = _tensorboard(directory / "tensorboard", steps_done + 1)
         if config.wandb:
-            self._wandb = _wandb(config.wandb, directory, dict(recipe))
+            self._wandb = _wandb(config.wandb, directory, dataclasses.asdict(recipe))
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl; numbers also go to TensorBoard and wandb."""
@@ -138,10 +148,8 @@ def _tensorboard(directory: Path, first_step: int) -> Any:
 
 
 def _wandb(project: str, directory: Path, recipe: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("--log.wandb needs wandb, which is not installed. pip install -e .[wandb]") from None
+    import wandb
+
     # The id follows the directory, so that a resumed run goes on in the same chart.
     identity = directory.resolve().as_posix().strip("/").replace("/", "-")[-100:]
     wandb.init(project=project, name=directory.name, id=identity, resume="allow", config=recipe, dir=str(directory))

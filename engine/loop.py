@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from engine.checkpoint import Checkpointer
+from engine.config import check_range
 from engine.evaluation import held_out_loss, perplexity
 from engine.guard import Guard
 from engine.launch import DivergedError, StoppedError, speak
@@ -56,6 +57,12 @@ class EvalConfig:
     max_tokens: int = 1_000_000
     """held-out tokens read at each look"""
 
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("eval", self, 0, "every")
+        check_range("eval", self, 0, "fraction", below=1)
+        check_range("eval", self, 1, "max_tokens")
+
 
 @dataclass
 class CheckpointConfig:
@@ -69,6 +76,11 @@ class CheckpointConfig:
     """write in the background, from a copy in CPU memory"""
     keep_best: bool = False
     """also keep the model with the lowest held-out loss so far, under OUT/best"""
+
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("checkpoint", self, 0, "every")
+        check_range("checkpoint", self, 1, "keep")
 
 
 @dataclass
@@ -117,10 +129,13 @@ def train(
     evaluation: EvalConfig,
     log: LogConfig,
     timeout_seconds: float,
-    recipe: dict[str, Any],
+    recipe: Any,
 ) -> float | None:
     """Train to `run.steps`, from the newest checkpoint if there is one, and publish the model.
 
+    Args:
+        timeout_seconds: of a step or a save; one that takes longer ends the process.
+        recipe: the resolved configuration, a dataclass, kept beside the model.
     Returns:
         the last held-out loss in nats a token, or None without held-out text.
     Raises:
@@ -130,12 +145,11 @@ def train(
     """
     runtime = run.runtime
     checkpointer = Checkpointer(run.directory, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous)
-    progress, cursor = _resume(run, checkpointer)
-    loader = run.fresh_loader(cursor)
+    progress, loader = _resume(run, checkpointer)
     run_log = RunLog(run.directory, progress.step, log, recipe)
     clock = BusyClock(run.model.model.layers, runtime.device)
     desk = _Desk(run, progress, run_log, log, checkpointer)
-    last_saved = progress.step if cursor is not None else None
+    last_saved = progress.step
     held_out: float | None = None
     pending: PendingReport | None = None
 
@@ -288,11 +302,11 @@ def _trainer_state(run: Run, progress: Progress, loader: Loader) -> dict[str, An
     return {"identity": run.identity, "progress": asdict(progress), "cursor": loader.cursor}
 
 
-def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, dict[str, Any] | None]:
-    """Fill the run's tensors from the newest checkpoint that all ranks agree on."""
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:
+    """Fill the run's tensors from the newest checkpoint that all ranks agree on, if there is one."""
     step = checkpointer.latest()
     if step is None:
-        return Progress(), None
+        return Progress(), run.fresh_loader(None)
     trainer = checkpointer.load(step, run.tensors())
     for name, value in run.identity.items():
         saved = trainer["identity"].get(name)
@@ -306,5 +320,9 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, dict[str, A
             f"{run.directory}: its checkpoint has {step} steps behind it, this command asks for {run.steps}. "
             "Ask for at least as many, or use --resume never to start over."
         )
+    try:
+        loader = run.fresh_loader(trainer["cursor"])
+    except InputError as error:
+        raise InputError(f"{run.directory}: {error}") from None
     speak(f"Resuming {run.directory} after step {step}.")
-    return Progress(**trainer["progress"]), trainer["cursor"]
+    return Progress(**trainer["progress"]), loader

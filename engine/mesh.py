@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from engine.config import check_range
 from model.errors import InputError
 
 
@@ -27,6 +28,11 @@ class ParallelConfig:
     """free a block's gathered weights between forward and backward; false trades memory for one gather less"""
     timeout_minutes: float = 15.0
     """a step or a save that takes longer ends the run with the stacks of all ranks"""
+
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("parallel", self, 1, "replicas")
+        check_range("parallel", self, 0.1, "timeout_minutes")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from engine.config import check_range
 from engine.shard import local
 from kernels.adamw import adamw
 from model.errors import InputError
@@ -34,14 +36,10 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises InputError where a value cannot train."""
-        if self.lr is not None and self.lr <= 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"--optim.lr is {self.lr}. Use a positive learning rate, such as 3e-4.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--optim.{name} is {getattr(self, name)}. Use a value from 0 up to, not at, 1.")
-        for name in ("eps", "weight_decay", "clip", "z_loss"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--optim.{name} is {getattr(self, name)}. Use 0 or more.")
+        check_range("optim", self, 0, "beta1", "beta2", below=1)
+        check_range("optim", self, 0, "eps", "weight_decay", "clip", "z_loss")
 
 
 class AdamW:

@@ -12,8 +12,16 @@ from typing import Any, Literal
 
 import torch
 
-from engine.building import Base, fill_from_base, find_base, fit_vocabulary, make_run_directory, publisher
-from engine.config import to_yaml
+from engine.building import (
+    Base,
+    fill_from_base,
+    find_base,
+    fit_vocabulary,
+    make_run_directory,
+    publisher,
+    set_state_aside,
+)
+from engine.config import check_range
 from engine.corpora import (
     DataConfig,
     describe,
@@ -26,7 +34,6 @@ from engine.corpora import (
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
 from engine.dry_run import PlanConfig, look_at_data, memory_report, planned_world, schedule_report
-from engine.files import write_durably
 from engine.guard import Guard, GuardConfig
 from engine.launch import speak
 from engine.loggers import LogConfig
@@ -65,6 +72,13 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block"""
 
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense."""
+        check_range("train", self, 1, "steps", "micro_batch_tokens", "batch_tokens")
+        check_range("train", self, 2, "context")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--train.epochs is {self.epochs}. Use a number above 0.")
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -89,8 +103,6 @@ def resolve_shape(config: TrainConfig, model: ModelConfig, world: int) -> StepSh
             f"--train.context {context} is longer than the model's {model.max_position_embeddings} positions. "
             "Use a shorter one, or a base with rope scaling."
         )
-    if context < 2:
-        raise InputError(f"--train.context is {context}. Use at least 2 tokens.")
     if pack < context:
         raise InputError(
             f"--train.micro_batch_tokens {pack} cannot hold a document of --train.context {context} tokens. "
@@ -103,7 +115,7 @@ def resolve_shape(config: TrainConfig, model: ModelConfig, world: int) -> StepSh
         )
     if step // pack < world:
         raise InputError(
-            f"A step of {step} tokens makes {step // pack} micro-batches, too few for {world} processes. "
+            f"A step of {step} tokens holds too few micro-batches of {pack} for {world} processes. "
             f"Raise --train.batch_tokens to {pack * world}, lower --train.micro_batch_tokens, or start fewer processes."
         )
     return StepShape(context, pack, step // pack)
@@ -145,6 +157,12 @@ class PretrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def check(self) -> None:
+        """Raises InputError where a value makes no sense by itself."""
+        for group in dataclasses.fields(self):
+            if hasattr(options := getattr(self, group.name), "check"):
+                options.check()
+
 
 def pretrain(config: PretrainConfig) -> None:
     """Run the whole job: prepare what is not prepared, resume or begin, train, publish.
@@ -153,8 +171,7 @@ def pretrain(config: PretrainConfig) -> None:
         InputError: anything the user gave that cannot work, found before the first step where possible.
         DivergedError, StoppedError: see `engine.loop.train`.
     """
-    config.optim.check()
-    config.schedule.check()
+    config.check()
     directory = Path(config.out)
     base = find_base(config.model)
     if config.dry_run:
@@ -163,7 +180,7 @@ def pretrain(config: PretrainConfig) -> None:
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
         if runtime.is_main:
-            make_run_directory(directory, keep_state=config.resume == "auto")
+            make_run_directory(directory)
         tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, directory, config.seed)
         documents = open_data(config.data, tokenizer, directory)
         documents, held_out = open_held_out(
@@ -173,7 +190,6 @@ def pretrain(config: PretrainConfig) -> None:
     recipe = resolve_recipe(config, base, documents.epoch_tokens, shape)
     evaluation = _evaluation(held_out, shape, config.eval.max_tokens, runtime.rank, runtime.world)
     if runtime.is_main:
-        write_durably(directory / "config.yaml", to_yaml(recipe))
         speak(describe(documents, held_out))
         _describe_run(recipe, model_config, shape, runtime)
         if held_out is not None:
@@ -185,6 +201,8 @@ def pretrain(config: PretrainConfig) -> None:
         model = CausalLM(model_config)
     parallelize(model, runtime, config.parallel, precision, config.train.recompute, config.train.compile)
     fill_from_base(model, model_config, base, config.seed, runtime)
+    if config.resume == "never" and runtime.is_main:
+        set_state_aside(directory)  # only now that everything else is known to be right
     assert recipe.optim.lr is not None and recipe.train.steps is not None
     train(
         Run(
@@ -208,7 +226,7 @@ def pretrain(config: PretrainConfig) -> None:
         evaluation=config.eval,
         log=config.log,
         timeout_seconds=60 * config.parallel.timeout_minutes,
-        recipe=dataclasses.asdict(recipe),
+        recipe=recipe,
     )
     speak(f"Done: {directory} is a model directory.")
     stop()
@@ -296,7 +314,7 @@ def _evaluation(
 
 def _describe_run(recipe: PretrainConfig, model: ModelConfig, shape: StepShape, runtime: Runtime) -> None:
     speak(
-        f"{model.num_parameters / 1e6:,.1f}M parameters; {recipe.train.steps:,} steps of {recipe.train.batch_tokens:,} "
+        f"{model.num_parameters:,} parameters; {recipe.train.steps:,} steps of {recipe.train.batch_tokens:,} "
         f"tokens ({shape.packs_per_step} packs of {shape.tokens_per_pack:,}, documents cut at {shape.context:,}) on "
         f"{runtime.world} process{'es' if runtime.world > 1 else ''}; peak learning rate {recipe.optim.lr:.2e}."
     )

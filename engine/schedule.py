@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.config import check_range
 from model.errors import InputError
 
 
@@ -29,6 +30,7 @@ class ScheduleConfig:
         for name in ("warmup_ratio", "decay_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--schedule.{name} is {getattr(self, name)}. Use a share between 0 and 1.")
+        check_range("schedule", self, 0, "warmup_steps")
 
 
 def learning_rate(step: int, steps: int, peak: float, config: ScheduleConfig) -> float:

@@ -149,7 +149,7 @@ def _lines(texts: Iterable[str], sample: Sample) -> Iterator[str]:
 def _explain(message: str, vocab_size: int) -> Exception:
     """The trainer's two complaints about sizes, as sentences; anything else stays an unexpected error."""
     if found := re.search(r"value <= (\d+)", message):
-        return InputError(f"a vocabulary of {vocab_size} is more than this text supports: at most {found[1]} pieces.")
+        return InputError(f"a vocabulary of {vocab_size} is more than this text supports: ask for at most {found[1]}.")
     if found := re.search(r"(\d+) vs (\d+)", message):
         least = max(int(number) for number in found.groups())
         return InputError(

@@ -89,7 +89,7 @@ def prepare(
     options = _plain(options)
     index, parts = part
     if not 1 <= index <= parts:
-        raise InputError(f"--part {index}/{parts}: parts are numbered from 1 to {parts}.")
+        raise InputError(f"--part {index}/{parts}: there is no such part. Choose one from 1 to {parts}.")
     listing = list_files(paths)
     directory = Path(out_dir) if parts == 1 else Path(out_dir) / f"part-{index:05d}-of-{parts:05d}"
     size = unit_bytes or unit_size(listing.size)

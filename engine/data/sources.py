@@ -117,6 +117,10 @@ def list_files(paths: Sequence[str | os.PathLike[str]]) -> Listing:
             seen[real] = argument
             files.append(SourceFile(path, name, source, os.path.getsize(path), *kind))
             found += 1
+        if not found and os.path.isfile(os.path.join(argument, PLAN)):
+            raise InputError(
+                f"{argument}: its preparation has not ended. Run its tools/prepare.py command again to finish it."
+            )
         if not found:
             raise InputError(f"{argument}: no readable file is in it. Readable are: {KNOWN}.")
     return Listing(_names(paths), tuple(files), ignored)

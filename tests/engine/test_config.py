@@ -75,7 +75,7 @@ def test_the_printed_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--steps", "3"], "--steps is not an option. Did you mean --train.steps?"),
         (["--train.steps", "many"], "--train.steps: 'many' is not a whole number or null."),
         (["--train.kind", "square"], "--train.kind: 'square' is not one of cosine, linear."),
-        (["--train.lr", "1e-3", "2e-3"], "--train.lr takes one value, not 2 (a number)."),
+        (["--train.lr", "1e-3", "2e-3"], "--train.lr takes one value, not 2. Give it a number."),
         (["--data.weights", "heavy"], "--data.weights: 'heavy' is not a number."),
         (["--data.keys", "user"], "--data.keys takes name=value pairs"),
         (["--config"], "--config takes one YAML file."),
@@ -93,11 +93,11 @@ def test_a_wrong_option_is_one_sentence_with_a_remedy(argv: list[str], said: str
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train:\n  stepz: 3\n", "train.stepz is not an option. Did you mean --train.steps?"),
+        ("train:\n  stepz: 3\n", "recipe.yaml:2: train.stepz is not an option. Did you mean --train.steps?"),
         ("train: 3\n", "train is a group of options, not 3."),
         ("- a\n- b\n", "a recipe is a mapping"),
         ("train:\n  steps: [1\n", "recipe.yaml:3: not readable as YAML"),
-        ("train:\n  steps: soon\n", "--train.steps: 'soon' is not a whole number or null."),
+        ("train:\n  steps: soon\n", "recipe.yaml:2: train.steps: 'soon' is not a whole number or null."),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_with_a_remedy(tmp_path: Path, text: str, said: str) -> None:
