@@ -7,7 +7,6 @@ Some minutes on two CPU cores, no network. On a machine with a GPU the same comm
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 import time
@@ -16,29 +15,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "ckpt/sample"
 
-STAGES: tuple[tuple[str, list[str]], ...] = (
-    ("Render the bundled facts to text", ["samples/render.py", SAMPLE]),
-    ("Train a tokenizer", ["tools/train_tokenizer.py", "--data", f"{SAMPLE}/train.jsonl", "--out", "ckpt/tokenizer"]),
+TOKENIZER = "ckpt/tokenizer"
+
+STAGES = (
+    ("Render the bundled facts to text", f"samples/render.py {SAMPLE}"),
+    ("Train a tokenizer", f"tools/train_tokenizer.py --data {SAMPLE}/train.jsonl --out {TOKENIZER}"),
     (
         "Look at the data",
-        ["tools/check_data.py", "--data", f"{SAMPLE}/train.jsonl", "--held_out", f"{SAMPLE}/held_out.jsonl"]
-        + ["--tokenizer", "ckpt/tokenizer"],
+        f"tools/check_data.py --data {SAMPLE}/train.jsonl --held_out {SAMPLE}/held_out.jsonl --tokenizer {TOKENIZER}",
     ),
-    ("What pre-training would do", ["tools/pretrain.py", "--tokenizer", "ckpt/tokenizer", "--dry-run"]),
-    ("Pre-train", ["tools/pretrain.py", "--tokenizer", "ckpt/tokenizer"]),
+    ("What pre-training would do", f"tools/pretrain.py --tokenizer {TOKENIZER} --dry-run"),
+    ("Pre-train", f"tools/pretrain.py --tokenizer {TOKENIZER}"),
 )
 
 
 def main() -> int:
     began = time.monotonic()
-    for number, (title, words) in enumerate(STAGES, 1):
-        print(f"\n[{number}/{len(STAGES)}] {title}\n$ python {shlex.join(words)}", flush=True)
-        code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    for number, (title, command) in enumerate(STAGES, 1):
+        print(f"\n[{number}/{len(STAGES)}] {title}\n$ python {command}", flush=True)
+        code = subprocess.run([sys.executable, *command.split()], cwd=ROOT).returncode
         if code:
             return code
-    print(
-        f"\nDone in {time.monotonic() - began:.0f} s. The model is in ckpt/pretrain; its curves are in curves.png there."
-    )
+    print(f"\nDone in {time.monotonic() - began:.0f} s. ckpt/pretrain holds the model and its curves.")
     return 0
 
 
