@@ -9,6 +9,7 @@ rank's code. Under it the sentence goes into that report, so that it comes last 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine.config import parse
+from engine.files import explain
 from model.errors import InputError
 
 Config = TypeVar("Config")
@@ -67,6 +69,10 @@ def run(
         code = _fail(str(error), error.code)
     except KeyboardInterrupt:
         code = _fail("Interrupted before training began.", 130)
+    except OSError as error:
+        is_refusal = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        message = f"Cannot write the run's files: {explain(error)}" if is_refusal else traceback.format_exc().rstrip()
+        code = _fail(message, EXIT_INPUT if is_refusal else EXIT_UNEXPECTED)
     except Exception:
         code = _fail(traceback.format_exc().rstrip(), EXIT_UNEXPECTED)
     _leave(code)

@@ -237,7 +237,7 @@ class _Desk:
         step = self._read = self._read + 1
         self._progress.tokens += int(report.targets)
         self.must_stop |= report.stop_votes > 0
-        speed = self.speedometer.lap(int(report.targets), self._waits.pop(0))
+        speed = self.speedometer.lap(int(report.targets), self._waits.pop(0), pending.finished_at)
         row = {
             "loss": report.loss,
             "lr": self._run.learning_rate(step - 1),
@@ -323,6 +323,6 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:
     try:
         loader = run.fresh_loader(trainer["cursor"])
     except InputError as error:
-        raise InputError(f"{run.directory}: {error}") from None
+        raise InputError(f"Cannot go on with {run.directory}. {error}") from None
     speak(f"Resuming {run.directory} after step {step}.")
     return Progress(**trainer["progress"]), loader

@@ -74,11 +74,16 @@ class Speedometer:
         """Leave out the time since the last lap."""
         self._begin = time.perf_counter()
 
-    def lap(self, tokens: int, data_wait: float) -> Speed:
-        """Speed of one step: its target tokens over all ranks, and the seconds this rank waited for data."""
-        now = time.perf_counter()
-        lap = (float(tokens), max(now - self._begin, 1e-9), data_wait)
-        self._begin = now
+    def lap(self, tokens: int, data_wait: float, finished_at: float) -> Speed:
+        """Speed of one step.
+
+        Args:
+            tokens: its targets over all ranks.
+            data_wait: seconds this rank waited for data.
+            finished_at: `time.perf_counter()` at its end; its numbers are read later.
+        """
+        lap = (float(tokens), max(finished_at - self._begin, 1e-9), data_wait)
+        self._begin = finished_at
         rate = max(self.RATE, 1 / max(1, self._laps))
         self._laps += 1
         mixed = [(1 - rate) * old + rate * new for old, new in zip(self._average, lap, strict=True)]

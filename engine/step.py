@@ -8,6 +8,7 @@ count, squared gradient norm, votes to stop, and how long each rank was busy.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,11 +67,15 @@ class StepReport:
 
 
 class PendingReport:
-    """A step's numbers on their way to the host."""
+    """A step's numbers on their way to the host.
+
+    finished_at: `time.perf_counter()` when the step was done; on a GPU, when the host learnt of it.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True) if values.is_cuda else values
         self._event = None
+        self.finished_at = time.perf_counter()
         if values.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
@@ -79,6 +84,7 @@ class PendingReport:
         """Wait for the numbers, if they have not arrived yet."""
         if self._event is not None:
             self._event.synchronize()
+            self.finished_at = time.perf_counter()
         loss, norm, count, was_skipped, skipped, in_a_row, votes, *busy = self._values.tolist()
         return StepReport(loss, norm, count, bool(was_skipped), int(skipped), int(in_a_row), round(votes), busy)
 

@@ -66,6 +66,8 @@ class TensorStore:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
+            if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run whatever is in it
+                reason = "it is damaged, or holds more than tensors"
             raise InputError(
                 f"{path}: not a whole file of weights ({reason}). Download it again, or convert it to safetensors."
             ) from error
