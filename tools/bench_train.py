@@ -128,9 +128,10 @@ class Peer:
     def find_batch_size(self, sizes: list[int], laps: int = 3) -> dict[int, float]:
         """Take the fastest batch size; returns the speed at every one."""
         speeds = {}
-        for self.batch_size in sizes:
+        for size in sizes:
+            self.batch_size = size
             try:
-                speeds[self.batch_size] = median_speed([self.step() for _ in range(laps)])
+                speeds[size] = median_speed([self.step() for _ in range(laps)])
             except torch.cuda.OutOfMemoryError:
                 self._optimizer.zero_grad()
                 break

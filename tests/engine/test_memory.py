@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,3 +304,19 @@ def test_table_adds_up() -> None:
 )
 def test_a_device_is_named_where_none_is_there(config: ModelConfig, setup: Setup, named: str) -> None:
     assert named in describe(plan(config, setup))
+
+
+def test_documented_plans_are_those_of_the_code() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    starts = tuple(f"| {preset} |" for preset in PRESETS)
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith(starts)]
+    assert len(rows) >= 10
+    for preset, world, tokens, recompute, *figures, device in ([cell.strip() for cell in row] for row in rows):
+        config = PRESETS[preset]
+        modes: dict[str, Recompute] = {"none": "none", "selective": "selective", "full": "full"}
+        context, mode = config.max_position_embeddings, modes[recompute]
+        planned = plan(config, Setup(int(tokens), context, int(world), recompute=mode, micro_batches=2))
+        peak = planned.peak
+        expected = (planned.at_rest.total, peak.activations + peak.head, peak.total, planned.needed_bytes)
+        assert figures == [f"{size / GIB:.1f}" for size in expected]
+        assert f"it fits {device}." in describe(planned)
