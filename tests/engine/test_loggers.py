@@ -67,11 +67,13 @@ def test_speed_counts_laps_and_leaves_out_the_first_and_what_is_excluded(monkeyp
     monkeypatch.setattr("engine.metrics.time.perf_counter", lambda: clock[0])
     speedometer = Speedometer(flops_per_token=50.0, peak=1000.0, world=2)
     clock[0] = 100.0  # the first step warms up
-    speedometer.lap(10, 0.0)
+    speedometer.lap(10, 0.0, clock[0])
     for _ in range(3):
         clock[0] += 7.0  # an evaluation
         speedometer.restart()
         clock[0] += 2.0
-        speed = speedometer.lap(40, 0.5)
+        finished_at = clock[0]
+        clock[0] += 1.0  # the numbers are read while the next step runs
+        speed = speedometer.lap(40, 0.5, finished_at)
     assert (speed.tokens_per_second, speed.mfu, speed.data_wait_share, speed.seconds_a_step) == (20.0, 0.5, 0.25, 2.0)
     assert speedometer.average() == speed
