@@ -74,14 +74,21 @@ def _find(store: Hashes) -> np.ndarray:
     ordered = np.sort(halves)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
-    candidates = np.flatnonzero(np.isin(halves, repeated)) if len(repeated) else np.empty(0, np.int64)
-    del halves
-    if not len(candidates):
-        return candidates.astype(np.int64)
+    if not len(repeated):
+        return np.empty(0, np.int64)
+    candidates = np.concatenate(
+        [first + _members(halves[first : first + _SCAN], repeated) for first in range(0, count, _SCAN)]
+    )
     whole = _gather(store, candidates)
     order = np.lexsort((candidates, whole[:, 1], whole[:, 0]))
     is_repeat = (whole[order][1:] == whole[order][:-1]).all(axis=1)
     return np.sort(candidates[order][1:][is_repeat]).astype(np.int64)
+
+
+def _members(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where in `values` something of the ascending `wanted` stands."""
+    nearest = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
+    return np.flatnonzero(wanted[nearest] == values)
 
 
 def _gather(store: Hashes, documents: np.ndarray) -> np.ndarray:

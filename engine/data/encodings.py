@@ -74,9 +74,11 @@ class Stream:
 
     Attributes:
         codec: Python codec of what `readline` and `read` return; "" where no encoding was given.
+        begin: where the text begins in an uncompressed file: behind the mark.
     """
 
     def __init__(self, path: str, compression: str, encoding: str) -> None:
+        self.begin = 0
         self._raw = open_raw(path)
         self._path = path
         stream = _decompress(self._raw, path, compression)
@@ -84,7 +86,7 @@ class Stream:
         if encoding == "utf-16":
             stream, self.codec = io.BufferedReader(_Recoder(stream, path)), "utf-8"
         elif encoding == "utf-8-sig":
-            stream.read(len(codecs.BOM_UTF8))
+            self.begin = len(stream.read(len(codecs.BOM_UTF8)))
             self.codec = "utf-8"
         self._stream = stream
 

@@ -1,7 +1,8 @@
 """Documents to packs of a fixed number of tokens, each piece of a document in a segment of its own.
 
-Packs are formed window by window: some hundred packs' worth of documents in the mixture's order, cut at the context
-length into pieces. Best-fit decreasing (Johnson 1974) puts the pieces into packs; what fits nowhere whole is split
+Packs are formed window by window: millions of tokens of documents in the mixture's order, cut at the context length
+into pieces and shuffled, so that the chapters of a book do not follow one another and a step sees many books. Best-fit
+decreasing (Johnson 1974) puts the pieces into packs; what fits nowhere whole is split
 over the gaps, and the last gaps are filled with the documents that come next, so that padding stays below 1/256 and
 few documents are split for it. A window ends with its epoch; the next one begins where the last one took its last
 token, so its whole state is (epoch, slot, offset): three integers, whatever the corpus.
@@ -20,7 +21,9 @@ import numpy as np
 from engine.data.mixture import Mixture
 from engine.data.permutation import Permutation
 
-WINDOW_PACKS = 256
+# A window ends after so many tokens, or pieces where they are short; packing that many takes half a second.
+WINDOW_TOKENS = 1 << 26
+WINDOW_PIECES = 1 << 18
 # A gap below 1/256 of a pack is left to padding; splitting a document for it would cost more than it gives.
 _TOLERANCE = 256
 _SLOTS_AT_ONCE = 4096
@@ -80,10 +83,12 @@ class Packer:
         """The window that begins at a position.
 
         Args:
-            tokens: take documents of so many tokens; by default of 256 packs.
+            tokens: take documents of so many tokens; by default a window's worth.
         """
         stream = _Stream(self._mixture, begin, self._context)
-        pieces = stream.take(tokens or WINDOW_PACKS * self._tokens_per_pack)
+        pieces = stream.take(tokens) if tokens else stream.take(WINDOW_TOKENS, WINDOW_PIECES)
+        mixed = Permutation(len(pieces), self._seed, "pieces", *begin)(np.arange(len(pieces)))
+        pieces = [pieces[index] for index in mixed]
         bins = _Bins(self._tokens_per_pack)
         if self._allow_split:
             most = -(-sum(piece.length for piece in pieces) // self._tokens_per_pack)
@@ -165,10 +170,11 @@ class _Stream:
         self._ahead: list[tuple[int, int]] = []
         self._ahead_begin = (-1, 0)
 
-    def take(self, tokens: int) -> list[Piece]:
-        """Pieces of at least so many tokens, or up to the epoch's end."""
-        epoch, taken, pieces = self.position.epoch, 0, []
-        while taken < tokens and self.position.epoch == epoch:
+    def take(self, tokens: int, most_pieces: int | None = None) -> list[Piece]:
+        """Pieces of at least so many tokens, or up to the epoch's end, or so many pieces."""
+        epoch, taken = self.position.epoch, 0
+        pieces: list[Piece] = []
+        while taken < tokens and self.position.epoch == epoch and len(pieces) != most_pieces:
             piece = self.next(self._context)
             pieces.append(piece)
             taken += piece.length

@@ -121,22 +121,6 @@ def preparation_key(
     return _digest({"id": plan["id"], "stamp": plan["stamp"]})
 
 
-def wait_until_prepared(directory: str | os.PathLike[str], timeout: float | None = None) -> None:
-    """Return when another process has finished the directory.
-
-    Raises:
-        InputError: it did not within `timeout` seconds.
-    """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while not (Path(directory) / MANIFEST).is_file():
-        if deadline is not None and time.monotonic() > deadline:
-            raise InputError(
-                f"{directory}: not prepared after {timeout:.0f} s. See to the process that prepares it, or run "
-                "tools/prepare.py first."
-            )
-        time.sleep(0.5)
-
-
 def _plain(options: ReadOptions | None) -> ReadOptions:
     """The reading options alone, of whatever recipe they are part: nothing else may change a preparation."""
     names = [field.name for field in dataclasses.fields(ReadOptions)]

@@ -11,7 +11,7 @@ from engine.data.records import Document, Record, cuts
 
 def read_lines(stream: Stream, start: int, end: int | None) -> Iterator[bytes]:
     """Lines with their ends; one that is longer than a sample comes in several pieces."""
-    position = start
+    position = start or stream.begin
     while (end is None or position < end) and (line := stream.readline(SAMPLE_BYTES)):
         position += len(line)
         yield line

@@ -33,6 +33,7 @@ PLAN = "plan.prepared.json"
 INDEX = ("offsets", "hashes", "characters")
 # Open shards are bounded: a process may hold 1024 files by default.
 _OPEN_SHARDS = 256
+_PAGE = 4096
 
 
 def text_hash(text: str) -> bytes:
@@ -175,7 +176,7 @@ class Shard:
 
 
 class Prepared:
-    """A prepared directory, opened for reading. Nothing of it is loaded but what is asked for.
+    """A prepared directory, opened for reading. Its memory is the kernel's page cache, shared by all ranks.
 
     Attributes:
         manifest: as `prepare` wrote it.
@@ -198,19 +199,33 @@ class Prepared:
         self.characters = self._column("characters", (row,), np.zeros(0, np.uint32))
         if row and int(self.offsets[row]) != token:
             raise self._damage(self.directory / "offsets.npy", "does not fit the manifest")
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        # One pass brings the pages into memory; they are needed in random order, and each would be waited for.
+        self.offsets[:: _PAGE // 8].max()
+        self._open: OrderedDict[int, int] = OrderedDict()
 
     def tokens(self, shard: Shard, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the directory, which lie in `shard`."""
-        mapped = self._open.get(shard.unit)
-        if mapped is None:
+        """Tokens [start, stop) of the directory, which lie in `shard`.
+
+        They are read, not mapped: waiting for a page of mapped memory would hold the interpreter's lock, and with it
+        the training thread. The kernel's page cache serves all ranks of a machine either way.
+        """
+        descriptor = self._open.get(shard.unit)
+        if descriptor is None:
             if len(self._open) >= _OPEN_SHARDS:
-                self._open.popitem(last=False)
-            mapped = np.memmap(token_path(self.directory, shard.unit), dtype=self.dtype, mode="r")
-            self._open[shard.unit] = mapped
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = os.open(token_path(self.directory, shard.unit), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._open[shard.unit] = descriptor
         else:
             self._open.move_to_end(shard.unit)
-        return mapped[start - shard.first_token : stop - shard.first_token]
+        size = self.dtype.itemsize
+        return np.frombuffer(
+            os.pread(descriptor, (stop - start) * size, (start - shard.first_token) * size), self.dtype
+        )
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
     def verify(self) -> None:
         """Read every byte and compare it with what was written.

@@ -100,8 +100,7 @@ def _ranges(index: int, file: SourceFile, size: int) -> Iterator[tuple[Segment, 
 def _record_end(file: SourceFile, offset: int) -> int:
     """The first end of a record at or after byte `offset`."""
     with open_raw(file.path) as stream:
-        # A record that ends just before `offset` ends there, so the line that holds the byte before is read on.
-        stream.seek(offset - 1)
+        stream.seek(offset)
         while line := stream.readline(SAMPLE_BYTES):
             position = stream.tell()
             if not line.endswith(b"\n"):
@@ -114,8 +113,7 @@ def _record_end(file: SourceFile, offset: int) -> int:
 
 
 def _begins_line(file: SourceFile, position: int) -> bool:
-    if position == 0:
-        return True
+    assert position > 0
     with open_raw(file.path) as stream:
         stream.seek(position - 1)
         return stream.read(1) == b"\n"

@@ -65,7 +65,7 @@ def test_help_names_the_options(name: str) -> None:
         (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
         ([], "There is no data"),
         (["--data", "a.json", "--part", "2"], "--part 2: give it as i/n"),
-        (["--data", "a.json", "--part", "3/2"], "numbered from 1 to 2"),
+        (["--data", "a.json", "--part", "3/2"], "Choose one from 1 to 2"),
         (["--data", "a.json", "--workers", "0"], "--workers 0: give at least 1"),
         (["--data", "a.json", "--data.on_error", "fail"], "a.json:1: a record is an object or a text"),
         (["--data", "a.json", "--data.min_characters", "0"], "--data.min_characters is 0"),

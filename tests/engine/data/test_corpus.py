@@ -201,6 +201,9 @@ def test_half_weight_sees_each_document_once_in_two_epochs_and_double_weight_twi
     for pair in (epochs[0] + epochs[1], epochs[2] + epochs[3]):
         assert all(pair[document] == 1 for document in range(101, 202))
     assert [sum(epoch.values()) for epoch in epochs] == [353, 354, 353, 354]
+    # The halves are not the same ones every time.
+    halves = [{document for document in epoch if 101 <= document < 202} for epoch in epochs]
+    assert halves[0] != halves[2]
 
 
 def test_a_tenth_is_exactly_a_tenth(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data import packing
 from engine.data.corpus import Corpus, open_corpus
-from engine.data.loader import PackLoader
+from engine.data.loader import PackLoader, build_batch
+from engine.data.mixture import Mixture
+from engine.data.packing import Packer, Position
 from model.batch import IGNORE, PackedBatch
 from model.errors import InputError
 from tests.engine.data.stand_in import prepare_lengths
@@ -61,6 +64,20 @@ def test_every_number_of_ranks_sees_the_same_packs_across_epochs(corpus: Corpus)
     for world in (2, 3, 4, 7):
         for step, other in zip(expected, global_steps(corpus, world, 40), strict=True):
             assert all(same(one, another) for one, another in zip(step, other, strict=True))
+
+
+def test_steps_are_the_packs_of_window_after_window(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That windows hold every token once an epoch is proved with the packer."""
+    monkeypatch.setattr(packing, "WINDOW_PACKS", 7)
+    packer, begin, packs = Packer(Mixture(corpus, 7), 7, T, CONTEXT), Position(), []
+    while begin.epoch < 2:
+        window = packer.window(begin)
+        packs += window.packs
+        begin = window.end
+    with loader(corpus) as one:
+        for first in range(0, len(packs) - PACKS, PACKS):
+            expected = [build_batch(corpus, pack, T, CONTEXT) for pack in packs[first : first + PACKS]]
+            assert all(same(batch, other) for batch, other in zip(one.next_step(), expected, strict=True))
 
 
 def test_each_document_comes_once_an_epoch_across_the_boundary(corpus: Corpus) -> None:

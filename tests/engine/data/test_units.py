@@ -12,7 +12,7 @@ from engine.data.sources import ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
 from tests.engine.data.test_reading import WRITERS
 
-LINES = st.lists(st.sampled_from(["", " ", "病", "高血压患者", "a\r", "x" * 30, "\t"]), max_size=40)
+LINES = st.lists(st.sampled_from(["", " ", "病", "病 \t ", "高血压患者", "a\r", "x" * 30, "\t"]), max_size=40)
 
 
 def texts_of(units: list[Unit], files: list, options: ReadOptions) -> list[str | None]:
@@ -27,17 +27,23 @@ def texts_of(units: list[Unit], files: list, options: ReadOptions) -> list[str |
 
 
 @settings(max_examples=150, deadline=None)
-@given(lines=LINES, size=st.integers(1, 60), document=st.sampled_from(["line", "paragraph", "file"]))
+@given(
+    lines=LINES,
+    size=st.integers(1, 60),
+    document=st.sampled_from(["line", "paragraph", "file"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "gbk", "utf-16"]),
+)
 def test_units_of_any_size_hold_every_document_once(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, document: str
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, document: str, encoding: str
 ) -> None:
     path = tmp_path_factory.mktemp("units") / "a.txt"
-    path.write_bytes("\n".join(lines).encode())
+    path.write_bytes("\n".join(lines).encode(encoding))
     options = ReadOptions(document=document)  # type: ignore[arg-type]
     files = [probe(file, options) for file in list_files([path]).files]
     whole = [record.text for record in read_records(files[0], [], 10**6)]
     units = list(cut(files, options, size, lambda unit: True))
     assert texts_of(units, files, options) == whole
+    assert whole or not "".join(lines).strip(" \t\r")
     assert sum(unit.size for unit in units) == path.stat().st_size or not whole
     assert [unit.index for unit in units] == list(range(len(units)))
 
