@@ -68,7 +68,7 @@ def test_every_number_of_ranks_sees_the_same_packs_across_epochs(corpus: Corpus)
 
 def test_steps_are_the_packs_of_window_after_window(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """That windows hold every token once an epoch is proved with the packer."""
-    monkeypatch.setattr(packing, "WINDOW_PACKS", 7)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 7 * T)
     packer, begin, packs = Packer(Mixture(corpus, 7), 7, T, CONTEXT), Position(), []
     while begin.epoch < 2:
         window = packer.window(begin)

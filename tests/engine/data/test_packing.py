@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data import packing
 from engine.data.corpus import open_corpus
 from engine.data.loader import build_batch, evaluation_batches
 from engine.data.mixture import Mixture
@@ -149,13 +150,24 @@ def test_packs_of_a_window_are_shuffled() -> None:
     assert abs(np.corrcoef(np.arange(len(counts)), counts)[0, 1]) < 0.3
 
 
-def test_every_window_is_shuffled_in_its_own_way() -> None:
+def test_every_window_is_shuffled_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 256 * 1024)
     packer = Packer(Lengths([1024] * 1000), 0, 1024, 1024)  # type: ignore[arg-type]
     first = packer.window(Position())
     second = packer.window(first.end)
     orders = [[pack[0].document for pack in window.packs] for window in (first, second)]
     assert sorted(orders[0]) == list(range(256)) and sorted(orders[1]) == list(range(256, 512))
     assert orders[1] != [document + 256 for document in orders[0]]
+
+
+def test_the_chapters_of_a_book_are_spread_over_steps() -> None:
+    """Eight books of 100 pieces: a step of eight pieces holds those of 5.3 books on average, if they are mixed."""
+    packer = Packer(Lengths([100 * 64] * 8), 0, 256, 64)  # type: ignore[arg-type]
+    packs = packer.window(Position()).packs
+    steps = [packs[index] + packs[index + 1] for index in range(0, len(packs), 2)]
+    books = [len({piece.document for piece in step}) for step in steps]
+    assert 4.8 < sum(books) / len(books) < 5.8
+    assert min(books) >= 2
 
 
 # Batches
