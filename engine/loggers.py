@@ -36,7 +36,7 @@ class LogConfig:
         """Raises InputError where a number makes no sense, or wandb is asked for and not installed."""
         check_range("log", self, 1, "every")
         if self.wandb and importlib.util.find_spec("wandb") is None:
-            raise InputError("--log.wandb needs wandb, which is not installed. pip install -e '.[wandb]'")
+            raise InputError("--log.wandb needs wandb, which is not installed. Install it with pip install -e '.[wandb]'.")
 
 
 class RunLog:

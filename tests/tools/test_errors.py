@@ -1,0 +1,92 @@
+"""Every row of docs/errors.md, played: the sentence that is printed, the exit code, and that nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import parameter_shapes
+from model.hf import load_config, write_model
+from model.tokenizer import Tokenizer
+from model.tokenizer_training import train_sentencepiece
+from tests.small_base import small_texts, write_small_base, write_small_data
+from tests.tools.in_child import run_tool
+from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, RECIPE, prepare, pretrain
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
+
+
+def page_rows() -> dict[str, str]:
+    """What is printed, by situation."""
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines()]
+    rows = [cells for cells in lines if len(cells) == 3 and cells[1].startswith("`")]
+    assert len(rows) == len({situation for situation, _, _ in rows}), "a situation stands there twice"
+    return {situation: printed.strip("`") for situation, printed, _ in rows}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file and what is in it, but for what processes said."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.parent.name.startswith(".said"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data, tokenizers, prepared data and a finished run, for each mistake to copy and spoil."""
+    folder = tmp_path_factory.mktemp("template")
+    write_small_base(folder / "base")
+    write_small_data(folder / "data.jsonl")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    wide = dataclasses.replace(load_config(folder / "base"), intermediate_size=64)
+    shapes = parameter_shapes(wide)
+    shutil.copytree(folder / "base", folder / "wide")
+    write_model(folder / "wide", wide, ((name, torch.ones(shape)) for name, shape in shapes.items()), torch.float32)
+    for name, size in (("large", 480), ("little", 390)):
+        model = train_sentencepiece(small_texts(), size, is_limit_soft=True)
+        Tokenizer.from_sentencepiece(model, {}).save(folder / name)
+    for command in (
+        pretrain(),
+        prepare("--out", "prepared"),
+        prepare("--out", "prepared-otherwise", "--tokenizer", "large"),
+        prepare("--out", "parts", "--part", "1/2"),
+        prepare("--out", "parts", "--part", "2/2"),
+    ):
+        (ended,) = run_tool(command.tool, *command.words, cwd=folder)
+        assert ended.code == 0, ended.stderr
+    return folder
+
+
+def test_every_row_of_the_page_is_played_and_every_mistake_has_a_row() -> None:
+    assert sorted(page_rows()) == sorted(MISTAKES)
+    assert len(MISTAKES) >= 30
+
+
+def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
+    finding_and_remedy = re.compile(r"\S.+?[.:;)] \S.+[.?]")
+    assert [printed for printed in page_rows().values() if not finding_and_remedy.fullmatch(printed)] == []
+
+
+@pytest.mark.parametrize("situation", MISTAKES)
+def test_a_mistake_ends_with_one_sentence_and_loses_nothing(template: Path, tmp_path: Path, situation: str) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(template, folder)
+    mistake = MISTAKES[situation]
+    mistake.set_up(folder)
+    earlier = contents(folder)
+    ends = run_tool(mistake.tool, *mistake.words, cwd=folder, world=mistake.world, before=mistake.before)
+    if ends[0].code == NOT_PERMITTED:
+        pytest.skip("mounting a filesystem is not permitted here")
+    sentence = re.compile(".+".join(map(re.escape, page_rows()[situation].split("…"))))
+    for ended in ends:
+        assert ended.code == 2, ended.stderr
+        assert sentence.fullmatch(ended.last_line), ended.last_line
+        assert sum(bool(sentence.search(line)) for line in ended.stderr.splitlines()) == 1
+        assert "Traceback" not in ended.stderr
+        assert ended.stdout == ""
+    later = contents(folder)
+    assert {name for name in earlier if later.get(name) != earlier[name]} == set()
