@@ -1,16 +1,21 @@
 """Add domain pieces to the BPE `tokenizer.model` of a LLaMA-family base.
 
 A piece is emitted only where merging arrives at it, so appending words to the table does nothing: their halves
-must be pieces too, and must still be there when their turn comes. Here every new piece merges after all that were
-there before it. Encoding its text therefore first runs to the end it had without the piece, and the piece is
-reached exactly when that end is two symbols, which it joins (or one unknown character). Where it is longer, its
-unknown characters become pieces, and the leading symbols are joined one by one as intermediate pieces. Later
-additions merge later still, so what is reached once stays reached. Old ids do not move.
+must be pieces too, and must still be there when their turn comes. So a candidate's unknown characters become pieces
+first, which may wake old pieces that lacked them. Then its text is encoded: it ends in some symbols s1 .. sn, and the
+prefixes s1 s2, s1 s2 s3, .. become pieces. Every one of them is emitted for its own text, because
+
+- new pieces merge after all that were there before, so the text of s1 .. sk first comes to just these symbols;
+- from there on the first symbol is always a prefix, and so is its union with the next: all becomes one symbol;
+- later additions merge later still, and the characters among them are not in this text, so it never meets them.
+
+Old ids do not move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -56,7 +61,12 @@ def extend_tokenizer(base: str | Path, candidates: Sequence[str], directory: str
     old, proto = open_base(base, vocab_size)
     merger = PieceMerger(merge_order(proto))
     room = vocab_size - old.vocab_size
-    pieces, unreachable = grow(merger, candidates, room, has_prefix=old.add_prefix_space)
+    # Text that spells a token (`</s>`, `<human>`, `<0x0A>`) is cut there, or would get a second id.
+    names = {piece.piece for piece in proto.pieces if piece.type != NORMAL}
+    names |= {token.content.replace(" ", SPACE) for token in old.added_tokens.values()}
+    holds_name = re.compile("|".join(map(re.escape, names))).search
+    plain = [candidate for candidate in candidates if not holds_name(candidate)]
+    pieces, unreachable = grow(merger, plain, room, has_prefix=old.add_prefix_space)
     if len(pieces) < room:
         most = old.vocab_size + len(pieces)
         raise InputError(f"a vocabulary of {vocab_size} is more than this text supports: at most {most} on this base.")
@@ -73,7 +83,7 @@ def extend_tokenizer(base: str | Path, candidates: Sequence[str], directory: str
     new = Tokenizer.from_sentencepiece(proto.SerializeToString(), config, old.files, base)
     assert new.vocab_size == vocab_size
     new.save(directory)
-    return Extension(old.vocab_size, pieces, unreachable)
+    return Extension(old.vocab_size, pieces, unreachable + len(candidates) - len(plain))
 
 
 def grow(merger: PieceMerger, candidates: Sequence[str], room: int, has_prefix: bool) -> tuple[list[str], int]:
@@ -92,12 +102,10 @@ def grow(merger: PieceMerger, candidates: Sequence[str], room: int, has_prefix: 
             break
         if candidate in merger.rank:
             continue
-        symbols = merger(candidate)
-        # Unknown characters first (what is no piece cannot be merged), then prefix by prefix.
-        steps = [piece for piece in dict.fromkeys([*symbols, *accumulate(symbols)]) if piece not in merger.rank]
-        steps = steps[: room - len(added)]  # what leads to a candidate is reached without it
-        for piece in steps:
-            merger.rank[piece] = len(merger.rank)
+        free = room - len(added)  # what leads to a candidate is reached without it, so the last may end half-way
+        steps = _append(merger, dict.fromkeys(candidate), free)
+        # Only now: with its characters known, the candidate may hold old pieces that could not be merged before.
+        steps += _append(merger, accumulate(merger(candidate)), free - len(steps))
         if has_prefix and not all(_is_emitted_after_prefix(merger, piece, added) for piece in steps):
             for piece in steps:
                 del merger.rank[piece]
@@ -107,7 +115,17 @@ def grow(merger: PieceMerger, candidates: Sequence[str], room: int, has_prefix: 
     return list(added), unreachable
 
 
+def _append(merger: PieceMerger, pieces: Iterable[str], most: int) -> list[str]:
+    """Make the first `most` of the `pieces` that are unknown merge last; returns them."""
+    new = [piece for piece in pieces if piece not in merger.rank][:most]
+    for piece in new:
+        merger.rank[piece] = len(merger.rank)
+    return new
+
+
 def _is_emitted_after_prefix(merger: PieceMerger, piece: str, added: dict[str, None]) -> bool:
+    if piece == SPACE:  # unknown until now: it may wake old pieces in front of everything added
+        return not added
     if piece.startswith(SPACE):
         return piece[1:] not in added
     return merger(SPACE + piece)[-1] == piece

@@ -71,22 +71,26 @@ def train_sentencepiece(
 ) -> bytes:
     """The bytes of a model trained on `lines` from `sample_lines`.
 
+    The trainer takes no coverage below 0.98, more than a small vocabulary can give Chinese. So the lines are cut at the
+    rare characters, where it would have put its mark for an unknown one, and of what is left it covers all.
+
     Args:
+        character_coverage: above 0, at most 1; the most frequent characters are taken until they are this share.
         is_limit_soft: accept fewer pieces than vocab_size where the text has no more.
     """
     if not any(lines):
         raise InputError("there is no text to train a tokenizer on. Check --data.")
-    if not 0.98 <= character_coverage <= 1.0:
-        raise InputError(f"a character coverage of {character_coverage} is out of range. Choose from 0.98 to 1.")
+    if not 0.0 < character_coverage <= 1.0:
+        raise InputError(f"a character coverage of {character_coverage} is out of range. Choose above 0, at most 1.")
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=iter(_cut_at_rare_characters(lines, character_coverage)),
             model_writer=writer,
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=not is_limit_soft,
-            character_coverage=character_coverage,
+            character_coverage=1.0,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -112,11 +116,24 @@ def coverage_that_fits(lines: Sequence[str], vocab_size: int) -> float:
     Args:
         lines: from `sample_lines`.
     """
-    counts = Counter(itertools.chain.from_iterable(lines))
+    ranked = Counter(itertools.chain.from_iterable(lines)).most_common()
     most = max(1, (vocab_size - 260) // 2)  # 260: 256 bytes and the special tokens
-    covered = sum(count for _, count in counts.most_common(most))
-    # SentencePiece takes characters until the share is reached, so an exact share could take one more.
-    return min(0.9999, covered / max(1, counts.total()) - 1e-9) if len(counts) > most else 0.9999
+    covered = sum(count for _, count in ranked[:most])
+    return min(0.9999, covered / max(1, sum(count for _, count in ranked)))
+
+
+def _cut_at_rare_characters(lines: Sequence[str], coverage: float) -> Sequence[str]:
+    counts = Counter(itertools.chain.from_iterable(lines))
+    total, covered, rare = counts.total(), 0, []
+    for character, count in counts.most_common():
+        if covered / total < coverage:
+            covered += count
+        else:
+            rare.append(character)
+    if not rare:
+        return lines
+    cuts = re.compile(f"[{re.escape(''.join(rare))}]+")
+    return [part for line in lines for part in cuts.split(line) if part]
 
 
 def sample_lines(texts: Iterable[str], max_characters: int, seed: int) -> tuple[list[str], Sample]:
@@ -154,6 +171,6 @@ def _explain(message: str, vocab_size: int) -> Exception:
         least = max(int(number) for number in found.groups())
         return InputError(
             f"a vocabulary of {vocab_size} cannot hold the text's characters: take at least {least}, "
-            "or lower --character_coverage."
+            "or a lower character coverage."
         )
     return RuntimeError(message)

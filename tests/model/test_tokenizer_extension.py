@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.errors import InputError
@@ -63,12 +63,15 @@ def test_added_words_alone_would_hardly_ever_be_emitted(base: Path) -> None:
 
 
 @given(
-    base=st.lists(st.text("abc", min_size=2, max_size=4), unique=True, max_size=8),
+    base=st.lists(st.text("abc▁", min_size=2, max_size=4), unique=True, max_size=8),
     letters=st.sets(st.sampled_from("abc▁")),
     candidates=st.lists(st.text("abc▁", min_size=1, max_size=6), unique=True, max_size=10),
     room=st.integers(0, 20),
     has_prefix=st.booleans(),
 )
+# In both, a character that the base lacks wakes a piece that the base has: in the candidate, and after the prefix.
+@example(base=["ac"], letters=set(), candidates=["aa", "baac"], room=6, has_prefix=False)
+@example(base=["▁ab"], letters={"a", "b", "c"}, candidates=["ab", "abc", "▁c"], room=6, has_prefix=True)
 @settings(max_examples=500, deadline=None)
 def test_growing_any_vocabulary_by_any_candidates_reaches_every_piece(
     base: list[str], letters: set[str], candidates: list[str], room: int, has_prefix: bool
@@ -115,6 +118,13 @@ def test_old_ids_and_added_tokens_do_not_move(base: Path, tmp_path: Path) -> Non
     assert list(rows) == list(range(old.vocab_size, new.vocab_size))
     for index, old_ids in rows.items():
         assert b"".join(map(old.token_bytes, old_ids)) == new.token_bytes(index)
+
+
+def test_the_name_of_a_token_never_becomes_a_piece(base: Path, tmp_path: Path) -> None:
+    names = ["</s>", "<human>", "<0x0A>", "a<bot>b"]
+    size = Tokenizer.load(base).vocab_size + 2
+    extension = extend_tokenizer(base, [*names, "龘靐"], tmp_path, size)
+    assert extension.pieces == ["龘", "靐"] and extension.unreachable == len(names)
 
 
 def test_an_extended_base_needs_fewer_tokens_for_held_out_text(base: Path, tmp_path: Path) -> None:

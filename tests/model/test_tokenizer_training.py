@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer_report import HeldOutLines, measure
-from model.tokenizer_training import sample_lines, train_sentencepiece, train_tokenizer
+from model.tokenizer_sentencepiece import NORMAL, read_sentencepiece
+from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece, train_tokenizer
 from tests.model.tokenizer_bases import sentences
 
 
@@ -74,8 +76,50 @@ def test_nothing_to_train_on_is_said() -> None:
     for texts in ([], ["", "\n\t"]):
         with pytest.raises(InputError, match="no text"):
             train_sentencepiece(sample_lines(texts, 1000, 0)[0], 500)
-    with pytest.raises(InputError, match=r"coverage of 0\.5"):
-        train_sentencepiece(["text"], 500, character_coverage=0.5)
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.1, float("nan")])
+def test_a_coverage_that_is_no_share_is_refused(coverage: float) -> None:
+    with pytest.raises(InputError, match=f"coverage of {coverage}"):
+        train_sentencepiece(["text"], 500, coverage)
+
+
+def learnt(model: bytes) -> tuple[set[str], list[str]]:
+    """The single characters and the longer pieces of a model."""
+    pieces = [piece.piece for piece in read_sentencepiece(model, Path("m")).pieces if piece.type == NORMAL]
+    return {piece for piece in pieces if len(piece) == 1}, [piece for piece in pieces if len(piece) > 1]
+
+
+@pytest.mark.parametrize(("coverage", "characters"), [(1.0, "甲乙丙丁"), (0.81, "甲乙丙"), (0.8, "甲乙"), (0.5, "甲")])
+def test_the_most_frequent_characters_get_pieces_until_the_share_is_covered(coverage: float, characters: str) -> None:
+    text = ["甲" * 5 + "乙" * 3 + "丙" + "丁"] * 10  # shares of 0.5, 0.3, 0.1 and 0.1
+    assert learnt(train_sentencepiece(text, 300, coverage, is_limit_soft=True))[0] == set(characters)
+
+
+@pytest.mark.parametrize("vocab_size", [301, 1000, 4000])
+def test_a_coverage_that_fits_leaves_half_of_the_vocabulary_to_longer_pieces(vocab_size: int) -> None:
+    # 3000 equally frequent characters, each in pairs with its neighbours: 98% of them fit into none of these sizes.
+    alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    lines = [alphabet[start : start + 60] for start in range(0, 3000, 30)] * 3
+    coverage = coverage_that_fits(lines, vocab_size)
+    singles, longer = learnt(train_sentencepiece(lines, vocab_size, coverage))
+    assert len(singles) == (vocab_size - 260) // 2
+    assert len(longer) == vocab_size - 260 - len(singles)
+
+
+def test_a_text_of_few_characters_is_covered_as_usual() -> None:
+    assert coverage_that_fits(sample_lines(sentences(0, 300), 10**6, 0)[0], 1000) == 0.9999
+
+
+def test_classical_chinese_fits_into_small_vocabularies_and_comes_back(real_data: Path) -> None:
+    records = (real_data / "pretrain" / "tcm_classics.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(record)["text"] for record in records]
+    lines, _ = sample_lines(texts, 1_000_000, 0)
+    for vocab_size in (512, 4096):
+        model = train_sentencepiece(lines, vocab_size, coverage_that_fits(lines, vocab_size))
+        assert len(learnt(model)[1]) >= (vocab_size - 260) // 2
+        tokenizer = Tokenizer.from_sentencepiece(model, {})
+        assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:200])
 
 
 def test_held_out_lines_are_not_trained_on() -> None:
