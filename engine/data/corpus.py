@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.duplicates import find_duplicates
-from engine.data.shards import Prepared, Shard, fingerprint, prepared_parts
+from engine.data.shards import Prepared, Shard, TokenFiles, fingerprint, prepared_parts, token_path
 from model.errors import InputError
 
 _SCAN = 1 << 20  # hashes looked at in one go
@@ -54,6 +54,7 @@ class Store:
                 digests.append(entry["digest"])
                 for source, documents in entry["sources"]:
                     counts[first + source] += documents
+        self._files = TokenFiles()
         self._first = np.cumsum([0, *(shard.documents for _, shard in self._places)])
         self.source_bounds = np.cumsum([0, *counts])
         manifest = self.prepared[0].manifest
@@ -90,7 +91,11 @@ class Store:
         prepared, shard = self._places[place]
         row = shard.first_row + document - int(self._first[place])
         begin, end = int(prepared.offsets[row]), int(prepared.offsets[row + 1])
-        return prepared.tokens(shard, begin + start, end if stop is None else min(end, begin + stop))
+        end = end if stop is None else min(end, begin + stop)
+        size = prepared.dtype.itemsize
+        offset = (begin + start - shard.first_token) * size
+        path = token_path(prepared.directory, shard.unit)
+        return np.frombuffer(self._files.read(path, offset, (end - begin - start) * size), prepared.dtype)
 
     def hashes(self, first: int, last: int) -> np.ndarray:
         """uint64 [last - first, 2] of a run of documents."""

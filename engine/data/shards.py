@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -201,31 +202,6 @@ class Prepared:
             raise self._damage(self.directory / "offsets.npy", "does not fit the manifest")
         # One pass brings the pages into memory; they are needed in random order, and each would be waited for.
         self.offsets[:: _PAGE // 8].max()
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def tokens(self, shard: Shard, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the directory, which lie in `shard`.
-
-        They are read, not mapped: waiting for a page of mapped memory would hold the interpreter's lock, and with it
-        the training thread. The kernel's page cache serves all ranks of a machine either way.
-        """
-        descriptor = self._open.get(shard.unit)
-        if descriptor is None:
-            if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = os.open(token_path(self.directory, shard.unit), os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            self._open[shard.unit] = descriptor
-        else:
-            self._open.move_to_end(shard.unit)
-        size = self.dtype.itemsize
-        return np.frombuffer(
-            os.pread(descriptor, (stop - start) * size, (start - shard.first_token) * size), self.dtype
-        )
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
     def verify(self) -> None:
         """Read every byte and compare it with what was written.
@@ -263,6 +239,36 @@ class Prepared:
 
     def _damage(self, path: Path, problem: str) -> InputError:
         return InputError(f"{path} {problem}. Delete {self.directory} and prepare it again.")
+
+
+class TokenFiles:
+    """Reads from many shards, few of which are open at a time. Safe to share between threads.
+
+    Tokens are read, not mapped: waiting for a page of mapped memory would hold the interpreter's lock, and with it the
+    training thread. The kernel's page cache serves all ranks of a machine either way.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._one_at_a_time = threading.Lock()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of a file."""
+        with self._one_at_a_time:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                if len(self._open) >= _OPEN_SHARDS:
+                    os.close(self._open.popitem(last=False)[1])
+                descriptor = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                self._open[path] = descriptor
+            else:
+                self._open.move_to_end(path)
+            return os.pread(descriptor, size, offset)
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

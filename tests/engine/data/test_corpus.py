@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -137,7 +138,21 @@ def test_fewer_shards_are_kept_open_than_there_are(tmp_path: Path, monkeypatch: 
     corpus = open_corpus([directory])
     assert len(corpus.store.prepared[0].shards) > 5
     assert texts_of(corpus) == [f"第{number}份病历" for number in range(100)]
-    assert len(corpus.store.prepared[0]._open) == 2
+    assert len(corpus.store._files._open) == 2
+
+
+def test_threads_may_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation reads while the loader reads ahead; a descriptor closed under the other would give other text."""
+    monkeypatch.setattr("engine.data.shards._OPEN_SHARDS", 1)
+    directories = [prepare_texts(tmp_path / str(n), [f"第{n}份" + "文" * 3000]) for n in range(4)]
+    corpus = open_corpus(directories)
+    expected = [corpus.read(document).tobytes() for document in range(4)]
+
+    def read(thread: int) -> bool:
+        return all(corpus.read((thread + n) % 4).tobytes() == expected[(thread + n) % 4] for n in range(1000))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(4)))
 
 
 def test_wrong_lists_of_directories_are_refused(tmp_path: Path) -> None:
