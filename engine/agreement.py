@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from engine.files import explain
 from model.errors import InputError
 
 T = TypeVar("T")
+
+# Writing terabytes may take as long as it takes; the watchdog says when it is too long.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class ControlGroup:
         is_distributed = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if is_distributed else 0
         self.world: int = dist.get_world_size() if is_distributed else 1
-        self.process_group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.process_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
 
     def each(self, doing: str, work: Callable[[], T]) -> T:
         """Every rank does `work`; returns this rank's result.

@@ -102,23 +102,29 @@ def make_run_directory(directory: Path) -> None:
         raise InputError(f"--out {directory}: {explain(error)}") from None
 
 
-def set_state_aside(directory: Path) -> None:
-    """Move an earlier run's training state and metrics to `state-replaced-<n>`, so that a run begins anew.
+# What a run directory holds that is no result: it may serve the next run.
+_KEPT = ("prepared", "sample", "tokenizer")
+
+
+def set_run_aside(directory: Path) -> None:
+    """Move an earlier run's state, model and metrics to `replaced-<n>`, a run directory of its own, to begin anew.
 
     Raises:
         InputError: the filesystem refuses.
     """
-    state, metrics = directory / "state", directory / "metrics.jsonl"
-    if not state.is_dir():
+    if not (directory / "state").is_dir():
         return
-    aside = next(path for n in itertools.count(1) if not (path := directory / f"state-replaced-{n}").exists())
+    aside = next(path for n in itertools.count(1) if not (path := directory / f"replaced-{n}").exists())
+    # The state goes first: whatever happens then, nobody resumes from it here.
+    entries = sorted(directory.iterdir(), key=lambda entry: entry.name != "state")
     try:
-        state.rename(aside)
-        if metrics.exists():
-            metrics.rename(aside / metrics.name)
+        aside.mkdir()
+        for entry in entries:
+            if entry.name not in _KEPT and not entry.name.startswith("replaced-"):
+                entry.rename(aside / entry.name)
     except OSError as error:
         raise InputError(f"--out {directory}: {explain(error)}") from None
-    speak(f"The training state of an earlier run is now in {aside}.")
+    speak(f"The earlier run is now in {aside}.")
 
 
 def _has_tokenizer(directory: Path) -> bool:

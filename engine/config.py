@@ -84,6 +84,19 @@ def check_range(group: str, config: Any, least: float, *names: str, below: float
             raise InputError(f"--{group}.{name} is {value}. Use {span}.")
 
 
+def changes(before: str, config: Any) -> list[str]:
+    """What differs between a saved recipe (YAML) and a configuration: "train.steps 100 -> 200", in order."""
+    old, new = _flatten(yaml.safe_load(before)), _flatten(dataclasses.asdict(config))
+    return [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _build_parser(config_class: type, prog: str, default_config: Path | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(

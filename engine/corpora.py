@@ -70,8 +70,16 @@ def find_tokenizer(config: DataConfig, given: str | None, base: Base, directory:
     return Tokenizer.load(trained) if trained.is_dir() else None
 
 
-def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path, seed: int) -> Tokenizer:
-    """As `find_tokenizer`; where there is none, one is trained on the data and kept in the run directory."""
+def resolve_tokenizer(
+    config: DataConfig, given: str | None, base: Base, directory: Path, seed: int, keep_trained: bool = True
+) -> Tokenizer:
+    """As `find_tokenizer`; where there is none, one is trained on the data and kept in the run directory.
+
+    Args:
+        keep_trained: take the one an earlier run has trained there; without it, train anew in its place.
+    """
+    if not keep_trained:
+        shutil.rmtree(directory / TOKENIZER, ignore_errors=True)
     found = find_tokenizer(config, given, base, directory)
     if found is not None:
         return found

@@ -62,6 +62,8 @@ class Guard:
         leaps = self._leaps(loss, mean_loss, var_loss, self.config.loss_leap)
         leaps |= self._leaps(log_norm, mean_norm, var_norm, math.log(self.config.norm_leap))
         is_bad = ~is_finite | (leaps & (seen >= self.config.settle_steps))
+        # A step without a single target has no gradient; it says nothing of the run.
+        is_followed = ~is_bad & (grad_norm > 0)
 
         # The first steps count equally, later ones by a horizon.
         rate = torch.clamp(1 / (seen + 1), min=1 / self.config.settle_steps)
@@ -70,7 +72,7 @@ class Guard:
         accepted = torch.cat([moved, (seen + 1).view(1)])
         bad = is_bad.float()
         self.state = torch.cat(
-            [torch.where(is_bad, kept, accepted), torch.stack([skipped + bad, (in_a_row + 1) * bad])]
+            [torch.where(is_followed, accepted, kept), torch.stack([skipped + bad, (in_a_row + 1) * bad])]
         )
         return bad
 

@@ -68,7 +68,7 @@ def run(
     except StoppedError as error:
         code = _fail(str(error), error.code)
     except KeyboardInterrupt:
-        code = _fail("Interrupted before training began.", 130)
+        code = _fail("Interrupted. What was saved before is intact.", 130)
     except OSError as error:
         is_refusal = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         message = f"Cannot write the run's files: {explain(error)}" if is_refusal else traceback.format_exc().rstrip()

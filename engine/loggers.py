@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import check_range, to_yaml
+from engine.config import changes, check_range, to_yaml
 from engine.files import write_durably
 from engine.launch import speak
 from model.errors import InputError
@@ -36,7 +37,12 @@ class LogConfig:
         """Raises InputError where a number makes no sense, or wandb is asked for and not installed."""
         check_range("log", self, 1, "every")
         if self.wandb and importlib.util.find_spec("wandb") is None:
-            raise InputError("--log.wandb needs wandb, which is not installed. Install it with pip install -e '.[wandb]'.")
+            raise InputError(
+                "--log.wandb needs wandb, which is not installed. Install it with pip install -e '.[wandb]'."
+            )
+
+
+_CURVE_POINTS = 2000
 
 
 class RunLog:
@@ -56,7 +62,12 @@ class RunLog:
             return
         self._directory = directory
         self._draws = config.curves
-        write_durably(directory / "config.yaml", to_yaml(recipe))
+        saved = directory / "config.yaml"
+        if steps_done and saved.is_file():
+            changed = changes(saved.read_text(encoding="utf-8"), recipe)
+            if changed:
+                speak(f"Changed since this run began: {', '.join(changed)}.")
+        write_durably(saved, to_yaml(recipe))
         self._path = directory / "metrics.jsonl"
         _drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
@@ -70,6 +81,8 @@ class RunLog:
         """One row of metrics.jsonl; numbers also go to TensorBoard and wandb."""
         if not self.is_active:
             return
+        # JSON has no word for a number that is not finite.
+        values = {name: None if is_broken(value) else value for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
         self._file.flush()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -117,10 +130,15 @@ class RunLog:
             self._wandb.finish()
 
 
+def is_broken(value: Any) -> bool:
+    """Whether this is a number that is not finite."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -166,6 +184,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     rows = read_rows(metrics)
+    # As many points as the picture can show: a long run must not draw for minutes.
+    stride = -(-len(rows) // _CURVE_POINTS)
+    rows = [row for index, row in enumerate(rows) if index % stride == 0 or "held_out_loss" in row]
     panels = [("loss", "held_out_loss"), ("lr",), ("grad_norm",), ("tokens_per_second",)]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, names in zip(axes.flat, panels, strict=True):
@@ -175,7 +196,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(loc="best")
+        axis.legend(loc="upper right")
     axes.flat[2].set_yscale("log")
     beside = picture.with_name(".curves-new.png")
     figure.savefig(beside, dpi=110)

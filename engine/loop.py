@@ -6,6 +6,7 @@ that a GPU never waits for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,12 @@ from model.errors import InputError
 
 
 class Loader(Protocol):
-    """Where micro-batches come from; `cursor` is the JSON state after the last step handed out."""
+    """Where micro-batches come from.
+
+    cursor: the JSON state after the last step handed out.
+    wait_seconds: how long that step was waited for.
+    describe: one sentence on what has been handed out.
+    """
 
     wait_seconds: float
 
@@ -40,6 +46,8 @@ class Loader(Protocol):
     def cursor(self) -> dict[str, Any]: ...
 
     def next_step(self) -> list[PackedBatch]: ...
+
+    def describe(self) -> str: ...
 
     def close(self) -> None: ...
 
@@ -157,14 +165,16 @@ def train(
         while True:
             if run.held_out and _is_due(progress.step, evaluation.every, run.steps):
                 dog.beat(f"evaluating after step {progress.step}")
-                held_out = _evaluate(run, progress, run_log, checkpoint.keep_best)
+                held_out = _evaluate(run, progress, run_log, dog, checkpoint.keep_best)
                 desk.speedometer.restart()
             if progress.step == run.steps:
                 break
 
             dog.beat(f"in step {progress.step + 1}")
             micro_batches = loader.next_step()
-            busy, clock.is_running = clock.take(), progress.step % log.every == 0
+            # Measured two steps ago, so that no step is waited for.
+            busy = clock.take() if (progress.step - 2) % log.every == 0 else 0.0
+            clock.is_running = progress.step % log.every == 0
             now = train_step(
                 run.model,
                 run.optimizer,
@@ -194,12 +204,14 @@ def train(
             if desk.must_stop and progress.step < run.steps:
                 dog.beat("finishing the save")
                 checkpointer.wait()
+                run_log.say(loader.describe())
                 raise StoppedError(f"Stopped by a signal; saved after step {progress.step}.", signals.exit_code)
 
         dog.beat("publishing the model")
         checkpointer.wait()
         assert last_saved == run.steps
         run.publish(run.directory, progress.step)
+        run_log.say(loader.describe())
         run_log.draw()
     return held_out
 
@@ -266,7 +278,8 @@ class _Desk:
             raise DivergedError(
                 f"Diverged at step {step}: {report.skipped_in_a_row} steps in a row were refused, {report.skipped} in "
                 f"all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower --optim.lr or "
-                "lengthen --schedule.warmup_ratio, and look at the data of this step. The last checkpoint is intact."
+                "lengthen --schedule.warmup_ratio; if the leap is meant, raise --guard.loss_leap or --guard.norm_leap. "
+                "The last checkpoint is intact."
             )
 
     def _line(self, step: int, row: dict[str, Any], report: StepReport) -> str:
@@ -286,15 +299,17 @@ class _Desk:
         return "  ".join(parts)
 
 
-def _evaluate(run: Run, progress: Progress, run_log: RunLog, keep_best: bool) -> float:
+def _evaluate(run: Run, progress: Progress, run_log: RunLog, dog: Watchdog, keep_best: bool) -> float:
     assert run.held_out is not None
-    loss = held_out_loss(run.model, run.objective, run.held_out(), run.runtime)
+    doing = f"evaluating after step {progress.step}"
+    loss = held_out_loss(run.model, run.objective, run.held_out(), run.runtime, lambda: dog.beat(doing))
     run_log.record(progress.step, {"held_out_loss": loss, "perplexity": perplexity(loss)})
     run_log.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-    if keep_best and progress.step and (progress.best_loss is None or loss < progress.best_loss):
-        run.publish(run.directory / "best", progress.step)
-    if progress.best_loss is None or loss < progress.best_loss:
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss = loss
+        if keep_best and progress.step:
+            dog.beat("publishing the best model so far")
+            run.publish(run.directory / "best", progress.step)
     return loss
 
 

@@ -27,7 +27,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """free a block's gathered weights between forward and backward; false trades memory for one gather less"""
     timeout_minutes: float = 15.0
-    """a step or a save that takes longer ends the run with the stacks of all ranks"""
+    """a step, a save or a publication that takes longer ends the run with the stacks of all ranks"""
 
     def check(self) -> None:
         """Raises InputError where a number makes no sense."""
@@ -96,10 +96,11 @@ def start(config: ParallelConfig) -> Runtime:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     _make_deterministic()
-    timeout = timedelta(minutes=config.timeout_minutes)
+    # Longer than the watchdog's patience, so that it speaks first: it knows the stacks.
+    timeout = timedelta(minutes=2 * config.timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        if world > 1 or "MASTER_ADDR" in os.environ:
+        if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -19,7 +19,7 @@ from engine.building import (
     fit_vocabulary,
     make_run_directory,
     publisher,
-    set_state_aside,
+    set_run_aside,
 )
 from engine.config import check_range
 from engine.corpora import (
@@ -98,11 +98,7 @@ def resolve_shape(config: TrainConfig, model: ModelConfig, world: int) -> StepSh
     context = config.context or model.max_position_embeddings
     pack = config.micro_batch_tokens or max(context, 1024)
     step = config.batch_tokens or max(16 * context, pack)
-    if context > model.max_position_embeddings:
-        raise InputError(
-            f"--train.context {context} is longer than the model's {model.max_position_embeddings} positions. "
-            "Use a shorter one, or a base with rope scaling."
-        )
+    model.with_context(context)  # refuses what the positions and their scaling do not reach
     if pack < context:
         raise InputError(
             f"--train.micro_batch_tokens {pack} cannot hold a document of --train.context {context} tokens. "
@@ -181,7 +177,8 @@ def pretrain(config: PretrainConfig) -> None:
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, directory, config.seed)
+        keep_trained = config.resume == "auto" or not runtime.is_main
+        tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, directory, config.seed, keep_trained)
         documents = open_data(config.data, tokenizer, directory)
         documents, held_out = open_held_out(
             documents, config.eval.fraction, config.eval.data, config.data, tokenizer, directory
@@ -202,7 +199,7 @@ def pretrain(config: PretrainConfig) -> None:
     parallelize(model, runtime, config.parallel, precision, config.train.recompute, config.train.compile)
     fill_from_base(model, model_config, base, config.seed, runtime)
     if config.resume == "never" and runtime.is_main:
-        set_state_aside(directory)  # only now that everything else is known to be right
+        set_run_aside(directory)  # only now that everything else is known to be right
     assert recipe.optim.lr is not None and recipe.train.steps is not None
     train(
         Run(

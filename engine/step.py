@@ -73,10 +73,12 @@ class PendingReport:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True) if values.is_cuda else values
-        self._event = None
+        self._values, self._event = values, None
         self.finished_at = time.perf_counter()
         if values.is_cuda:
+            # Only to pinned memory does a copy leave the host free.
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 

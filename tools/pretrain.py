@@ -9,24 +9,40 @@ Without --data and --config it runs the recipe configs/demo_pretrain.yaml on the
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.launch import run
+from engine.building import make_run_directory
+from engine.launch import run, speak
 from engine.pretraining import PretrainConfig, pretrain
+from model.config import PRESETS
 from samples.bundle import bundled_pretraining
 
 
 def main(config: PretrainConfig) -> None:
-    if not config.data.paths:
-        train, held_out = bundled_pretraining(Path(config.out) / "sample")
-        config.data.paths, config.eval.data = [str(train)], [str(held_out)]
     pretrain(config)
+
+
+def demo(config: PretrainConfig) -> None:
+    """The same on the bundled sample, for presets only: nobody means to train a trained base on it."""
+    if config.data.paths or config.model not in PRESETS:
+        return pretrain(config)
+    speak("No --data: this is the bundled sample.")
+    with tempfile.TemporaryDirectory() as beside:
+        folder = Path(beside)
+        if not config.dry_run:
+            make_run_directory(Path(config.out))
+            folder = Path(config.out) / "sample"
+        train, held_out = bundled_pretraining(folder)
+        config.data.paths, config.eval.data = [str(train)], [str(held_out)]
+        pretrain(config)
 
 
 if __name__ == "__main__":
     names_a_recipe = any(word.split("=")[0] in ("--data", "--data.paths", "--config") for word in sys.argv)
-    demo = None if names_a_recipe else ROOT / "configs" / "demo_pretrain.yaml"
-    run(main, PretrainConfig, aliases={"data": "data.paths"}, default_config=demo)
+    recipe = None if names_a_recipe else ROOT / "configs" / "demo_pretrain.yaml"
+    job = main if names_a_recipe else demo
+    run(job, PretrainConfig, aliases={"data": "data.paths"}, default_config=recipe)

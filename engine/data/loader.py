@@ -110,6 +110,14 @@ class PackLoader:
         total = self._cursor.packs * self._tokens_per_pack
         return 1 - self._cursor.tokens / total if total else 0.0
 
+    def describe(self) -> str:
+        """What the packs so far were made of, for whoever reads the log."""
+        cursor = self._cursor
+        return (
+            f"Packed {cursor.tokens:,} tokens into {cursor.packs:,} packs with {self.padding_share:.2%} padding; "
+            f"{cursor.cuts:,} pieces began inside a document, at position 0."
+        )
+
     def next_step(self) -> list[PackedBatch]:
         """Micro-batches of the next step: ceil(B / world), on every rank."""
         assert not self._is_closed.is_set(), "the loader is closed"

@@ -21,9 +21,9 @@ import numpy as np
 from engine.data.mixture import Mixture
 from engine.data.permutation import Permutation
 
-# A window ends after so many tokens, or pieces where they are short; packing that many takes half a second.
+# A window ends after so many tokens, or pieces where they are short; packing that many takes a second.
 WINDOW_TOKENS = 1 << 26
-WINDOW_PIECES = 1 << 18
+WINDOW_PIECES = 1 << 16
 # A gap below 1/256 of a pack is left to padding; splitting a document for it would cost more than it gives.
 _TOLERANCE = 256
 _SLOTS_AT_ONCE = 4096

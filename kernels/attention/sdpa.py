@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from kernels.attention.reference import visible_keys
 
 
+# The lengths decide the control flow, so a compiled block leaves its graph here.
+@torch.compiler.disable
 def attention_sdpa(
     q: Tensor,
     k: Tensor,
@@ -23,13 +25,13 @@ def attention_sdpa(
     pieces = [q[:0]]
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for d in range(len(bounds_q) - 1):
+        if bounds_q[d] == bounds_q[d + 1]:
+            continue
         query, key, value = (
             x[bounds[d] : bounds[d + 1]].transpose(0, 1).unsqueeze(0)
             for x, bounds in ((q, bounds_q), (k, bounds_k), (v, bounds_k))
         )
         n_q, n_k = query.shape[2], key.shape[2]
-        if n_q == 0:
-            continue
         blind = max(n_q - n_k, 0)  # leading queries that see no key: not every backend makes them zero
         query = query[:, :, blind:]
         is_square = n_q - blind == n_k and (window is None or n_k <= window)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from engine.config import parse, to_yaml
+from engine.config import changes, parse, to_yaml
 from model.errors import InputError
 
 
@@ -107,3 +107,10 @@ def test_a_wrong_recipe_is_one_sentence_with_a_remedy(tmp_path: Path, text: str,
         read("--config", str(recipe))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_changes_of_a_saved_recipe_are_named() -> None:
+    saved = to_yaml(read("--train.steps", "100", "--data", "a"))
+    assert changes(saved, read("--train.steps", "100", "--data", "a")) == []
+    changed = changes(saved, read("--train.steps", "200", "--data", "a", "--train.lr", "0.5"))
+    assert changed == ["train.steps 100 -> 200", "train.lr 0.001 -> 0.5"]

@@ -45,6 +45,15 @@ def test_before_it_has_settled_only_non_finite_steps_are_refused() -> None:
     assert guard.judge(torch.tensor(math.nan), torch.tensor(1.0)) == 1
 
 
+def test_a_step_without_targets_is_neither_refused_nor_remembered() -> None:
+    guard = settled_guard()
+    before = guard.state.clone()
+    for _ in range(100):
+        assert guard.judge(torch.tensor(0.0), torch.tensor(0.0)) == 0
+    assert torch.equal(guard.state, before)
+    assert guard.judge(torch.tensor(3.0), torch.tensor(1.0)) == 0
+
+
 def test_refusals_in_a_row_are_counted_apart_and_end_the_run() -> None:
     guard = settled_guard(max_in_a_row=3)
     for loss in (math.nan, math.nan, 3.0, math.nan, math.nan, math.nan):
