@@ -11,7 +11,7 @@ Document = Literal["file", "paragraph", "line"]
 
 # Where a record's text is looked for, in this order.
 TEXT_FIELDS = ("text", "content", "contents", "document", "article", "body", "正文", "内容", "文本")
-LONGEST_RECORD = 64 << 20  # bytes of one JSON value or one table field
+LONGEST_RECORD = 64 << 20  # bytes of one JSON value or one table row
 
 
 class Record(NamedTuple):

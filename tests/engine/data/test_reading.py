@@ -15,8 +15,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import encodings, read_json, read_text
+from engine.data import encodings, read_json, read_tables, read_text
 from engine.data.reading import read_records
+from engine.data.records import SourceFile
 from engine.data.sources import ReadOptions, list_files, probe, read_texts
 from model.errors import InputError
 
@@ -37,9 +38,9 @@ def records(path: Path, **options: Any) -> list[tuple[int, str | None, str]]:
     return [(record.line, record.text, record.reason) for record in read_records(file, settings.fields, 10**6)]
 
 
-def as_csv(texts: list[str], delimiter: str) -> bytes:
+def as_csv(texts: list[str]) -> bytes:
     page = io.StringIO(newline="")
-    writer = csv.writer(page, delimiter=delimiter)
+    writer = csv.writer(page)
     writer.writerow(["id", "text"])
     writer.writerows((number, text) for number, text in enumerate(texts))
     return page.getvalue().encode()
@@ -57,8 +58,7 @@ WRITERS: dict[str, Callable[[list[str]], bytes]] = {
     "json": lambda texts: json.dumps([{"id": 1, "content": t} for t in texts], indent=1).encode(),
     "strings.json": lambda texts: json.dumps(texts, ensure_ascii=False).encode(),
     "lines.json": lambda texts: "\n".join(json.dumps(t) for t in texts).encode(),
-    "csv": lambda texts: as_csv(texts, ","),
-    "tsv": lambda texts: as_csv(texts, "\t"),
+    "csv": as_csv,
     "parquet": as_parquet,
 }
 
@@ -163,6 +163,78 @@ def test_bad_table_rows_cost_one_record_each(tmp_path: Path) -> None:
     found = records(path, encoding="utf-8")
     assert [(line, text) for line, text, _ in found] == [(2, "甲\n乙"), (4, None), (5, None), (6, "\udcff"), (7, "丙")]
     assert read(path, encoding="utf-8") == ["甲\n乙", "丙"]
+
+
+@pytest.mark.parametrize("row", [4, 200, 1000])
+def test_a_quote_that_is_never_closed_costs_its_line(tmp_path: Path, row: int) -> None:
+    lines = ["id,text", *(f"{number},第{number}份病历" for number in range(2, 1001))]
+    lines[row - 1] = f'"{row},咳嗽'
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines) + "\n")
+    found = records(path)
+    assert [line for line, _, _ in found] == [*range(2, 1001)]
+    assert [(line, reason) for line, text, reason in found if text is None] == [
+        (row, "broken table row: a quote is opened and never closed")
+    ]
+    assert all(text == f"第{line}份病历" for line, text, _ in found if line != row)
+
+
+def test_a_quote_that_is_closed_rows_later_costs_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('id,text,note\n"2,咳嗽,\n3,发热,\n4,"头\n痛",见\n6,直径12",\n7,腹泻,""\n')
+    assert [(line, text) for line, text, _ in records(path)] == [
+        (2, None),  # joined with rows 3 and 4 it ends in the middle of a word
+        (3, "发热"),
+        (4, "头\n痛"),
+        (6, '直径12"'),
+        (7, "腹泻"),
+    ]
+
+
+def test_a_table_row_longer_than_any_record_costs_its_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_tables, "LONGEST_RECORD", 100)
+    monkeypatch.setattr(read_tables, "SAMPLE_BYTES", 64)
+    path = tmp_path / "a.csv"
+    exact = "4," + "x" * 97
+    rows = ["id,text", '2,"open', *(f"{number},{'x' * 40}" for number in (3, 4)), exact, exact + "x", "x" * 500]
+    path.write_text("\n".join([*rows, '8,"a\nb"', "x" * 300]))
+    assert [(line, text is None) for line, text, _ in records(path)] == [
+        *((2, True), (3, False), (4, False), (5, False), (6, True), (7, True), (8, False), (10, True))
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text('a"\n\r,病', max_size=8), max_size=12), st.integers(20, 60))
+def test_every_line_of_any_table_is_read_once(
+    tmp_path_factory: pytest.TempPathFactory, fields: list[str], longest: int
+) -> None:
+    path = tmp_path_factory.mktemp("table") / "a.csv"
+    lines = ("text\n" + "\n".join(fields)).split("\n")
+    path.write_text("\n".join(lines), newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_tables, "LONGEST_RECORD", longest)
+        file = SourceFile(str(path), "a.csv", 0, 0, "", "csv", "utf-8")
+        found = list(read_records(file, [], 10**6))
+    read_on = 2
+    for record in found:
+        assert record.line >= read_on
+        assert all(not line.strip("\r") for line in lines[read_on - 1 : record.line - 1])
+        read_on = record.line + 1 + (record.text or "").count("\n")
+    assert all(not line.strip("\r") for line in lines[read_on - 1 :])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_in_tsv_are_text(tmp_path: Path, encoding: str, end: str) -> None:
+    texts = ['"风寒"是一种外邪', '"未闭合的引号', '他说："头痛"', '"整句加引号"', "a\rb\u2028c", "最后一行"]
+    path = tmp_path / "a.tsv"
+    rows = ["text\tid", *(f"{text}\t{number}" for number, text in enumerate(texts)), "", "只有一列"]
+    path.write_bytes(end.join(rows).encode(encoding))
+    found = records(path)
+    assert [text for _, text, _ in found] == [*texts, None]
+    assert found[-1][::2] == (9, "1 columns where the header has 2")
 
 
 def test_overlong_json_line_is_refused_and_the_next_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
