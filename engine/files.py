@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 DELETED = ".deleted"
@@ -71,6 +75,34 @@ def discard_directory(directory: Path) -> None:
     """Delete what is left of a failed attempt, as far as the filesystem still allows."""
     with contextlib.suppress(OSError):
         remove_directory(directory)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for this process; the lock ends with the process, however that ends.
+
+    Some filesystems offer no locks (Lustre, as it is usually mounted). There the work goes on without, and says so.
+
+    Raises:
+        OSError: the file cannot be opened for writing.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            _say_unlocked(path.parent)
+        yield
+
+
+@functools.cache
+def _say_unlocked(directory: Path) -> None:
+    print(
+        f"{directory}: its filesystem offers no locks. Let no two jobs prepare data there at the same time.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def explain(error: OSError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.files import sync_file
+from engine.files import locked, sync_file
 
 # From here on the answer is kept in a file: below, finding it takes less than a second.
 _CACHED_FROM = 2_000_000
@@ -53,14 +52,10 @@ def find_duplicates(store: Hashes, cache: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process of a machine at a time, where the directory can be written: the others find the answer there."""
-    try:
-        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
-    except OSError:
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """One process at a time, where the directory can be written: the others find the answer there."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(locked(path.with_suffix(".lock")))
         yield
 
 

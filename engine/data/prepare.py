@@ -7,9 +7,7 @@ A manifest, written last, says that everything is there.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -26,7 +24,7 @@ from engine.data.shards import FORMAT, MANIFEST, PLAN, committed_units, fingerpr
 from engine.data.sources import Listing, ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
 from engine.data.worker import Setting, TextEncoder, tokenise
-from engine.files import explain, sync_directory, write_durably
+from engine.files import explain, locked, sync_directory, write_durably
 from model.errors import InputError
 
 # A worker process costs half a second and 100 MB: it must have this much to do.
@@ -99,7 +97,7 @@ def prepare(
             return directory
         (directory / "tokens").mkdir(parents=True, exist_ok=True)
         (directory / "units").mkdir(exist_ok=True)
-        with _locked(directory):
+        with locked(directory / ".lock"):
             if _is_finished(directory, plan):
                 return directory
             write_durably(directory / PLAN, json.dumps(plan, ensure_ascii=False))
@@ -150,14 +148,6 @@ def _stamp(listing: Listing) -> str:
 
 def _digest(value: Any) -> str:
     return blake2b(json.dumps(value, ensure_ascii=True).encode(), digest_size=16).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; the lock ends with the process, however that ends."""
-    with open(directory / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _is_finished(directory: Path, plan: dict[str, Any]) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from engine.files import explain, human_size, remove_directory, sync_tree, write_durably
+from engine.files import explain, human_size, locked, remove_directory, sync_tree, write_durably
 
 
 def test_a_file_keeps_its_old_content_until_the_new_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,40 @@ def test_a_filesystem_that_cannot_flush_directories_is_good_enough(
     monkeypatch.setattr(os, "fsync", fsync)
     write_durably(tmp_path / "file", "text")
     assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock"), open(tmp_path / ".lock") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_no_locks_are_offered_the_work_goes_on_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def flock(file: IO[str], operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = []
+    for turn in range(2):
+        with locked(tmp_path / ".lock"):
+            done.append(turn)
+    assert done == [0, 1]
+    said = f"{tmp_path}: its filesystem offers no locks. Let no two jobs prepare data there at the same time.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: IO[str], operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path / ".lock"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import filecmp
 import itertools
 import json
@@ -11,11 +13,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
+from engine.data import duplicates
 from engine.data import prepare as prepare_module
 from engine.data.corpus import open_corpus
 from engine.data.prepare import Progress, preparation_key, prepare
@@ -272,6 +275,19 @@ def test_concurrent_calls_do_the_work_once(tmp_path: Path, raw: Path, tokenizer:
     assert len(calls) == units
     assert calls[-1].done == calls[-1].total and calls[-1].resumed == 0
     assert all(before.done < after.done for before, after in itertools.pairwise(calls))
+
+
+def test_a_filesystem_without_locks_is_good_enough(
+    tmp_path: Path, raw: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: IO[str], operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(duplicates, "_CACHED_FROM", 1)
+    directory = prepare([raw], tokenizer, tmp_path / "out", OPTIONS, workers=1)
+    assert len(open_corpus([directory]).store) == 580
+    assert list(directory.glob("duplicates-*.npy"))
 
 
 def test_dead_worker_is_explained_and_finished_units_are_kept(tmp_path: Path, raw: Path, tokenizer: Tokenizer) -> None:
