@@ -25,6 +25,7 @@ from engine.preview import show_document
 from engine.shard import Precision
 from model.batch import IGNORE, PackedBatch
 from model.config import ModelConfig
+from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
 
@@ -111,7 +112,7 @@ def look_at_data(
     Args:
         tokenizer: None for one that the run would train; a throwaway one stands in for it.
     Raises:
-        InputError: data that cannot be read.
+        InputError: data that cannot be read, or no document in it.
     """
     if all(map(is_prepared, paths)) and tokenizer is not None:
         corpus = open_corpus(paths, None, tokenizer.fingerprint)
@@ -123,6 +124,8 @@ def look_at_data(
         texts.append(text[:_CHARACTERS])
         if sum(map(len, texts)) > _CHARACTERS:
             break
+    if not texts:
+        raise InputError(f"{', '.join(paths)}: there is no document to read. Give --data other files.")
     note = ""
     if tokenizer is None:
         lines, _ = sample_lines(texts, _CHARACTERS, 0)
