@@ -153,7 +153,7 @@ def _prepared(paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, di
 
 
 def _report(paths: Sequence[str], directory: Path) -> None:
-    """What the files were, in two lines.
+    """What the files were, and what became of their documents.
 
     Raises:
         InputError: there is no document in them.
@@ -169,6 +169,9 @@ def _report(paths: Sequence[str], directory: Path) -> None:
     speak(f"Files read: {encodings}; {manifest['documents']:,} documents.")
     if dropped:
         speak(f"Left out: {', '.join(dropped)}.")
+    if manifest["divided"]:
+        longest = manifest["options"]["max_characters"]
+        speak(f"Longer than --data.max_characters {longest} and stored in pieces: {manifest['divided']:,} documents.")
 
 
 def print_baselines(train: Corpus, held_out: Iterable[PackedBatch], vocab_size: int) -> dict[str, float]:
