@@ -132,7 +132,9 @@ def _check_prepared(paths: Sequence[str], verify: bool) -> tuple[Report, np.ndar
 
 
 def _json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not `splitlines`: a file's name may hold U+2028, which JSON leaves as it is.
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _check_raw(

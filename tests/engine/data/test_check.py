@@ -64,6 +64,13 @@ def test_parts_are_reported_as_the_whole(raw: Path, tmp_path: Path, tokenizer: T
     assert facts(check([str(tmp_path / "out")])) == facts(check([str(raw)]))
 
 
+def test_any_name_of_a_file_is_reported(raw: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Unicode has line ends that JSON does not spell out."""
+    (raw / "a.jsonl").rename(raw / "a\u2028b\x85c.jsonl")
+    directory = prepare([raw], tokenizer, tmp_path / "out", workers=1)
+    assert facts(check([str(directory)])) == facts(check([str(raw)]))
+
+
 def test_overlap_with_held_out_text_is_counted(raw: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     held_out = tmp_path / "held_out.json"
     held_out.write_text(json.dumps([TEXTS[1], "别的病人也应按时服药并复诊。"]))
