@@ -14,12 +14,11 @@ CORE = [
     "tokenizers",
     "jsonargparse[signatures]",
     "PyYAML",
-    "rich",
 ]
 
 EXTRAS = {
     "flash": ["flash-attn"],
-    "data": ["pyarrow", "charset-normalizer", "zstandard"],
+    "data": ["pyarrow", "zstandard"],
     "logs": ["tensorboard", "matplotlib"],
     "wandb": ["wandb"],
     "eval": ["sacrebleu", "rouge-score"],
