@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,28 +104,34 @@ def make_run_directory(directory: Path) -> None:
 
 
 # What a run directory holds that is no result: it may serve the next run.
-_KEPT = ("prepared", "sample", "tokenizer")
+_KEPT = ("prepared", "sample")
 
 
-def set_run_aside(directory: Path) -> None:
+def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
     """Move an earlier run's state, model and metrics to `replaced-<n>`, a run directory of its own, to begin anew.
 
+    Args:
+        moving_in: folders that the new run has made for itself, if it has, and their names from now on.
     Raises:
         InputError: the filesystem refuses.
     """
-    if not (directory / "state").is_dir():
-        return
     aside = next(path for n in itertools.count(1) if not (path := directory / f"replaced-{n}").exists())
     # The state goes first: whatever happens then, nobody resumes from it here.
     entries = sorted(directory.iterdir(), key=lambda entry: entry.name != "state")
+    stays = {*_KEPT, *moving_in}
     try:
-        aside.mkdir()
-        for entry in entries:
-            if entry.name not in _KEPT and not entry.name.startswith("replaced-"):
-                entry.rename(aside / entry.name)
+        if (directory / "state").is_dir():
+            aside.mkdir()
+            for entry in entries:
+                if entry.name not in stays and not entry.name.startswith("replaced-"):
+                    entry.rename(aside / entry.name)
+            speak(f"The earlier run is now in {aside}.")
+        for name, new_name in moving_in.items():
+            if (directory / name).exists():
+                shutil.rmtree(directory / new_name, ignore_errors=True)
+                (directory / name).rename(directory / new_name)
     except OSError as error:
         raise InputError(f"--out {directory}: {explain(error)}") from None
-    speak(f"The earlier run is now in {aside}.")
 
 
 def _has_tokenizer(directory: Path) -> bool:

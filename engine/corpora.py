@@ -27,8 +27,8 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
 
-# Where a run keeps the tokenizer it has trained.
-TOKENIZER = "tokenizer"
+# Where a run keeps the tokenizer it has trained; and, until an earlier run has been set aside, one trained anew.
+TOKENIZER, NEW_TOKENIZER = "tokenizer", "tokenizer-new"
 
 # Enough to learn a vocabulary of tens of thousands, little enough for a minute of work.
 _TOKENIZER_CHARACTERS = 5_000_000
@@ -50,8 +50,8 @@ class DataConfig(DataOptions):
         check_range("data", self, 1, "workers")
 
 
-def find_tokenizer(config: DataConfig, given: str | None, base: Base, directory: Path) -> Tokenizer | None:
-    """The tokenizer given, or the base's, or the prepared data's, or the one this run has trained; None if none is.
+def find_tokenizer(config: DataConfig, given: str | None, base: Base, trained: Path) -> Tokenizer | None:
+    """The tokenizer given, or the base's, or the prepared data's, or the one in `trained`; None if none is.
 
     Raises:
         InputError: the directory given holds none, or trained weights come without one.
@@ -66,24 +66,14 @@ def find_tokenizer(config: DataConfig, given: str | None, base: Base, directory:
     for path in config.paths:
         if is_prepared(path):
             return Tokenizer.load(next(iter(prepared_parts(path)), Path(path)) / "tokenizer")
-    trained = directory / TOKENIZER
     return Tokenizer.load(trained) if trained.is_dir() else None
 
 
-def resolve_tokenizer(
-    config: DataConfig, given: str | None, base: Base, directory: Path, seed: int, keep_trained: bool = True
-) -> Tokenizer:
-    """As `find_tokenizer`; where there is none, one is trained on the data and kept in the run directory.
-
-    Args:
-        keep_trained: take the one an earlier run has trained there; without it, train anew in its place.
-    """
-    if not keep_trained:
-        shutil.rmtree(directory / TOKENIZER, ignore_errors=True)
-    found = find_tokenizer(config, given, base, directory)
+def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, trained: Path, seed: int) -> Tokenizer:
+    """As `find_tokenizer`; where there is none, one is trained on the data and kept in `trained`."""
+    found = find_tokenizer(config, given, base, trained)
     if found is not None:
         return found
-    trained = directory / TOKENIZER
     speak(f"Training a tokenizer of {base.config.vocab_size} pieces on the data ({trained}).")
     lines, _ = sample_lines(read_texts(config.paths, config), _TOKENIZER_CHARACTERS, seed)
     if not lines:
@@ -92,7 +82,7 @@ def resolve_tokenizer(
         )
     coverage = coverage_that_fits(lines, base.config.vocab_size)
     model = train_sentencepiece(lines, base.config.vocab_size, coverage, is_limit_soft=True)
-    beside = directory / ".tokenizer-new"
+    beside = trained.with_name(f".{trained.name}")
     shutil.rmtree(beside, ignore_errors=True)
     Tokenizer.from_sentencepiece(model, {}).save(beside)
     beside.replace(trained)

@@ -61,10 +61,14 @@ class Runtime:
     def main_first(self) -> Iterator[None]:
         """Rank 0 runs the block, however long it takes; then the others, who find its work done."""
         if not self.is_main:
-            dist.barrier(self.patient_group)
+            self.wait_for_all()
         yield
         if self.is_main:
-            dist.barrier(self.patient_group)
+            self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here, however long that takes."""
+        dist.barrier(self.patient_group)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

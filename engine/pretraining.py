@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from engine.building import (
 )
 from engine.config import check_range
 from engine.corpora import (
+    NEW_TOKENIZER,
+    TOKENIZER,
     DataConfig,
     describe,
     find_tokenizer,
@@ -32,7 +35,7 @@ from engine.corpora import (
     resolve_tokenizer,
 )
 from engine.data.corpus import Corpus
-from engine.data.loader import PackLoader, evaluation_batches
+from engine.data.loader import PackLoader, evaluation_batches, require_a_step
 from engine.dry_run import PlanConfig, look_at_data, memory_report, planned_world, schedule_report
 from engine.guard import Guard, GuardConfig
 from engine.launch import speak
@@ -175,14 +178,16 @@ def pretrain(config: PretrainConfig) -> None:
     runtime = start(config.parallel)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
+        trained = directory / (TOKENIZER if config.resume == "auto" else NEW_TOKENIZER)
         if runtime.is_main:
             make_run_directory(directory)
-        keep_trained = config.resume == "auto" or not runtime.is_main
-        tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, directory, config.seed, keep_trained)
+            shutil.rmtree(directory / NEW_TOKENIZER, ignore_errors=True)
+        tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, trained, config.seed)
         documents = open_data(config.data, tokenizer, directory)
         documents, held_out = open_held_out(
             documents, config.eval.fraction, config.eval.data, config.data, tokenizer, directory
         )
+        require_a_step(documents, shape.packs_per_step * shape.tokens_per_pack)
     model_config = fit_vocabulary(base, tokenizer).with_context(shape.context)
     recipe = resolve_recipe(config, base, documents.epoch_tokens, shape)
     evaluation = _evaluation(held_out, shape, config.eval.max_tokens, runtime.rank, runtime.world)
@@ -198,8 +203,11 @@ def pretrain(config: PretrainConfig) -> None:
         model = CausalLM(model_config)
     parallelize(model, runtime, config.parallel, precision, config.train.recompute, config.train.compile)
     fill_from_base(model, model_config, base, config.seed, runtime)
-    if config.resume == "never" and runtime.is_main:
-        set_run_aside(directory)  # only now that everything else is known to be right
+    if config.resume == "never":
+        # Only now that everything else is known to be right, and that every rank has read its tokenizer.
+        runtime.wait_for_all()
+        if runtime.is_main:
+            set_run_aside(directory, moving_in={NEW_TOKENIZER: TOKENIZER})
     assert recipe.optim.lr is not None and recipe.train.steps is not None
     train(
         Run(
@@ -232,7 +240,7 @@ def pretrain(config: PretrainConfig) -> None:
 def dry_run(config: PretrainConfig, base: Base) -> None:
     """Print the memory plan, the schedule and one document to stdout."""
     shape = resolve_shape(config.train, base.config, planned_world(config.plan))
-    tokenizer = find_tokenizer(config.data, config.tokenizer, base, Path(config.out))
+    tokenizer = find_tokenizer(config.data, config.tokenizer, base, Path(config.out) / TOKENIZER)
     model = base.config if tokenizer is None else fit_vocabulary(base, tokenizer)
     look = look_at_data(config.data.paths, config.data, tokenizer, model.vocab_size, shape.context)
     recipe = resolve_recipe(config, base, look.tokens, shape)

@@ -80,11 +80,7 @@ class PackLoader:
         cursor: dict[str, Any] | None = None,
         allow_split: bool = True,
     ) -> None:
-        if corpus.epoch_tokens < packs_per_step * tokens_per_pack:
-            raise InputError(
-                f"An epoch of the data has {corpus.epoch_tokens} tokens, a step takes "
-                f"{packs_per_step * tokens_per_pack}. Give more data, or lower --train.batch_tokens."
-            )
+        require_a_step(corpus, packs_per_step * tokens_per_pack)
         start = _restore(cursor, corpus, seed)
         self._corpus = corpus
         self._packer = Packer(Mixture(corpus, seed), seed, tokens_per_pack, context, allow_split)
@@ -159,6 +155,19 @@ class PackLoader:
     def _batches(self, packs: list[list[Piece]]) -> list[PackedBatch]:
         count = -(-self._packs_per_step // self._world)
         return _share(self._corpus, packs, count, self._tokens_per_pack, self._context, self._rank, self._world)
+
+
+def require_a_step(corpus: Corpus, tokens: int) -> None:
+    """Check that there is enough to train on.
+
+    Raises:
+        InputError: fewer tokens in an epoch than a step holds.
+    """
+    if corpus.epoch_tokens < tokens:
+        raise InputError(
+            f"An epoch of the data has {corpus.epoch_tokens:,} tokens, a step takes {tokens:,}. "
+            "Give more data, or lower --train.batch_tokens."
+        )
 
 
 def evaluation_batches(

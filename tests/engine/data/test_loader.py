@@ -174,7 +174,7 @@ def test_wrong_cursors_are_refused(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_too_little_data_for_a_step_is_said(corpus: Corpus) -> None:
-    with pytest.raises(InputError, match=r"An epoch of the data has \d+ tokens, a step takes 128000"):
+    with pytest.raises(InputError, match=r"An epoch of the data has [\d,]+ tokens, a step takes 128,000"):
         PackLoader(corpus, 7, T, CONTEXT, 1000)
 
 
