@@ -20,16 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.small_base import write_small_data
 
-RECIPE = """
-model: base
-out: run
-data: {paths: [data.jsonl], workers: 1}
-train: {steps: 4, micro_batch_tokens: 64, batch_tokens: 256}
-checkpoint: {every: 2}
-eval: {fraction: 0.1}
-log: {tensorboard: false, curves: false}
-"""
-
 NOT_PERMITTED = 77
 """Exit code of a process that could not set its scene."""
 

@@ -14,9 +14,10 @@ from model.config import parameter_shapes
 from model.hf import load_config, write_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import train_sentencepiece
-from tests.small_base import small_texts, write_small_base, write_small_data
+from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
-from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, RECIPE, prepare, pretrain
+from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.small_job import write_small_job
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
@@ -39,9 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, data, tokenizers, prepared data and a finished run, for each mistake to copy and spoil."""
     folder = tmp_path_factory.mktemp("template")
-    write_small_base(folder / "base")
-    write_small_data(folder / "data.jsonl")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    write_small_job(folder)
     wide = dataclasses.replace(load_config(folder / "base"), intermediate_size=64)
     shapes = parameter_shapes(wide)
     shutil.copytree(folder / "base", folder / "wide")
