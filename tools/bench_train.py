@@ -55,12 +55,14 @@ class BenchConfig:
     """tokens of an optimizer step"""
     tokens_per_pack: int = 1024
     """tokens of one of our forward passes"""
-    peer_batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """documents of one of the peer's forward passes: all are tried, the fastest races"""
+    peer_batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    """documents of one of the peer's forward passes, ascending: the fastest races"""
     threads: int | None = None
     """threads of torch on a CPU; by default torch's choice"""
     out: str | None = None
     """append the result to OUT.jsonl and its table to OUT.md"""
+    note: str = ""
+    """a remark to keep with the result"""
     shape: BenchShape = field(default_factory=BenchShape)
 
     def check(self) -> None:
@@ -125,15 +127,17 @@ class Peer:
         self.padding_share = 1 - tokens / padded
         return Lap(tokens, seconds)
 
-    def find_batch_size(self, sizes: list[int], laps: int = 3) -> dict[int, float]:
-        """Take the fastest batch size; returns the speed at every one."""
-        speeds = {}
+    def find_batch_size(self, sizes: list[int], laps: int = 2) -> dict[int, float]:
+        """Take the fastest batch size; returns the speeds. Stops when two sizes in a row were slower than the best."""
+        speeds: dict[int, float] = {}
         for size in sizes:
             self.batch_size = size
             try:
                 speeds[size] = median_speed([self.step() for _ in range(laps)])
             except torch.cuda.OutOfMemoryError:
                 self._optimizer.zero_grad()
+                break
+            if max(speeds.values()) > max(list(speeds.values())[-2:]):
                 break
         self.batch_size = max(speeds, key=lambda size: speeds[size])
         return speeds
@@ -209,6 +213,7 @@ def _record(
         "peer's padding": f"{peer.padding_share:.2%}",
         "our data wait": f"{waited / seconds:.3%}",
         "rounds": config.rounds,
+        "note": config.note,
         "speeds": {name: [round(lap.speed, 1) for lap in laps[name]] for name in laps},
         "config": asdict(config),
     }
@@ -228,6 +233,7 @@ _COLUMNS = {
     "Data wait": "our data wait",
     "Rounds": "rounds",
     "Commit": "commit",
+    "Note": "note",
 }
 
 
