@@ -126,17 +126,19 @@ def look_at_data(
             break
     if not texts:
         raise InputError(f"{', '.join(paths)}: there is no document to read. Give --data other files.")
-    note = ""
+    note, counted = "", texts
     if tokenizer is None:
-        lines, _ = sample_lines(texts, _CHARACTERS, 0)
+        # What a tokenizer has learnt from takes it fewer tokens than the rest will: count on other texts.
+        counted = texts[1::2] or texts
+        lines, _ = sample_lines(texts[::2], _CHARACTERS, 0)
         coverage = coverage_that_fits(lines, vocab_size)
         tokenizer = Tokenizer.from_sentencepiece(
             train_sentencepiece(lines, vocab_size, coverage, is_limit_soft=True), {}
         )
         note = " (with a tokenizer trained on the first texts only)"
-    encoded = tokenizer.encode_batch(texts)
-    per_byte = sum(map(len, encoded)) / max(1, sum(len(text.encode()) for text in texts))
-    first = ([tokenizer.bos_id] if tokenizer.add_bos else []) + encoded[0] + [tokenizer.eos_id]
+    tokens = sum(map(len, tokenizer.encode_batch(counted)))
+    per_byte = tokens / max(1, sum(len(text.encode()) for text in counted))
+    first = ([tokenizer.bos_id] if tokenizer.add_bos else []) + tokenizer.encode(texts[0]) + [tokenizer.eos_id]
     ids = [token for token in first if token is not None][:context]
     return DataLook(math.ceil(listing.size * per_byte), False, show_document(_as_batch(ids, context), tokenizer) + note)
 
