@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from itertools import pairwise
 from typing import Any
 
@@ -158,6 +159,7 @@ def train_compiled(recompute: str) -> dict[str, Any]:
     return train(False, 1, "fp32", recompute, 1.0, compile_blocks=True)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_blocks_train_as_plain_ones(recompute: str) -> None:
     (plain,) = run_ranks(train, 1, False, 1, "fp32", "none", 1.0)
