@@ -384,7 +384,7 @@ MEASURED = """
 import re, resource, sys
 from engine.data.prepare import prepare
 from tests.engine.data.stand_in import Bytes
-prepare([sys.argv[1]], Bytes(), sys.argv[2], workers=2)
+prepare([sys.argv[1]], Bytes(), sys.argv[2], workers=2, unit_bytes=4 << 20)
 own = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
 print(own[1], resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
@@ -403,6 +403,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, texts: list[str], 
     separator = "," if kind == "json" else "\n"
     block = separator.join(json.dumps(text, ensure_ascii=False) for text in texts)
     sizes, peaks = [], []
+    # Both are many more units than can be under way at once, so that the smaller one already reaches the peak.
     for megabytes in (40, 100):
         path = tmp_path / f"{megabytes}.{kind}"
         repeated = separator.join([block] * (megabytes * 10**6 // len(block.encode())))
