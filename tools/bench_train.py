@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,17 +240,17 @@ _COLUMNS = {
 
 def _heading(config: BenchConfig) -> str:
     shape = config.shape
-    return f"""# Training throughput against a plain loop over transformers
-
-    python tools/bench_train.py --out {config.out}
-
-A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, feed-forward width \
-{shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.context}. Document lengths are lognormal with
-median {shape.median_length} and a spread of {shape.spread}, clipped to 16 and the context. An optimizer step takes \
-{config.batch_tokens} tokens; ours runs in packs of
-{config.tokens_per_pack}, the peer in padded batches of the size at which it is fastest. Real tokens only; the median \
-of rounds taken in turn in one
-process. Every record with its rounds and options is in the .jsonl file beside this page."""
+    text = (
+        f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, feed-forward width "
+        f"{shape.intermediate_size}, vocabulary {shape.vocab_size} and context {shape.context}. Document lengths are "
+        f"lognormal with median {shape.median_length} and a spread of {shape.spread}, clipped to 16 and the context. "
+        "Both train on the same documents with the same tokens an optimizer step; ours runs in packs, the peer in "
+        "padded batches of the size at which it is fastest, accumulating gradients. Speeds are in real tokens, and "
+        "medians of rounds taken in turn in one process. The rounds and all options of every record are in the .jsonl "
+        "file beside this page."
+    )
+    command = f"    python tools/bench_train.py --out {config.out}"
+    return f"# Training throughput against a plain loop over transformers\n\n{command}\n\n{textwrap.fill(text, 118)}"
 
 
 if __name__ == "__main__":
