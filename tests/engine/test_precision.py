@@ -32,7 +32,7 @@ def test_blocks_compute_in_bf16_with_rotary_tables_in_fp32(one_process: Runtime)
 
     def look(hidden: torch.Tensor, rotation: Rotation, layout: object) -> torch.Tensor:
         seen.append((hidden.dtype, rotation.cos.dtype, rotation.sin.dtype))
-        return hidden
+        return hidden.clone()
 
     model.model.layers[1].forward = look
     row = torch.zeros(8, dtype=torch.int64)
