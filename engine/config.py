@@ -7,6 +7,7 @@ unknown is refused with the nearest name.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -55,6 +56,7 @@ def parse(
             places |= _check_file(Path(words[position + 1]), fields)
     places = {name: place for name, place in places.items() if not any(word.startswith(f"--{name}=") for word in words)}
     parser = _build_parser(config_class, prog, default_config)
+    _mend_help(parser, fields, aliases or {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,6 +110,16 @@ def _build_parser(config_class: type, prog: str, default_config: Path | None) ->
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config_class)
     return parser
+
+
+def _mend_help(parser: ArgumentParser, fields: dict[str, Any], aliases: dict[str, str]) -> None:
+    """Show what `_normalise` takes: short flags, and no files for groups of options."""
+    for action in parser._actions:
+        if action.dest in fields or action.dest in _PARSER_FLAGS:
+            continue
+        target = aliases.get(action.dest)
+        action.metavar = "VALUE"
+        action.help = f"the same as --{target}" if target else argparse.SUPPRESS
 
 
 def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

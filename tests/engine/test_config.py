@@ -114,3 +114,14 @@ def test_changes_of_a_saved_recipe_are_named() -> None:
     assert changes(saved, read("--train.steps", "100", "--data", "a")) == []
     changed = changes(saved, read("--train.steps", "200", "--data", "a", "--train.lr", "0.5"))
     assert changed == ["train.steps 100 -> 200", "train.lr 0.001 -> 0.5"]
+
+
+def test_help_shows_every_option_and_its_short_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        read("--help")
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--data VALUE the same as --data.paths" in shown
+    assert "--data.paths" in shown and "Files, folders or globs." in shown
+    assert "--train.kind {cosine,linear}" in shown
+    assert "--train VALUE" not in shown and "configuration file" not in shown
