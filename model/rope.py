@@ -17,8 +17,7 @@ from model.config import ModelConfig, RopeScaling
 class Rotation:
     """The angles of a batch: positions int64 [T], cos and sin fp32 [P, h/2].
 
-    A plain object on purpose: wrappers that cast the floating tensors among a module's arguments leave its
-    fields alone, and the tables must stay in fp32.
+    The tables must stay in fp32, so whoever wraps a block must not cast its arguments (`engine.shard` does not).
     """
 
     positions: Tensor

@@ -85,13 +85,13 @@ class Transformer(nn.Module):
             tokens: int64 [T].
             positions: int64 [T], within each document, below `config.rope_length`.
             layout: bounds of the documents.
-            embedding_noise: [T, d], added to the embeddings (NEFTune, Jain et al. 2023).
+            embedding_noise: [T, d], any float dtype, added to the embeddings in theirs (NEFTune, Jain et al. 2023).
         Returns:
             [T, d]; a document's rows depend on that document alone.
         """
         hidden = self.embed_tokens(tokens)  # [T, d]
         if embedding_noise is not None:
-            hidden = hidden + embedding_noise
+            hidden = hidden + embedding_noise.to(hidden.dtype)
         rotation = self.rotary(positions)
         for layer in self.layers:
             hidden = layer(hidden, rotation, layout)
