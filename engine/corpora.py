@@ -157,8 +157,7 @@ def _report(paths: Sequence[str], directory: Path) -> None:
         raise InputError(f"{', '.join(paths)}: there is no document to read{why}. Give --data other files.")
     encodings = ", ".join(f"{count:,} {name}" for name, count in sorted(manifest["encodings"].items()))
     speak(f"Files read: {encodings}; {manifest['documents']:,} documents.")
-    if dropped:
-        speak(f"Left out: {', '.join(dropped)}.")
+    speak(f"Left out: {', '.join(dropped) or 'nothing'}.")
     if manifest["divided"]:
         longest = manifest["options"]["max_characters"]
         speak(f"Longer than --data.max_characters {longest} and stored in pieces: {manifest['divided']:,} documents.")
