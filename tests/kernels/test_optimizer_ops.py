@@ -81,7 +81,9 @@ def test_adamw_refuses_lists_that_do_not_fit() -> None:
 
 
 def test_an_empty_list_is_no_work() -> None:
-    adamw([], [], [], [], **OPTIONS, **scalars())
+    given = scalars()
+    adamw([], [], [], [], **OPTIONS, **given)
+    assert all(torch.equal(given[name], value) for name, value in scalars().items())
 
 
 def test_grad_norm_is_the_sum_of_squares() -> None:
