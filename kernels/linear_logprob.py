@@ -57,9 +57,9 @@ def _linear_logprob_fwd(
 
 
 def _linear_logprob_bwd(
-    dlogprob: Tensor,
+    dlogprob: Tensor | None,
     dentropy: Tensor | None,
-    dlse: Tensor,
+    dlse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -69,7 +69,7 @@ def _linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor]:
     rows = counted_rows(targets)
     counted = targets != IGNORE
-    dlogprob, dlse = dlogprob.where(counted, 0), dlse.where(counted, 0)
+    dlogprob, dlse = (0 * lse if x is None else x.where(counted, 0) for x in (dlogprob, dlse))
     dentropy = None if dentropy is None else dentropy.where(counted, 0)
     picked, labels, temperature, entropy, lse, dlogprob, dentropy, dlse = pick(
         rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature, entropy, lse, dlogprob, dentropy, dlse
@@ -122,7 +122,7 @@ _linear_logprob_op = register_op(
     backward=_autograd,
 )
 _linear_logprob_bwd_op = register_op(
-    "linear_logprob_bwd(Tensor dlogprob, Tensor? dentropy, Tensor dlse, Tensor hidden, Tensor weight,"
+    "linear_logprob_bwd(Tensor? dlogprob, Tensor? dentropy, Tensor? dlse, Tensor hidden, Tensor weight,"
     " Tensor targets, Tensor? temperature, Tensor entropy, Tensor lse) -> (Tensor, Tensor)",
     _linear_logprob_bwd,
     lambda dlogprob, dentropy, dlse, hidden, weight, *_: (hidden.new_empty(hidden.shape), torch.empty_like(weight)),

@@ -50,9 +50,13 @@ def _fake_fwd(q, k, positions, cos, sin, conjugate):
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[2:5])
     ctx.conjugate = inputs[5]
+    ctx.likes = [(x.shape, {"dtype": x.dtype, "device": x.device}) for x in inputs[:2]]
 
 
 def _rotary_autograd(ctx, dq, dk):
+    dq, dk = (
+        x if x is not None else torch.zeros(shape, **like) for x, (shape, like) in zip((dq, dk), ctx.likes, strict=True)
+    )
     return *_rotary_op(dq, dk, *ctx.saved_tensors, not ctx.conjugate), None, None, None, None
 
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tests.kernels.faces import DEVICE
+
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def assert_faithful(
@@ -44,6 +46,7 @@ def assert_faithful(
         last_places = 4 * torch.finfo(ours.dtype).eps * size
         allowed = 2 * (rounded.double() - true).norm() + last_places
         error = (ours.double() - true).norm()
+        print(f"result {index}: relative error {error / true.norm():.2e} {ours.dtype}")  # shown by pytest -rP
         assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -129,4 +129,4 @@ def test_an_unknown_face_is_refused_with_the_known_ones() -> None:
         [sys.executable, "-c", "import kernels.backend"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "CHIMED_KERNELS is 'fast'; it must be one of auto, reference" in done.stderr
+    assert "CHIMED_KERNELS is 'fast'; it must be one of auto, triton, torch, reference" in done.stderr

@@ -12,6 +12,7 @@ from kernels.linear import linear, linear_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rotary import rotary, rotary_reference
 from kernels.swiglu import swiglu, swiglu_reference
+from tests.kernels.faces import faces
 from tests.kernels.oracle import assert_faithful, random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,16 +29,16 @@ def rope_arguments(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor,
     return torch.arange(tokens) % max(1, tokens // 2), angles.cos(), angles.sin()
 
 
-@dtypes
+@faces
 @shapes
-def test_rms_norm_is_faithful(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_rms_norm_is_faithful(shape: tuple[int, int], face: str, dtype: torch.dtype) -> None:
     inputs = random(*shape, dtype=dtype), random(shape[1], seed=1, dtype=dtype)
     assert_faithful(partial(rms_norm, eps=EPS), partial(rms_norm_reference, eps=EPS), inputs)
 
 
-@dtypes
+@faces
 @shapes
-def test_add_rms_norm_is_faithful(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_add_rms_norm_is_faithful(shape: tuple[int, int], face: str, dtype: torch.dtype) -> None:
     inputs = random(*shape, dtype=dtype), random(*shape, seed=2, dtype=dtype), random(shape[1], seed=1, dtype=dtype)
     assert_faithful(partial(add_rms_norm, eps=EPS), partial(add_rms_norm_reference, eps=EPS), inputs)
 
