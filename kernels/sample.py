@@ -1,0 +1,244 @@
+"""Draw a token from each row of logits, and say how likely it was.
+
+    p = softmax(x / temperature),   token = argmax_i p_i / E_i,   E_i ~ Exp(1) independent
+
+The arg-max is i with probability p_i: it is the Gumbel arg-max, of x_i / temperature - log E_i, with one logarithm
+less. Noise for every column would cost more than reading the column does, so the race has two heats. A row is cut
+into groups of GROUP columns; the least E_i / p_i of a group is itself exponential, with the sum of the group's p as
+its rate. So one race among these sums chooses the group, and one among its columns the token: the same distribution.
+
+E comes from Philox 4x32-10 (Salmon et al. 2011): the row's seed is the key, (place, step) the counter, and of the
+four words two are for the group of that number, two for the column at that place of the chosen group. A token is a
+function of its row's logits, temperature, seed and step. It does not depend on the batch, on the row's place in it,
+or on how the work is split among programs, and both faces draw the same up to rounding.
+
+    E = -log u,   u = (k + 1/2) / 2^52,   k made of 52 random bits
+
+What is rare wins by a small E, by a u close to 1, where fp32 has no more numbers: 24 bits would cut chances off near
+6e-8. In fp64 the least E is 2^-53, and a chance is right down to about 2^-52 in either heat.
+
+Traffic for logits [B, V] of b bytes: BVb, each read once; 16 bytes of statistics a group; one group of each row again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+
+# Columns of a group. It decides which token a seed draws, so it is no tuning knob. Near the square root of a
+# vocabulary of 150000, it keeps both heats short: noise for 512 places a row.
+GROUP = 512
+# Groups read by one program: 4096 columns are 8 to 16 KB, and two to four loads of 16 bytes a thread in flight.
+GROUPS_PER_PROGRAM = 8
+
+# Temperatures too small to divide by count as zero: those below the smallest normal number of fp32.
+_SMALLEST = tl.constexpr(2.0**-126)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox 4x32-10: four random words for a counter of four and a key of two; 32-bit words in int64 tensors.
+
+    A product of two words may wrap around; its 64 bits are right all the same.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1 & _WORD
+        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def exponentials(seeds: Tensor, step: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """Exp(1) noise for groups and for columns, each fp64 [B, places]; seeds and step are int64 [B]."""
+    seeds, step = seeds.unsqueeze(1), step.unsqueeze(1)
+    place = torch.arange(places, device=seeds.device)
+    counter = place, torch.zeros_like(step), step & _WORD, step >> 32 & _WORD
+    words = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
+    for_groups, for_columns = (
+        -(((high << 20 | low >> 12) + 0.5).double() * 2.0**-52).log() for high, low in (words[:2], words[2:])
+    )
+    return for_groups, for_columns
+
+
+def sample_reference(
+    logits: Tensor, seeds: Tensor, step: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Also the face for processors, where it takes hardly longer than its softmax."""
+    x = logits.to(accumulation_dtype(logits.dtype))
+    heat = (x.new_full((len(x),), temperature) if temperatures is None else temperatures).unsqueeze(1)
+    is_greedy = heat < _SMALLEST.value
+    logprobs = ((x - x.amax(dim=1, keepdim=True)) / heat.where(~is_greedy, 1)).log_softmax(dim=1)
+
+    width = min(GROUP, x.shape[1])
+    p = pad(logprobs.exp(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))  # [B, groups, width]
+    groups = p.shape[1]
+    for_groups, for_columns = exponentials(seeds, step, max(groups, width))
+    group = (p.sum(dim=2) / for_groups[:, :groups]).argmax(dim=1, keepdim=True)
+    p = p.gather(1, group.unsqueeze(2).expand(-1, 1, width)).squeeze(1)
+    column = group * width + (p / for_columns[:, :width]).argmax(dim=1, keepdim=True)
+
+    token = x.argmax(dim=1, keepdim=True).where(is_greedy, column)
+    logprob = logprobs.gather(1, token)
+    return token.where(~logprob.isnan(), 0).squeeze(1), logprob.squeeze(1)
+
+
+@triton.jit
+def _exponential(high, low):
+    """Exp(1) from two random words."""
+    k = (high.to(tl.uint64) << 20) | (low.to(tl.uint64) >> 12)
+    return -tl.log((k.to(tl.float64) + 0.5) * 2.220446049250313e-16).to(tl.float32)
+
+
+@triton.jit
+def _heat(temperatures_ptr, temperature, row):
+    """(whether the row takes its likeliest token, what its logits are divided by)"""
+    heat = temperature if temperatures_ptr is None else tl.load(temperatures_ptr + row)
+    is_greedy = heat < _SMALLEST
+    return is_greedy, tl.where(is_greedy, 1.0, heat)
+
+
+@triton.jit
+def _sample_groups_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    temperature,
+    statistics_ptr,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+):
+    """Of each group: its largest logit, and the sum of its p, relative to that logit's."""
+    programs: tl.constexpr = GROUPS // PER_PROGRAM
+    row = tl.program_id(0).to(tl.int64) // programs
+    group = tl.program_id(0) % programs * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    _, heat = _heat(temperatures_ptr, temperature, row)
+    x = tl.load(logits_ptr + row * STRIDE + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
+    peak = tl.max(x, axis=1)
+    origin = tl.where(peak == float("-inf"), 0.0, peak)  # nothing in the group can be drawn
+    p = tl.exp2((x - origin[:, None]) * (_LOG2_E / heat))
+    peak_ptr = statistics_ptr + row * (2 * GROUPS)
+    tl.store(peak_ptr + group, peak)
+    tl.store(peak_ptr + GROUPS + group, tl.sum(p, axis=1))
+
+
+@triton.jit
+def _sample_draw_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    temperature,
+    statistics_ptr,
+    seeds_ptr,
+    step_ptr,
+    token_ptr,
+    logprob_ptr,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STEP_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a row: the group that wins, the column that wins in it, and the logarithm of that column's p."""
+    row = tl.program_id(0).to(tl.int64)
+    seed, step = tl.load(seeds_ptr + row), tl.load(step_ptr + row * STEP_STRIDE)
+    is_greedy, heat = _heat(temperatures_ptr, temperature, row)
+    place = tl.arange(0, BLOCK)
+    word0, word1, word2, word3 = tl.philox(seed, place, 0, step.to(tl.int32), (step >> 32).to(tl.int32))
+
+    is_group = place < GROUPS
+    peak_ptr = statistics_ptr + row * (2 * GROUPS)
+    peak = tl.load(peak_ptr + place, mask=is_group, other=float("-inf"))
+    top = tl.max(peak, axis=0)
+    p = tl.load(peak_ptr + GROUPS + place, mask=is_group, other=0.0) * tl.exp2((peak - top) * (_LOG2_E / heat))
+    group = tl.argmax(tl.where(is_greedy, peak, p / _exponential(word0, word1)), axis=0)
+
+    column = group * WIDTH + place
+    is_column = (place < WIDTH) & (column < COLUMNS)
+    x = tl.load(logits_ptr + row * STRIDE + column, mask=is_column, other=float("-inf")).to(tl.float32)
+    relative_p = tl.exp2((x - tl.max(x, axis=0)) * (_LOG2_E / heat))
+    winner = tl.argmax(tl.where(is_greedy, x, relative_p / _exponential(word2, word3)), axis=0)
+
+    drawn = tl.max(tl.where(place == winner, x, float("-inf")), axis=0)
+    logprob = (drawn - top) / heat - tl.log(tl.sum(p, axis=0))
+    tl.store(token_ptr + row, tl.where(logprob == logprob, group * WIDTH + winner, 0))
+    tl.store(logprob_ptr + row, logprob)
+
+
+def _sample_triton(
+    logits: Tensor, seeds: Tensor, step: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    rows, columns = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    programs = triton.cdiv(columns, GROUP * GROUPS_PER_PROGRAM)
+    groups = programs * GROUPS_PER_PROGRAM  # those past the end can never be drawn from
+    statistics = logits.new_empty((rows, 2, groups), dtype=torch.float32)
+    token, logprob = torch.empty_like(seeds), logits.new_empty(rows, dtype=torch.float32)
+    # Compile-time, so that the compiler sees how rows are aligned: 50264 is a multiple of 8, not of 16.
+    shape = {"COLUMNS": columns, "STRIDE": logits.stride(0), "GROUPS": groups, "WIDTH": GROUP, "num_warps": 4}
+    source = logits, temperatures, temperature, statistics
+    launch(_sample_groups_kernel, (rows * programs,), *source, PER_PROGRAM=GROUPS_PER_PROGRAM, **shape)
+    shape |= {"STEP_STRIDE": step.stride(0), "BLOCK": max(GROUP, triton.next_power_of_2(groups))}
+    launch(_sample_draw_kernel, (rows,), *source, seeds, step, token, logprob, **shape)
+    return token, logprob
+
+
+def _fake(logits, seeds, step, temperatures, temperature):
+    return torch.empty_like(seeds), logits.new_empty(len(logits), dtype=accumulation_dtype(logits.dtype))
+
+
+_sample_op = register_op(
+    "sample(Tensor logits, Tensor seeds, Tensor step, Tensor? temperatures, float temperature) -> (Tensor, Tensor)",
+    sample_reference,
+    _fake,
+    triton=_sample_triton,
+)
+
+
+def sample(logits: Tensor, temperature: float | Tensor, seeds: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token from each row. Nothing waits for the device; there is no gradient.
+
+    Args:
+        logits: [B, V], any float dtype; rows may be strided, or one row repeated. Where -inf, never drawn.
+        temperature: divides the logits; a finite number >= 0, or fp32 [B] of those. 0 takes the likeliest token.
+        seeds: int64 [B]. Rows with one seed, step, temperature and logits draw one token.
+        step: int64 [B] or [], such as the position to be filled: a seed makes new noise for every step.
+    Returns:
+        (token int64 [B], logprob [B] in fp32, or fp64 for fp64). logprob is the token's under the logits divided by
+        the temperature, as `linear_logprob` gives it; at temperature 0, under the logits as they are. Ties go to
+        the lowest index. A row without a distribution (with NaN or +inf, or all -inf) gives token 0, logprob NaN.
+    Raises:
+        ValueError: shapes or dtypes do not fit, V is 0, or a temperature number is negative or not finite.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits are {tuple(logits.shape)}; they must be [B, V] with V > 0")
+    rows = logits.shape[:1]
+    if seeds.shape != rows or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds are {tuple(seeds.shape)} {seeds.dtype}; they must be int64 {tuple(rows)}")
+    if step.shape not in (rows, ()) or step.dtype != torch.int64:
+        raise ValueError(f"step is {tuple(step.shape)} {step.dtype}; it must be int64 {tuple(rows)} or ()")
+    heat = None
+    if isinstance(temperature, Tensor):
+        if temperature.shape != rows or temperature.dtype != torch.float32:
+            shape = tuple(temperature.shape)
+            raise ValueError(f"temperature is {shape} {temperature.dtype}; it must be a number or fp32 {tuple(rows)}")
+        heat, temperature = temperature.contiguous(), 1.0
+    elif not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be finite, and 0 or more")
+    draw = sample_reference if use_reference() else _sample_op
+    return draw(logits.detach(), seeds.contiguous(), step.expand(rows), heat, float(temperature))
