@@ -11,7 +11,7 @@ What an action needs from all that follows is one number. With the return R_k = 
     R_k = r_k + gamma C_{k+1},   C_k = (1 - lam) V_k + lam R_k = ((1 - lam) V_k + lam r_k) + gamma lam C_{k+1}
 
 so C, the value of what comes next, is a scan over the affine maps C_{k+1} -> C_k, and of these a position without an
-action has the identity. Traffic: 17 bytes a position, which is read as itself and as a successor, and 8 of zeros before.
+action has the identity. Traffic: 17 bytes a position, read as itself and as a successor, and 8 of zeros before.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def gae_reference(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(values.dtype)
-    advantages, returns = (values.new_zeros(values.shape, dtype=wide) for _ in range(2))
+    rewards, values = (x.to(accumulation_dtype(x.dtype)) for x in (rewards, values))
+    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     bounds = cu_seqlens.tolist()
     for document, (start, end) in enumerate(pairwise(bounds)):
-        next_value = advantages.new_zeros(()) if bootstrap is None else bootstrap[document]
-        next_advantage = advantages.new_zeros(())
+        next_value = values.new_zeros(()) if bootstrap is None else bootstrap[document].to(values.dtype)
+        next_advantage = values.new_zeros(())
         for t in reversed(range(start, end)):
             if action_mask[t]:
                 delta = rewards[t] + gamma * next_value - values[t]

@@ -60,16 +60,17 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def exponentials(seeds: Tensor, step: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """Exp(1) noise for groups and for columns, each fp64 [B, places]; seeds and step are int64 [B]."""
+def exponential(high: Tensor, low: Tensor) -> Tensor:
+    """Exp(1) in fp64 from two random words, 20 bits of the second."""
+    return -(((high << 20 | low >> 12) + 0.5).double() * 2.0**-52).log()
+
+
+def _noise(seeds: Tensor, step: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """Exp(1) for groups and for columns, each [B, places]."""
     seeds, step = seeds.unsqueeze(1), step.unsqueeze(1)
-    place = torch.arange(places, device=seeds.device)
-    counter = place, torch.zeros_like(step), step & _WORD, step >> 32 & _WORD
-    words = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
-    for_groups, for_columns = (
-        -(((high << 20 | low >> 12) + 0.5).double() * 2.0**-52).log() for high, low in (words[:2], words[2:])
-    )
-    return for_groups, for_columns
+    counter = torch.arange(places, device=seeds.device), torch.zeros_like(step), step & _WORD, step >> 32 & _WORD
+    word0, word1, word2, word3 = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
+    return exponential(word0, word1), exponential(word2, word3)
 
 
 def sample_reference(
@@ -84,7 +85,7 @@ def sample_reference(
     width = min(GROUP, x.shape[1])
     p = pad(logprobs.exp(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))  # [B, groups, width]
     groups = p.shape[1]
-    for_groups, for_columns = exponentials(seeds, step, max(groups, width))
+    for_groups, for_columns = _noise(seeds, step, max(groups, width))
     group = (p.sum(dim=2) / for_groups[:, :groups]).argmax(dim=1, keepdim=True)
     p = p.gather(1, group.unsqueeze(2).expand(-1, 1, width)).squeeze(1)
     column = group * width + (p / for_columns[:, :width]).argmax(dim=1, keepdim=True)

@@ -12,6 +12,7 @@ the allowance in either measure.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,13 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def assert_faithful(
-    face: Op, reference: Op, inputs: Sequence[Tensor], *, cancels: bool = False, grad_seed: int = 1
+    face: Op,
+    reference: Op,
+    inputs: Sequence[Tensor],
+    *,
+    cancels: bool = False,
+    grad_seed: int = 1,
+    has_gradients: bool = True,
 ) -> None:
     """Results and the gradients of all inputs of `face` are as good as the reference's in the same dtype.
 
@@ -34,10 +41,12 @@ def assert_faithful(
         face, reference: functions of `inputs` that return one tensor or several.
         inputs: float tensors of the dtype under test, each of which gets a gradient.
         cancels: some results are differences of numbers as large as the largest of them.
+        has_gradients: False for ops without; then results alone are compared.
     """
-    truth = _run(reference, [x.double() for x in inputs], grad_seed)
-    plain = _run(reference, inputs, grad_seed)
-    tested = _run(face, inputs, grad_seed)
+    run = partial(_run, grad_seed=grad_seed) if has_gradients else _run_forward
+    truth = run(reference, [x.double() for x in inputs])
+    plain = run(reference, inputs)
+    tested = run(face, inputs)
     assert len(truth) == len(tested)
     largest = max(x.norm() for x in truth)
     for index, (true, rounded, ours) in enumerate(zip(truth, plain, tested, strict=True)):
@@ -48,6 +57,11 @@ def assert_faithful(
         error = (ours.double() - true).norm()
         print(f"result {index}: relative error {error / true.norm():.2e} {ours.dtype}")  # shown by pytest -rP
         assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _run_forward(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    results = op(*inputs)
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def _run(op: Op, inputs: Sequence[Tensor], grad_seed: int) -> list[Tensor]:

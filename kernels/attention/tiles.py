@@ -1,0 +1,135 @@
+"""What the attention kernels share: which blocks a tile meets, and how tiles of rows are read and written.
+
+In a document of n_q queries and n_k keys, with offset = n_k - n_q and a window of w, query i sees key j when
+
+    i + offset - w < j <= i + offset
+
+A tile of queries meets a run of blocks of keys, and a tile of keys a run of blocks of queries. Along the run the
+blocks at either end may hold pairs that do not see each other, or rows past the document; those in between do not,
+and need no mask at all. Four block numbers bound the three parts: begin <= whole <= end_whole <= end.
+
+Offsets are int64 from the first row of a block on; within a block they are int32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_blocks(
+    first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Blocks of BLOCK_N keys for the queries first..first+BLOCK_M of a document: begin, whole, end_whole, end."""
+    lowest = first + n_k - n_q  # last key of the first query
+    highest = tl.minimum(first + BLOCK_M, n_q) - 1 + n_k - n_q  # and of the last
+    begin, whole = 0, 0
+    end = tl.cdiv(tl.maximum(highest + 1, 0), BLOCK_N)
+    end_whole = tl.maximum(lowest + 1, 0) // BLOCK_N
+    if HAS_WINDOW:
+        begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N
+        end_whole = tl.maximum(end_whole, begin)
+        whole = tl.minimum(tl.cdiv(tl.maximum(highest - window + 1, 0), BLOCK_N), end_whole)
+    return begin, whole, end_whole, end
+
+
+@triton.jit
+def query_blocks(
+    first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Blocks of BLOCK_M queries for the keys first..first+BLOCK_N of a document: begin, whole, end_whole, end."""
+    lowest = first - (n_k - n_q)  # first query that sees the first key
+    highest = lowest + BLOCK_N - 1  # and the last key
+    end = tl.cdiv(n_q, BLOCK_M)
+    end_whole = n_q // BLOCK_M
+    if HAS_WINDOW:
+        end = tl.minimum(end, tl.cdiv(tl.maximum(highest + window, 0), BLOCK_M))
+        end_whole = tl.minimum(end_whole, tl.maximum(lowest + window, 0) // BLOCK_M)
+    begin = tl.minimum(tl.maximum(lowest, 0) // BLOCK_M, end)
+    end_whole = tl.maximum(end_whole, begin)
+    whole = tl.minimum(tl.cdiv(tl.maximum(highest, 0), BLOCK_M), end_whole)
+    return begin, whole, end_whole, end
+
+
+@triton.jit
+def sees(query, key, offset, window, HAS_WINDOW: tl.constexpr):
+    """Whether queries see keys; both count from the start of the document, and broadcast."""
+    visible = key <= query + offset
+    if HAS_WINDOW:
+        visible = visible & (key > query + offset - window)
+    return visible
+
+
+@triton.jit
+def _pointers(ptr, stride: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    pointers = ptr + tl.zeros((ROWS, 1), tl.int32) + column[None, :]
+    bit: tl.constexpr = 1
+    for i in tl.static_range(8):
+        if 1 << i < ROWS:
+            pointers += ((row & (1 << i)) * stride)[:, None]
+    return pointers
+
+
+@triton.jit
+def load_rows(
+    head_ptr,
+    stride: tl.constexpr,
+    first,
+    rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """[ROWS, COLUMNS] from the row `first` of a document's head on; zeros past WIDTH and, unless WHOLE, past `rows`.
+
+    Zeros, not what lies there: the next document may be full of NaN, which no mask on scores would stop.
+    """
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    pointers = _pointers(head_ptr + first.to(tl.int64) * stride, stride, ROWS, COLUMNS)
+    if WHOLE and WIDTH == COLUMNS:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    return tl.load(pointers, mask=(first + row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_paged_rows(
+    head_ptr,
+    stride: tl.constexpr,
+    block_stride,
+    table_ptr,
+    first,
+    rows,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The same where row j lies in block table[j // PAGE], at j % PAGE."""
+    row, column = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = row < rows
+    block = tl.load(table_ptr + row // PAGE, mask=inside, other=0).to(tl.int64)
+    pointers = head_ptr + (block * block_stride + row % PAGE * stride)[:, None] + column[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    head_ptr,
+    stride: tl.constexpr,
+    first,
+    rows,
+    values,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Write [ROWS, COLUMNS] from the row `first` of a document's head on, as far as there are rows and columns."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    pointers = head_ptr + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    inside = (first + row < rows)[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointers, values.to(head_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,1 @@
+"""The ops on a GPU: how long they take, against what the machine can do at all, and against their peers."""

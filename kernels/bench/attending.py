@@ -1,0 +1,204 @@
+"""Workloads of attention: packed documents in training, and one query against a cache in decoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.attention import attention, attention_reference
+from kernels.attention.decode import decode_attention, decode_attention_reference
+from kernels.bench import peers, targets, work
+from kernels.bench.rowwise import Random
+from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Pass, Target, Workload
+
+# The last queries of the last document are compared with the reference, for the heads of one group: its scores are
+# a matrix. The gradients of the last keys come from these queries alone.
+CHECKED_QUERIES = 256
+PAGE = 64
+
+
+def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """cu_seqlens, int32 [D + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def attention_workload(
+    lengths: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    name: str = "",
+    aims: Sequence[Target] = (),
+    equal_work: Sequence[int] | None = None,
+) -> Workload:
+    """Causal attention over documents of these lengths.
+
+    Args:
+        name: of the lengths, where listing them is no help.
+        equal_work: equal lengths that need the same work; ours on these is then timed too, as a bound.
+    """
+
+    def make_for(lengths: Sequence[int], seed: int) -> Inputs:
+        random = Random(seed, device, dtype)
+        tokens = sum(lengths)
+        q, k, v = (random.normal(tokens, n, width) for n in (heads, kv_heads, kv_heads))
+        return q, k, v, bounds(lengths, device), max(lengths)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, **provider: Any) -> Tensor:
+        return attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **provider)
+
+    def through(provider: str) -> Callable[..., Tensor]:
+        return partial(ours, provider=provider)
+
+    contenders = [Contender(OURS, through("triton") if device.type == "cuda" else ours, "ours")]
+    if device.type == "cuda":
+        contenders += [Contender(one, through(one), "provider") for one in ("auto", "sdpa")]
+    contenders += _training_peers(lengths, heads, kv_heads, device)
+    if equal_work is not None:
+        contenders.append(
+            Contender("equal lengths", ours, "bound", adapt=lambda _, made=make_for: made(equal_work, 0))  # type: ignore[misc]
+        )
+    if device.type == "cuda":
+        stages: tuple[Pass, ...] = ("forward", "both")
+        aims = [*aims, *(targets.share_of_best(stage, "auto", 0.97) for stage in stages)]
+    if equal_work is not None:
+        ratio = sum(n * (n + 1) for n in lengths) / sum(n * (n + 1) for n in equal_work)
+        aims = [*aims, *(targets.times(stage, "equal lengths", 1.1 * ratio) for stage in ("forward", "backward"))]
+    documents = name or f"{len(lengths)}x{lengths[0]}"
+    return Workload(
+        "attention",
+        f"{documents}, {heads}:{kv_heads} heads of {width}",
+        dtype,
+        work.attention_work(lengths, heads, kv_heads, width, dtype.itemsize),
+        partial(make_for, lengths),
+        contenders,
+        partial(_attention_check, lengths[-1]),
+        targets=aims,
+    )
+
+
+def _attention_check(
+    length: int, inputs: Inputs, upstream: list[Tensor], outcome: Outcome
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    q, k, v = inputs[:3]
+    count = min(CHECKED_QUERIES, length)
+    group = q.shape[1] // k.shape[1]
+    query, key, value = (
+        x.detach()[-rows:, :n].float().requires_grad_() for x, rows, n in ((q, count, group), (k, length, 1), (v, length, 1))
+    )
+    spans = (bounds([n], q.device) for n in (count, length))
+    expected = attention_reference(query, key, value, *spans, scale=q.shape[2] ** -0.5, window=None)
+    expected.backward(upstream[0][-count:, :group].float())
+    (out,), (dq, dk, dv) = outcome
+    yield "result", out[-count:, :group], expected.detach()
+    for what, found, leaf, n in (("q", dq, query, group), ("k", dk, key, 1), ("v", dv, value, 1)):
+        assert leaf.grad is not None
+        yield f"gradient of {what}", found[-count:, :n], leaf.grad[-count:]
+
+
+def _training_peers(lengths: Sequence[int], heads: int, kv_heads: int, device: torch.device) -> list[Contender]:
+    """flash-attn on packed documents; torch's attention on a batch, where lengths are equal, or on packed ones."""
+    contenders = []
+    for version in (2, 3):
+        flash = peers.flash(version, "flash_attn_varlen_func")
+        if flash is not None:
+
+            def packed(q, k, v, cu_seqlens, longest, flash=flash):
+                return flash(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+            contenders.append(Contender(f"flash{version}", packed))
+
+    def batched(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        rows = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=heads != kv_heads)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    if len(set(lengths)) == 1:
+        contenders.append(Contender("eager", batched))
+        if peers.has_cudnn_attention(device):
+            contenders.append(Contender("cudnn", peers.with_cudnn(batched)))
+    elif peers.torch_varlen() is not None and device.type == "cuda":
+        contenders.append(Contender("eager", peers.torch_varlen()))
+    return contenders
+
+
+def decode_workload(
+    rows: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    paged: bool = False,
+    aims: Sequence[Target] = (),
+) -> Workload:
+    """Every row has the whole context in its cache; pages of PAGE keys lie in random order."""
+
+    def make(seed: int) -> Inputs:
+        random = Random(seed, device, dtype)
+        q = random.normal(rows, heads, width, has_grad=False)
+        lengths = torch.full((rows,), context, dtype=torch.int32, device=device)
+        if not paged:
+            k, v = (random.normal(rows, context, kv_heads, width, has_grad=False) for _ in range(2))
+            return q, k, v, lengths, None
+        pages = math.ceil(context / PAGE)
+        k, v = (random.normal(rows * pages, PAGE, kv_heads, width, has_grad=False) for _ in range(2))
+        order = random.integers(1 << 30, rows * pages).argsort()
+        return q, k, v, lengths, order.view(rows, pages).to(torch.int32)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor | None) -> Tensor:
+        return decode_attention(q, k, v, lengths, block_table=table)
+
+    def check(inputs: Inputs, _: list[Tensor], outcome: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
+        q, k, v, lengths, table = inputs
+        last = slice(rows - 1, rows)
+        k, v = (x[last] if table is None else x[table[rows - 1].long()].flatten(0, 1)[None] for x in (k, v))
+        wide = (x.float() for x in (q[last], k, v))
+        expected = decode_attention_reference(*wide, lengths[last], scale=width**-0.5, window=None)
+        yield "result", outcome[0][0][last], expected
+
+    return Workload(
+        "decode_attention",
+        f"{rows}x{context}, {heads}:{kv_heads} heads of {width}{', paged' if paged else ''}",
+        dtype,
+        work.decode_work([context] * rows, heads, kv_heads, width, dtype.itemsize),
+        make,
+        [Contender(OURS, ours, "ours"), *_decoding_peers(paged)],
+        check,
+        targets=aims,
+    )
+
+
+def _decoding_peers(paged: bool) -> list[Contender]:
+    contenders = []
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, _: None) -> Tensor:
+        inside = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
+        heads_first = (x.transpose(1, 2) for x in (q[:, None], k, v))
+        mask = inside[:, None, None, :]
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).squeeze(2)
+
+    if not paged:
+        contenders.append(Contender("eager", eager))
+    for version, table_name in ((2, "block_table"), (3, "page_table")):
+        flash = peers.flash(version, "flash_attn_with_kvcache")
+        if flash is not None:
+
+            def cached(q, k, v, lengths, table, flash=flash, table_name=table_name):
+                pages = {} if table is None else {table_name: table}
+                return flash(q[:, None], k, v, cache_seqlens=lengths, causal=True, **pages).squeeze(1)
+
+            contenders.append(Contender(f"flash{version}", cached))
+    return contenders
