@@ -62,7 +62,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 def exponential(high: Tensor, low: Tensor) -> Tensor:
     """Exp(1) in fp64 from two random words, 20 bits of the second."""
-    return -(((high << 20 | low >> 12) + 0.5).double() * 2.0**-52).log()
+    return -(((high << 20 | low >> 12).double() + 0.5) * 2.0**-52).log()
 
 
 def _noise(seeds: Tensor, step: Tensor, places: int) -> tuple[Tensor, Tensor]:
