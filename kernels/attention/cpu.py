@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.attention.reference import visible_keys
-from kernels.backend import accumulation_dtype, register_op
+from kernels.attention.reference import gather_pages, visible_keys
+from kernels.backend import accumulation_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -53,23 +53,39 @@ def _expand(x: Tensor, groups: int) -> Tensor:
     return x.transpose(0, 1).expand(groups, -1, -1, -1)
 
 
-def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, window: int | None
+def _by_group(lse: Tensor, groups: int) -> Tensor:
+    """[H, T] -> [H/K, K, T], a view."""
+    return lse.unflatten(0, (-1, groups)).transpose(0, 1)
+
+
+def attention_fwd_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int | None,
+    block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if block_table is not None:
+        k, v = gather_pages(k, cu_seqlens_k, block_table), gather_pages(v, cu_seqlens_k, block_table)
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
     groups = heads // kv_heads
     out = q.new_zeros((tokens, kv_heads, groups, width))
-    lse = torch.zeros((groups, kv_heads, tokens), dtype=accumulation_dtype(q.dtype))
+    lse = torch.zeros((heads, tokens), dtype=accumulation_dtype(q.dtype))
     for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
         mask = _mask(rows, keys, window, q)
         args = _split_heads(q[rows], kv_heads), _expand(k[keys], groups), _expand(v[keys], groups)
         doc_out, doc_lse = _flash(*args, 0.0, mask is None, attn_mask=mask, scale=scale)
         out[rows] = _join_heads(doc_out)
-        lse[..., rows] = doc_lse
+        _by_group(lse, groups)[..., rows] = doc_lse
     return out.view(tokens, heads, width), lse
 
 
-def _attention_bwd(
+def attention_bwd_torch(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -78,6 +94,8 @@ def _attention_bwd(
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +110,7 @@ def _attention_bwd(
             _expand(k[keys], groups),
             _expand(v[keys], groups),
             _split_heads(out[rows], kv_heads),
-            lse[..., rows],
+            _by_group(lse, groups)[..., rows],
             0.0,
             mask is None,
             attn_mask=mask,
@@ -102,37 +120,3 @@ def _attention_bwd(
         for target, grad in zip((dk, dv), grads[1:], strict=True):
             target[keys] = (grad[0] if groups == 1 else grad.sum(dim=0)).transpose(0, 1)
     return dq, dk, dv
-
-
-def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window):
-    kv_heads = k.shape[1]
-    lse = (q.shape[1] // kv_heads, kv_heads, q.shape[0])
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=accumulation_dtype(q.dtype))
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.window = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-
-
-def _attention_autograd(ctx, dout, _):
-    grads = _attention_bwd_op(dout, *ctx.saved_tensors, ctx.scale, ctx.window)
-    return *grads, None, None, None, None
-
-
-attention_cpu = register_op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, int? window)"
-    " -> (Tensor, Tensor)",
-    _attention_fwd,
-    _fake_fwd,
-    setup_context=_save,
-    backward=_attention_autograd,
-)
-_attention_bwd_op = register_op(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
-    " Tensor cu_seqlens_k, float scale, int? window) -> (Tensor, Tensor, Tensor)",
-    _attention_bwd,
-    lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)

@@ -39,8 +39,8 @@ def _fold(
     q,
     k_ptr,
     v_ptr,
-    k_stride,
-    v_stride,
+    k_stride: tl.constexpr,
+    v_stride: tl.constexpr,
     k_block_stride,
     v_block_stride,
     table_ptr,
@@ -98,12 +98,12 @@ def _attention_fwd_kernel(
     lse_ptr,
     list_ptr,
     table_ptr,
-    q_stride,
+    q_stride: tl.constexpr,
     q_head_stride,
-    k_stride,
+    k_stride: tl.constexpr,
     k_head_stride,
     k_block_stride,
-    v_stride,
+    v_stride: tl.constexpr,
     v_head_stride,
     v_block_stride,
     table_stride,
@@ -123,8 +123,7 @@ def _attention_fwd_kernel(
 ):
     heads = kv_heads * GROUPS
     count = tl.load(list_ptr)
-    item = tl.program_id(0)
-    if item < count * heads:
+    for item in range(tl.program_id(0), count * heads, tl.num_programs(0)):
         head, document, tile, start_q, n_q, start_k, n_k = take(
             list_ptr, item, count, kv_heads, section, GROUPS, FIELDS
         )

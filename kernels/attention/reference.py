@@ -9,6 +9,9 @@ Its last query stands at its last key (aligned at the bottom right), so query i 
 
 Query head i reads key-value head i // (H / K) (grouped queries, Ainslie et al. 2023). A query that sees no key
 gives zeros.
+
+With a block table (a paged cache, Kwon et al. 2023) keys and values are [blocks, page, K, h] and lie scattered: key
+j of document d is row j % page of block table[d, j // page].
 """
 
 from __future__ import annotations
@@ -27,6 +30,13 @@ def visible_keys(n_q: int, n_k: int, window: int | None, device: torch.device) -
     return visible if window is None else visible & (key > query - window)
 
 
+def gather_pages(cache: Tensor, cu_seqlens_k: Tensor, block_table: Tensor) -> Tensor:
+    """[blocks, page, K, h] -> [Tk, K, h]: the documents' keys side by side."""
+    lengths, page = cu_seqlens_k.diff().tolist(), cache.shape[1]
+    rows = [cache[block_table[d, : -(-n // page)].long()].flatten(0, 1)[:n] for d, n in enumerate(lengths)]
+    return torch.cat([cache.flatten(0, 1)[:0], *rows])
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -36,7 +46,10 @@ def attention_reference(
     *,
     scale: float,
     window: int | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
+    if block_table is not None:
+        k, v = gather_pages(k, cu_seqlens_k, block_table), gather_pages(v, cu_seqlens_k, block_table)
     groups = q.shape[1] // k.shape[1]
     out = [q[:0]]
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -18,9 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def key_blocks(
-    first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def key_blocks(first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Blocks of BLOCK_N keys for the queries first..first+BLOCK_M of a document: begin, whole, end_whole, end."""
     lowest = first + n_k - n_q  # last key of the first query
     highest = tl.minimum(first + BLOCK_M, n_q) - 1 + n_k - n_q  # and of the last
@@ -35,9 +33,7 @@ def key_blocks(
 
 
 @triton.jit
-def query_blocks(
-    first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def query_blocks(first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Blocks of BLOCK_M queries for the keys first..first+BLOCK_N of a document: begin, whole, end_whole, end."""
     lowest = first - (n_k - n_q)  # first query that sees the first key
     highest = lowest + BLOCK_N - 1  # and the last key
@@ -63,12 +59,13 @@ def sees(query, key, offset, window, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def _pointers(ptr, stride: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    pointers = ptr + tl.zeros((ROWS, 1), tl.int32) + column[None, :]
-    bit: tl.constexpr = 1
-    for i in tl.static_range(8):
-        if 1 << i < ROWS:
-            pointers += ((row & (1 << i)) * stride)[:, None]
+    """[ROWS, COLUMNS]. Row numbers are multiplied bit by bit: most bits are the same in all threads for each of a
+    thread's loads, and their products with a constant stride become part of the instruction instead of registers."""
+    row = tl.arange(0, ROWS)[:, None]
+    pointers = ptr + row * 0 + tl.arange(0, COLUMNS)[None, :]
+    for bit in tl.static_range(8):
+        if 1 << bit < ROWS:
+            pointers += (row & (1 << bit)) * stride
     return pointers
 
 
@@ -130,6 +127,6 @@ def store_rows(
 ):
     """Write [ROWS, COLUMNS] from the row `first` of a document's head on, as far as there are rows and columns."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    pointers = head_ptr + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    pointers = _pointers(head_ptr + first.to(tl.int64) * stride, stride, ROWS, COLUMNS)
     inside = (first + row < rows)[:, None] & (column < WIDTH)[None, :]
     tl.store(pointers, values.to(head_ptr.dtype.element_ty), mask=inside)
