@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,17 @@ from torch.nn import functional as F
 
 from kernels.attention import attention, attention_reference
 from kernels.attention.decode import decode_attention, decode_attention_reference
+from kernels.attention.dispatch import Provider
+from kernels.attention.flash import flash_version
+from kernels.backend import chip
 from kernels.bench import peers, targets, work
 from kernels.bench.rowwise import Random
-from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Pass, Target, Workload
+from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Target, Workload
 
 # The last queries of the last document are compared with the reference, for the heads of one group: its scores are
 # a matrix. The gradients of the last keys come from these queries alone.
 CHECKED_QUERIES = 256
-PAGE = 64
+PAGE = 256  # flash-attn 2 takes multiples of it
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -54,23 +56,21 @@ def attention_workload(
         q, k, v = (random.normal(tokens, n, width) for n in (heads, kv_heads, kv_heads))
         return q, k, v, bounds(lengths, device), max(lengths)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, **provider: Any) -> Tensor:
-        return attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **provider)
+    def through(provider: Provider) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+            return attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, provider=provider)
 
-    def through(provider: str) -> Callable[..., Tensor]:
-        return partial(ours, provider=provider)
+        return call
 
-    contenders = [Contender(OURS, through("triton") if device.type == "cuda" else ours, "ours")]
-    if device.type == "cuda":
-        contenders += [Contender(one, through(one), "provider") for one in ("auto", "sdpa")]
+    own = through("triton")
+    contenders = [Contender(OURS, own, "ours"), Contender("auto", through("auto"), "provider")]
+    contenders += [Contender(f"provider {one}", through(one), "provider") for one in _other_providers(width, device)]
     contenders += _training_peers(lengths, heads, kv_heads, device)
     if equal_work is not None:
         contenders.append(
-            Contender("equal lengths", ours, "bound", adapt=lambda _, made=make_for: made(equal_work, 0))  # type: ignore[misc]
+            Contender("equal lengths", own, "bound", adapt=lambda _, made=make_for: made(equal_work, 0))  # type: ignore[misc]
         )
-    if device.type == "cuda":
-        stages: tuple[Pass, ...] = ("forward", "both")
-        aims = [*aims, *(targets.share_of_best(stage, "auto", 0.97) for stage in stages)]
+    aims = [*aims, *(targets.share_of_best(stage, "auto", 0.97) for stage in ("forward", "both"))]
     if equal_work is not None:
         ratio = sum(n * (n + 1) for n in lengths) / sum(n * (n + 1) for n in equal_work)
         aims = [*aims, *(targets.times(stage, "equal lengths", 1.1 * ratio) for stage in ("forward", "backward"))]
@@ -93,10 +93,9 @@ def _attention_check(
     q, k, v = inputs[:3]
     count = min(CHECKED_QUERIES, length)
     group = q.shape[1] // k.shape[1]
-    query, key, value = (
-        x.detach()[-rows:, :n].float().requires_grad_() for x, rows, n in ((q, count, group), (k, length, 1), (v, length, 1))
-    )
-    spans = (bounds([n], q.device) for n in (count, length))
+    query, key, value = q[-count:, :group], k[-length:, :1], v[-length:, :1]
+    query, key, value = (x.detach().float().requires_grad_() for x in (query, key, value))
+    spans = bounds([count], q.device), bounds([length], q.device)
     expected = attention_reference(query, key, value, *spans, scale=q.shape[2] ** -0.5, window=None)
     expected.backward(upstream[0][-count:, :group].float())
     (out,), (dq, dk, dv) = outcome
@@ -104,6 +103,12 @@ def _attention_check(
     for what, found, leaf, n in (("q", dq, query, group), ("k", dk, key, 1), ("v", dv, value, 1)):
         assert leaf.grad is not None
         yield f"gradient of {what}", found[-count:, :n], leaf.grad[-count:]
+
+
+def _other_providers(width: int, device: torch.device) -> list[Provider]:
+    if device.type != "cuda":
+        return ["sdpa"]
+    return ["sdpa"] if flash_version(chip(device).arch, width, has_gradient=True) is None else ["sdpa", "flash"]
 
 
 def _training_peers(lengths: Sequence[int], heads: int, kv_heads: int, device: torch.device) -> list[Contender]:
@@ -119,16 +124,17 @@ def _training_peers(lengths: Sequence[int], heads: int, kv_heads: int, device: t
             contenders.append(Contender(f"flash{version}", packed))
 
     def batched(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        rows = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=heads != kv_heads)
+        q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         return out.transpose(1, 2).flatten(0, 1)
 
     if len(set(lengths)) == 1:
         contenders.append(Contender("eager", batched))
         if peers.has_cudnn_attention(device):
             contenders.append(Contender("cudnn", peers.with_cudnn(batched)))
-    elif peers.torch_varlen() is not None and device.type == "cuda":
-        contenders.append(Contender("eager", peers.torch_varlen()))
+    varlen = peers.torch_varlen()
+    if len(set(lengths)) > 1 and varlen is not None and device.type == "cuda":
+        contenders.append(Contender("eager", varlen))
     return contenders
 
 
@@ -165,8 +171,8 @@ def decode_workload(
         q, k, v, lengths, table = inputs
         last = slice(rows - 1, rows)
         k, v = (x[last] if table is None else x[table[rows - 1].long()].flatten(0, 1)[None] for x in (k, v))
-        wide = (x.float() for x in (q[last], k, v))
-        expected = decode_attention_reference(*wide, lengths[last], scale=width**-0.5, window=None)
+        q, k, v = q[last].float(), k.float(), v.float()
+        expected = decode_attention_reference(q, k, v, lengths[last], scale=width**-0.5, window=None)
         yield "result", outcome[0][0][last], expected
 
     return Workload(
@@ -186,9 +192,9 @@ def _decoding_peers(paged: bool) -> list[Contender]:
 
     def eager(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, _: None) -> Tensor:
         inside = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
-        heads_first = (x.transpose(1, 2) for x in (q[:, None], k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q[:, None], k, v))
         mask = inside[:, None, None, :]
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).squeeze(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).squeeze(2)
 
     if not paged:
         contenders.append(Contender("eager", eager))

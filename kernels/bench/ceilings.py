@@ -47,7 +47,8 @@ def measure_ceilings(
         del source, target
     for width in product_widths:
         a, b = (torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(2))
-        times = _time(clock, lambda a=a, b=b, out=torch.empty_like(a): torch.mm(a, b, out=out))  # type: ignore[misc]
+        out = torch.empty_like(a)
+        times = _time(clock, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
         products.append(2 * width**3 / times.median * 1e3)
         lines.append(f"bf16 product of {width} x {width}: {products[-1] / 1e12:.1f} TFLOP/s")
     return Ceilings(max(copies), max(products)), lines

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,26 +75,46 @@ def race(
     """Time every contender's round, in turn.
 
     Args:
-        failed: told of a contender that raises in its warm-up; it then drops out. Without it the error is raised.
+        failed: told of a contender that raises, which then drops out. Without it the error is raised.
     """
-    contenders, counts, enqueue = {}, {}, {}
+    runners: dict[str, _Runner] = {}
     for name, one in rounds.items():
-        try:
-            enqueue[name], milliseconds = clock.warm_up(one.run)
-        except Exception as error:  # a peer's code may raise anything
-            if failed is None:
-                raise
-            failed(name, error)
-            continue
-        contenders[name] = one
-        counts[name] = _rounds(milliseconds / 1e3)
-    readings: dict[str, list[Callable[[], float]]] = {name: [] for name in contenders}
-    for index in range(max(counts.values(), default=0)):
-        for name in contenders if index % 2 == 0 else reversed(contenders):
-            if index < counts[name]:
-                readings[name].append(clock.take(contenders[name].run, enqueue[name]))
+        with _reported(name, runners, failed):
+            enqueue, milliseconds = clock.warm_up(one.run)
+            runners[name] = _Runner(one, enqueue, _rounds(milliseconds / 1e3), [])
+    for index in range(max((runner.rounds for runner in runners.values()), default=0)):
+        for name in list(runners) if index % 2 == 0 else list(reversed(runners)):
+            runner = runners[name]
+            if index < runner.rounds:
+                with _reported(name, runners, failed):
+                    runner.readings.append(clock.take(runner.round.run, runner.enqueue))
     clock.finish()
-    return {name: Times.of([read() / contenders[name].calls for read in taken]) for name, taken in readings.items()}
+    return {
+        name: Times.of([read() / runner.round.calls for read in runner.readings]) for name, runner in runners.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """A contender in a race. enqueue: milliseconds the host needs for a round."""
+
+    round: Round
+    enqueue: float
+    rounds: int
+    readings: list[Callable[[], float]]
+
+
+@contextmanager
+def _reported(
+    name: str, runners: dict[str, _Runner], failed: Callable[[str, Exception], None] | None
+) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a peer's code may raise anything
+        if failed is None:
+            raise
+        runners.pop(name, None)
+        failed(name, error)
 
 
 def _rounds(seconds: float) -> int:

@@ -64,7 +64,11 @@ def linear_cross_entropy_workload(
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if chunked is not None and options is not None:
         contenders.append(
-            Contender("torch chunked", lambda *inputs: chunked(*inputs, reduction="sum", options=options()))
+            Contender(
+                "torch chunked",
+                lambda *inputs: chunked(*inputs, reduction="sum", options=options()),
+                passes=("forward", "both"),  # its backward can be run only once
+            )
         )
     liger = peers.liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     if liger is not None:

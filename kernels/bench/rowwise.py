@@ -48,7 +48,7 @@ def row_check(
 
     def check(inputs: Inputs, upstream: list[Tensor], outcome: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
         outputs, gradients = outcome
-        shared = [None if i in row_inputs else _wide(x) for i, x in enumerate(inputs)]
+        shared = {i: _wide(x) for i, x in enumerate(inputs) if i not in row_inputs}
         totals: list[list[Tensor]] = [[] for _ in outputs]
         row_gradients: dict[int, list[Tensor]] = {}
         rows = len(inputs[row_inputs[0]])
@@ -63,7 +63,9 @@ def row_check(
                 if is_sum:
                     torch.autograd.backward(results)
                 else:
-                    torch.autograd.backward(results, [x[part].to(y.dtype) for x, y in zip(upstream, results, strict=True)])
+                    torch.autograd.backward(
+                        results, [x[part].to(y.dtype) for x, y in zip(upstream, results, strict=True)]
+                    )
                 for i in row_inputs:
                     if isinstance(args[i], Tensor) and args[i].requires_grad:
                         row_gradients.setdefault(i, []).append(args[i].grad)
@@ -97,7 +99,8 @@ def norm_workload(
     heads: int = 1,
 ) -> Workload:
     """heads: rows are heads of a [rows / heads, heads, columns] tensor, as in norms of queries and keys."""
-    op, reference = (add_rms_norm, add_rms_norm_reference) if with_residual else (rms_norm, rms_norm_reference)
+    op: Callable[..., Any] = add_rms_norm if with_residual else rms_norm
+    reference: Callable[..., Any] = add_rms_norm_reference if with_residual else rms_norm_reference
     shape = (rows, columns) if heads == 1 else (rows // heads, heads, columns)
     arrays = 2 if with_residual else 1
 
@@ -118,9 +121,13 @@ def norm_workload(
     contenders = [Contender(OURS, lambda *inputs: op(*inputs, EPS), "ours"), Contender("eager", eager)]
     if compiled:
         contenders.append(Contender("compile", peers.compiled(specified)))
-    module, function = ("fused_add_rms_norm", "LigerFusedAddRMSNormFunction") if with_residual else (
-        "rms_norm",
-        "LigerRMSNormFunction",
+    module, function = (
+        ("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+        if with_residual
+        else (
+            "rms_norm",
+            "LigerRMSNormFunction",
+        )
     )
     liger = peers.liger(module, function)
     if liger is not None:
