@@ -9,7 +9,7 @@ ranks that share a copy of the model:
     gradients    4 N / S; and what a unit needs until it is reduced: its gradients in b bytes, then whole in fp32
     optimizer    8 N / S: two moments
     activations  what the forward keeps for the backward, by recompute mode, and the work of one block
-    head         a chunk of logits, and the gradients that the loss forms in its forward pass
+    head         a chunk of logits, their gradient, and those of hidden states and head, which the loss forms at once
 
 The plan follows `engine.shard`, `engine.recompute`, FSDP2's buffers and what each op saves, and tests hold it to
 the bytes of real steps. Blocks that torch.compile has rewritten keep, as a rule, less.
@@ -25,7 +25,8 @@ import torch
 
 from engine.recompute import Recompute
 from engine.shard import Precision
-from kernels.vocabulary import chunks
+from kernels.linear_cross_entropy import token_groups
+from kernels.vocabulary import chunks, padded, runs, workspace
 from model.config import ModelConfig, parameter_shapes
 
 FP32 = 4
@@ -340,16 +341,33 @@ class _Planner:
     # Head.
 
     def _head_forward(self) -> int:
-        """`linear_cross_entropy`: a chunk of logits, gradients in fp32, and the most that stands beside them."""
+        """`linear_cross_entropy`: its results, and what it holds beside them."""
         config, tokens = self.config, self.setup.tokens_per_pack
+        device = torch.device(self.setup.device)
         dtype = torch.bfloat16 if self.b < FP32 else torch.float32
-        parts = list(chunks(tokens, config.vocab_size, dtype, torch.device(self.setup.device)))
-        logits = FP32 * config.vocab_size * max(part.stop - part.start for part in parts)
-        gradients = FP32 * (tokens * config.hidden_size + self.matrix)
-        # The logits, and at the end the gradients, rounded for the next product.
-        narrow, rounded = (logits // 2, self.stream + self.b * self.matrix) if self.b < FP32 else (0, 0)
-        beside = max(narrow, rounded)
+        if self.setup.device == "cpu":
+            return self._head_forward_on_cpu(chunks(tokens, config.vocab_size, dtype, device))
+        shape = tokens, config.vocab_size, config.hidden_size
+        group, chunk = token_groups(*shape, dtype, workspace(device))
+        groups = runs(tokens, group)
+        group = groups[0].stop
+        chunk = runs(group, chunk)[0].stop
+        buffers = padded(config.vocab_size) * (FP32 * chunk + self.b * group)
+        total = FP32 * self.matrix if len(groups) > 1 else 0
+        results = self.stream + self.b * self.matrix
+        copy = self.stream  # of the hidden states, without those that have no target
+        return results + copy + buffers + total + 2 * FP32 * tokens
+
+    def _head_forward_on_cpu(self, parts: list[slice]) -> int:
+        """Gradients in fp32, a chunk of logits, and the most that stands beside them."""
+        gradients = FP32 * (self.setup.tokens_per_pack * self.config.hidden_size + self.matrix)
+        logits = FP32 * self.config.vocab_size * parts[0].stop
+        beside = 0
         if len(parts) > 1:
             # The next chunk's logits, or this chunk's part of the head's gradient before it is added.
-            beside = max(rounded, logits, narrow + FP32 * self.matrix)
+            beside = max(logits, FP32 * self.matrix)
+        if self.b < FP32:
+            # A product's operands are widened, the weight once for all; at the end the gradients are rounded.
+            widened = FP32 * self.config.hidden_size * parts[0].stop
+            beside = max(beside + widened, self.stream + self.b * self.matrix) + FP32 * self.matrix
         return gradients + logits + beside

@@ -35,9 +35,9 @@ def _cross_entropy_fwd_kernel(
     loss_ptr,
     peak_ptr,
     log_sum_ptr,
-    x_stride,
     z_loss,
     IGNORE: tl.constexpr,
+    STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -50,7 +50,7 @@ def _cross_entropy_fwd_kernel(
         tl.store(peak_ptr + row, 0.0)
         tl.store(log_sum_ptr + row, 0.0)
     else:
-        row_ptr = x_ptr + row * x_stride
+        row_ptr = x_ptr + row * STRIDE
         peak, log_sum, _ = row_statistics(row_ptr, 1.0, COLUMNS, LANES, ROUNDS, STAGES, False)
         lse = peak + log_sum
         nll = peak - target_logit(row_ptr, target, COLUMNS) + log_sum
@@ -67,9 +67,9 @@ def _cross_entropy_bwd_kernel(
     peak_ptr,
     log_sum_ptr,
     dx_ptr,
-    x_stride,
     z_loss,
     IGNORE: tl.constexpr,
+    STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -79,7 +79,7 @@ def _cross_entropy_bwd_kernel(
     target = tl.load(targets_ptr + row)
     is_counted = target != IGNORE
     is_column = column < COLUMNS
-    x = tl.load(x_ptr + row * x_stride + column, mask=is_column & is_counted, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * STRIDE + column, mask=is_column & is_counted, other=0.0).to(tl.float32)
     peak, log_sum = tl.load(peak_ptr + row), tl.load(log_sum_ptr + row)
     scale = tl.load(dloss_ptr + row)
     slope = scale * (1 + 2 * z_loss * (peak + log_sum))
@@ -90,9 +90,10 @@ def _cross_entropy_bwd_kernel(
 def _cross_entropy_fwd_triton(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     x = rows_side_by_side(logits)
     loss, peak, log_sum = (x.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
-    arguments = x, targets.contiguous(), loss, peak, log_sum, x.stride(0), z_loss
-    options = row_options(x.shape[1], x.dtype)
-    launch(_cross_entropy_fwd_kernel, (len(targets),), *arguments, IGNORE=IGNORE, **options)
+    arguments = x, targets.contiguous(), loss, peak, log_sum, z_loss
+    # A stride known at compile time lets rows of 8 n numbers be read in 16 bytes; at run time only those of 16 n.
+    options = row_options(x.shape[1], x.dtype) | {"IGNORE": IGNORE, "STRIDE": x.stride(0)}
+    launch(_cross_entropy_fwd_kernel, (len(targets),), *arguments, **options)
     return loss, peak, log_sum
 
 
@@ -100,10 +101,10 @@ def _cross_entropy_bwd_triton(
     dloss: Tensor, logits: Tensor, targets: Tensor, peak: Tensor, log_sum: Tensor, z_loss: float
 ) -> Tensor:
     x, dx = rows_side_by_side(logits), logits.new_empty(logits.shape)
-    arguments = dloss.contiguous(), x, targets.contiguous(), peak, log_sum, dx, x.stride(0), z_loss
-    options = tile_options(x.shape[1])
+    arguments = dloss.contiguous(), x, targets.contiguous(), peak, log_sum, dx, z_loss
+    options = tile_options(x.shape[1]) | {"IGNORE": IGNORE, "COLUMNS": x.shape[1], "STRIDE": x.stride(0)}
     grid = (len(targets) * triton.cdiv(x.shape[1], options["BLOCK"]),)
-    launch(_cross_entropy_bwd_kernel, grid, *arguments, IGNORE=IGNORE, **options)
+    launch(_cross_entropy_bwd_kernel, grid, *arguments, **options)
     return dx
 
 

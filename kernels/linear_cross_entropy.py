@@ -10,16 +10,47 @@
 The sums have one upstream gradient, a scalar, so the gradients of hidden and weight are formed in the forward
 pass, while a chunk's logits are at hand, and the backward only scales them: 6 T V d operations, where forming
 the logits again would take 8.
+
+On a GPU tokens are taken at two levels. Logits, fp32, exist for a chunk of tokens; one kernel reads each row twice,
+for its sum and for dx. dx, rounded to the dtype of the products, gathers in a buffer until a group of chunks is
+there, and only then is multiplied, dhidden = dx weight and dweight += dx^T hidden, because adding to dweight moves
+8 V d bytes a group. One group of all tokens is taken wherever its dx is no larger than a sum of dweight in fp32 would
+be (in bf16, up to 2 d tokens): then there is no such sum, and the product writes dweight as it is. Beside the results
+there are never more than 4 V d bytes, the workspace, and a copy of hidden.
+
+Traffic beside the products, b bytes a number: T V (8 + b) for dx, and 10 V d for dweight where there are groups,
+8 V d more for each beyond the first; the backward 2 (T + V) d b.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, log_softmax_, pick, put_back
+from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.logits import gradient, row_options, row_statistics, target_logit
+from kernels.vocabulary import (
+    IGNORE,
+    HeadProducts,
+    buffer,
+    check_head,
+    chunks,
+    counted_rows,
+    log_softmax_,
+    most,
+    multiply,
+    padded,
+    pick,
+    put_back,
+    runs,
+    without_ignored,
+    workspace,
+)
+
+FP32 = 4
 
 
 def linear_cross_entropy_reference(
@@ -31,6 +62,112 @@ def linear_cross_entropy_reference(
     scale = (targets != IGNORE).to(wide)
     scale = scale if weights is None else scale * weights
     return (scale * nll).sum(), z_loss * (scale * logits.logsumexp(dim=-1).square()).sum()
+
+
+@triton.jit
+def _linear_cross_entropy_kernel(
+    x_ptr,
+    targets_ptr,
+    weights_ptr,
+    nll_ptr,
+    z_ptr,
+    dx_ptr,
+    x_stride,
+    dx_stride,
+    z_loss,
+    IGNORE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One row: its terms of the sums, and its dx where that is wanted."""
+    TILE: tl.constexpr = LANES * ROUNDS
+    # dx is written up to the padding, so that every load and store is of 16 bytes; nobody reads it there.
+    PADDED: tl.constexpr = (COLUMNS + 63) // 64 * 64
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    x_ptr += row * x_stride
+    place = tl.arange(0, TILE)
+    if target == IGNORE:
+        tl.store(nll_ptr + row, 0.0)
+        tl.store(z_ptr + row, 0.0)
+        if dx_ptr is not None:
+            for start in range(0, PADDED, TILE):
+                zero = tl.zeros((TILE,), tl.float32)
+                tl.store(dx_ptr + row * dx_stride + start + place, zero, mask=start + place < PADDED)
+    else:
+        peak, log_sum, _ = row_statistics(x_ptr, 1.0, COLUMNS, LANES, ROUNDS, STAGES, False)
+        lse = peak + log_sum
+        scale = 1.0 if weights_ptr is None else tl.load(weights_ptr + row)
+        tl.store(nll_ptr + row, scale * (peak - target_logit(x_ptr, target, COLUMNS) + log_sum))
+        tl.store(z_ptr + row, scale * z_loss * lse * lse)
+        if dx_ptr is not None:
+            slope = scale * (1 + 2 * z_loss * lse)
+            for start in tl.range(0, PADDED, TILE, num_stages=STAGES):
+                column = start + place
+                is_column = column < PADDED
+                x = tl.load(x_ptr + column, mask=is_column, other=0.0)
+                dx = gradient(x - peak - log_sum, column == target, slope, 0.0, -scale, False)
+                tl.store(dx_ptr + row * dx_stride + column, dx, mask=is_column)
+
+
+@triton.jit
+def _scaled_kernel(x_ptr, factor_ptr, y_ptr, numbers, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < numbers, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, x * tl.load(factor_ptr), mask=place < numbers)
+
+
+def token_groups(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
+    """(tokens whose dx is gathered before it is multiplied, tokens whose logits exist at once).
+
+    The buffers hold at most 4 V d bytes and the budget; without the former, where there is more than one group.
+    """
+    row = padded(vocabulary)
+    spare = FP32 * vocabulary * width + budget - dtype.itemsize * tokens * row
+    if spare >= budget // 3:
+        return tokens, most(min(spare, budget), FP32 * row)
+    chunk = most(budget // 3, FP32 * row)
+    return most(budget - FP32 * chunk * row, dtype.itemsize * row), chunk
+
+
+def _linear_cross_entropy_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (tokens, width), vocabulary = hidden.shape, len(weight)
+    dtype, device = hidden.dtype, hidden.device
+    group, chunk = token_groups(tokens, vocabulary, width, dtype, workspace(device))
+    if not with_grad:
+        group, chunk = tokens, most(workspace(device), FP32 * padded(vocabulary))
+    groups = runs(tokens, group)
+    group = groups[0].stop
+    logits = buffer(runs(group, chunk)[0].stop, vocabulary, torch.float32, device)
+    dlogits = buffer(group, vocabulary, dtype, device) if with_grad else None
+    total = torch.empty(weight.shape, device=device) if with_grad and len(groups) > 1 else None
+    targets, weights = targets.contiguous(), None if weights is None else weights.contiguous()
+    hidden = without_ignored(hidden, targets) if with_grad else hidden
+    nll, z = (torch.empty(tokens, device=device) for _ in range(2))
+    dhidden, dweight = (x.new_empty(x.shape if with_grad else (0, 0)) for x in (hidden, weight))
+
+    for rows in groups:
+        for part in runs(rows.stop - rows.start, chunk):
+            at = slice(rows.start + part.start, rows.start + part.stop)
+            x = logits[: part.stop - part.start]
+            multiply(hidden[at], weight.t(), out=x)
+            dx = None if dlogits is None else dlogits[part]
+            scales = None if weights is None else weights[at]
+            strides = logits.stride(0), 0 if dlogits is None else dlogits.stride(0)
+            arguments = x, targets[at], scales, nll[at], z[at], dx, *strides, z_loss
+            options = row_options(vocabulary, torch.float32)
+            launch(_linear_cross_entropy_kernel, (len(x),), *arguments, IGNORE=IGNORE, **options)
+        if dlogits is not None:
+            dx = dlogits[: rows.stop - rows.start]
+            multiply(dx, weight, out=dhidden[rows])
+            multiply(dx.t(), hidden[rows], out=dweight if total is None else total, add=rows.start > 0)
+    if total is not None:
+        dweight.copy_(total)
+    return nll.sum(), z.sum(), dhidden, dweight
 
 
 def _linear_cross_entropy(
@@ -49,7 +186,8 @@ def _linear_cross_entropy(
     dweight = None
     for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
         x = products.logits(picked[part])
-        lse[part] = log_softmax_(x)
+        peak, log_sum = log_softmax_(x)
+        lse[part] = peak + log_sum
         nll[part] = -x.gather(1, labels[part]).squeeze(1)
         if with_grad:
             row_scale = scale[part] * (1 + 2 * z_loss * lse[part])
@@ -78,22 +216,41 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(dhidden, dweight)
 
 
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).to(x.dtype)
+
+
+def _scaled_triton(x: Tensor, factor: Tensor) -> Tensor:
+    """torch would round a factor on a GPU to the dtype of x: in bf16, all gradients would be off by up to 0.2%."""
+    x, y = x.contiguous(), x.new_empty(x.shape)
+    block = 8192  # 32 numbers a thread, for four loads of 16 bytes
+    launch(_scaled_kernel, (triton.cdiv(x.numel(), block),), x, factor, y, x.numel(), BLOCK=block, num_warps=8)
+    return y
+
+
 def _autograd(ctx, dnll, dz, *_):
     dhidden, dweight = ctx.saved_tensors
     if ctx.has_z_loss:
-        zero = dhidden.new_zeros(())
+        zero = dhidden.new_zeros((), dtype=accumulation_dtype(dhidden.dtype))
         dnll, dz = (zero if grad is None else grad for grad in (dnll, dz))
         torch._assert_async(dnll == dz, "nll_sum and z_sum need one upstream gradient: call backward on their sum")
     if dnll is None:
         return (None,) * 6
-    return dhidden * dnll.to(dhidden.dtype), dweight * dnll.to(dweight.dtype), None, None, None, None
+    return _scaled_op(dhidden, dnll), _scaled_op(dweight, dnll), None, None, None, None
 
 
+_scaled_op = register_op(
+    "scaled(Tensor x, Tensor factor) -> Tensor",
+    _scaled,
+    lambda x, factor: torch.empty_like(x),
+    triton=_scaled_triton,
+)
 _linear_cross_entropy_op = register_op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? weights, float z_loss,"
     " bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy,
     _fake,
+    triton=_linear_cross_entropy_triton,
     setup_context=_save,
     backward=_autograd,
 )

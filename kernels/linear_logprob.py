@@ -7,16 +7,45 @@
 
     dx = g_logprob (onehot(target) - p) + g_lse p - g_entropy p (x - lse + entropy)
 
-The forward keeps [T] numbers only; the backward forms the logits of a chunk again, at 8 T V d operations in all.
+The forward keeps [T] numbers only; the backward forms the logits again, at 8 T V d operations in all.
+
+On a GPU the forward takes the logits of a chunk of tokens, fp32, and reads each row once. The backward takes the
+vocabulary slice by slice: with lse known, a slice needs no other. dx of a slice and all tokens, rounded to the dtype
+of the products, gathers from smaller chunks of logits, and then gives the slice of dweight in one product, without a
+sum over chunks, and a term of dhidden, which is summed in fp32. Beside the results there are never more than the
+workspace and, per number of hidden, a copy and 4 bytes.
+
+Traffic beside the products, b bytes a number: forward 4 T V, backward T V (4 + b) and 8 T d a slice.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import accumulation_dtype, register_op, use_reference
-from kernels.vocabulary import IGNORE, HeadProducts, check_head, chunks, counted_rows, log_softmax_, pick, put_back
+from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.logits import gradient, row_options, row_statistics, target_logit, tile_options
+from kernels.vocabulary import (
+    IGNORE,
+    HeadProducts,
+    buffer,
+    check_head,
+    chunks,
+    counted_rows,
+    log_softmax_,
+    most,
+    multiply,
+    padded,
+    pick,
+    put_back,
+    runs,
+    without_ignored,
+    workspace,
+)
+
+FP32 = 4
 
 
 def linear_logprob_reference(
@@ -36,6 +65,145 @@ def linear_logprob_reference(
     return logprob, entropy, logits.logsumexp(dim=-1) * counted
 
 
+@triton.jit
+def _linear_logprob_fwd_kernel(
+    x_ptr,
+    targets_ptr,
+    temperature_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    x_stride,
+    IGNORE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logprob, entropy, lse = 0.0, 0.0, 0.0
+    if target != IGNORE:
+        row_ptr = x_ptr + row * x_stride
+        inverse = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + row)
+        peak, log_sum, moment = row_statistics(row_ptr, inverse, COLUMNS, LANES, ROUNDS, STAGES, WITH_ENTROPY)
+        lse = peak * inverse + log_sum
+        logprob = (target_logit(row_ptr, target, COLUMNS) - peak) * inverse - log_sum
+        entropy = log_sum - moment * inverse if WITH_ENTROPY else 0.0
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def _linear_logprob_bwd_kernel(
+    x_ptr,
+    dx_ptr,
+    dlogprob_ptr,
+    dentropy_ptr,
+    dlse_ptr,
+    targets_ptr,
+    temperature_ptr,
+    entropy_ptr,
+    lse_ptr,
+    first,
+    columns,
+    x_stride,
+    dx_stride,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx of a tile, of logits that begin at column `first` of the vocabulary."""
+    tiles = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0).to(tl.int64) // tiles
+    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+    is_counted = target != IGNORE
+    is_column = column < columns
+    x = tl.load(x_ptr + row * x_stride + column, mask=is_column & is_counted, other=0.0)
+    inverse = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    slope, curve, at_target = 0.0, 0.0, 0.0
+    if dlogprob_ptr is not None:
+        at_target = tl.load(dlogprob_ptr + row)
+        slope -= at_target
+    if dlse_ptr is not None:
+        slope += tl.load(dlse_ptr + row)
+    if dentropy_ptr is not None:
+        curve -= tl.load(dentropy_ptr + row)
+        slope += curve * tl.load(entropy_ptr + row)
+    dx = gradient(x * inverse - lse, first + column == target, slope, curve, at_target, dentropy_ptr is not None)
+    dx = tl.where(is_counted, dx * inverse, 0.0)
+    tl.store(dx_ptr + row * dx_stride + column, dx, mask=is_column)
+
+
+def _linear_logprob_fwd_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | None, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    vocabulary, device = len(weight), hidden.device
+    parts = runs(len(hidden), most(workspace(device), FP32 * padded(vocabulary)))
+    logits = buffer(parts[0].stop, vocabulary, torch.float32, device)
+    targets, temperature = targets.contiguous(), None if temperature is None else temperature.contiguous()
+    logprob, entropy, lse = (torch.empty(len(hidden), device=device) for _ in range(3))
+    options = row_options(vocabulary, torch.float32)
+    for part in parts:
+        x = logits[: part.stop - part.start]
+        multiply(hidden[part], weight.t(), out=x)
+        rows = (None if of_row is None else of_row[part] for of_row in (targets, temperature, logprob, entropy, lse))
+        arguments = x, *rows, x.stride(0)
+        launch(_linear_logprob_fwd_kernel, (len(x),), *arguments, IGNORE=IGNORE, WITH_ENTROPY=with_entropy, **options)
+    return logprob, entropy, lse
+
+
+def vocabulary_slices(tokens: int, vocabulary: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
+    """(columns of a slice, tokens whose logits exist at once): a third of the budget for logits, the rest for dx."""
+    columns = min(vocabulary, most(budget * 2 // 3, dtype.itemsize * max(1, tokens)))
+    return columns, most(budget // 3, FP32 * padded(columns))
+
+
+def _linear_logprob_bwd_triton(
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    dlse: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (tokens, vocabulary), (dtype, device) = (len(hidden), len(weight)), (hidden.dtype, hidden.device)
+    largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, workspace(device))
+    slices, parts = runs(vocabulary, largest), runs(tokens, chunk)
+    of_rows = [
+        None if of_row is None else of_row.contiguous()
+        for of_row in (dlogprob, dentropy, dlse, targets, temperature, entropy, lse)
+    ]
+    logits = buffer(parts[0].stop, slices[0].stop, torch.float32, device)
+    dlogits = buffer(tokens, slices[0].stop, dtype, device)
+    dhidden, dweight = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    total = dhidden if len(slices) == 1 else torch.empty(hidden.shape, device=device)
+    hidden = without_ignored(hidden, targets)
+
+    for piece in slices:
+        width = piece.stop - piece.start
+        # Up to the padding, so that every load and store is of 16 bytes; what is written there is never read.
+        columns = padded(width)
+        options = tile_options(columns)
+        for part in parts:
+            x, dx = logits[: part.stop - part.start, :width], dlogits[part, :width]
+            multiply(hidden[part], weight[piece].t(), out=x)
+            rows = (None if of_row is None else of_row[part] for of_row in of_rows)
+            arguments = x, dx, *rows, piece.start, columns, x.stride(0), dx.stride(0)
+            grid = (len(x) * triton.cdiv(columns, options["BLOCK"]),)
+            launch(_linear_logprob_bwd_kernel, grid, *arguments, IGNORE=IGNORE, **options)
+        dx = dlogits[:, :width]
+        multiply(dx.t(), hidden, out=dweight[piece])
+        multiply(dx, weight[piece], out=total, add=piece.start > 0)
+    return dhidden if total is dhidden else dhidden.copy_(total), dweight
+
+
 def _linear_logprob_fwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +215,8 @@ def _linear_logprob_fwd(
         x = products.logits(picked[part])
         if temperature is not None:
             x.div_(temperature[part].unsqueeze(1))
-        lse[part] = log_softmax_(x)
+        peak, log_sum = log_softmax_(x)
+        lse[part] = peak + log_sum
         logprob[part] = x.gather(1, labels[part]).squeeze(1)
         if with_entropy:
             entropy[part] = -x.exp().mul_(x).sum(dim=-1)
@@ -118,6 +287,7 @@ _linear_logprob_op = register_op(
     " -> (Tensor, Tensor, Tensor)",
     _linear_logprob_fwd,
     _fake_fwd,
+    triton=_linear_logprob_fwd_triton,
     setup_context=_save,
     backward=_autograd,
 )
@@ -126,6 +296,7 @@ _linear_logprob_bwd_op = register_op(
     " Tensor targets, Tensor? temperature, Tensor entropy, Tensor lse) -> (Tensor, Tensor)",
     _linear_logprob_bwd,
     lambda dlogprob, dentropy, dlse, hidden, weight, *_: (hidden.new_empty(hidden.shape), torch.empty_like(weight)),
+    triton=_linear_logprob_bwd_triton,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +13,28 @@ from kernels.linear import matmul_nt
 # A target that is none: it adds nothing to a loss and has no gradient.
 IGNORE = -100
 
-# Bytes of one chunk's logits. Few large chunks: each reads the whole head and adds to the whole of its gradient.
-# A CPU gains nothing from a buffer far beyond its caches.
-WORKSPACE = {"cuda": 512 << 20, "cpu": 64 << 20}
+# Bytes of the logits of one chunk and of their gradient. Few large chunks: each reads a whole matrix again. A CPU
+# gains nothing from buffers far beyond its caches.
+WORKSPACE = {"cuda": 768 << 20, "cpu": 64 << 20}
+# Rows and columns of one tile of a matrix product, or a multiple: products of whole tiles waste nothing.
+TILE = 128
+
+
+def workspace(device: torch.device) -> int:
+    return WORKSPACE.get(device.type, WORKSPACE["cuda"])
+
+
+def most(budget: int, unit: int) -> int:
+    """How many units fit a budget: whole tiles of them where they can be, and one at least."""
+    count = max(1, budget // unit)
+    return count // TILE * TILE or count
+
+
+def runs(length: int, largest: int) -> list[slice]:
+    """Runs of at most `largest`, equal up to a tile. Of nothing there is one, empty: sums over it are still formed."""
+    equal = -(-length // max(1, -(-length // largest)))
+    step = max(1, min(largest, -(-equal // TILE) * TILE))
+    return [slice(start, min(length, start + step)) for start in range(0, max(1, length), step)]
 
 
 def counted_rows(targets: Tensor) -> Tensor | None:
@@ -41,23 +59,48 @@ def put_back(rows: Tensor | None, picked: Tensor, like: Tensor) -> Tensor:
     return picked if rows is None else picked.new_zeros(like.shape).index_copy_(0, rows, picked)
 
 
-def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
-    """Equal runs of rows whose logits fit the workspace."""
-    budget = WORKSPACE.get(device.type, WORKSPACE["cpu"])
-    largest = max(1, budget // (vocabulary * accumulation_dtype(dtype).itemsize))
-    count = -(-rows // largest)
-    for index in range(count):
-        yield slice(rows * index // count, rows * (index + 1) // count)
+def chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+    """Runs of rows whose logits fit the workspace."""
+    return runs(rows, most(workspace(device), vocabulary * accumulation_dtype(dtype).itemsize))
 
 
-def log_softmax_(x: Tensor) -> Tensor:
-    """Turn logits [n, V] into log-probabilities, in place; return their log-sum-exp [n].
+def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns], uninitialised. Its rows begin at multiples of 128 bytes, as fast products need them to."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
 
-    The log-sum-exp is read off the largest entry, where the difference of the two loses the least.
+
+def padded(columns: int) -> int:
+    return -(-columns // 64) * 64
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, summed in fp32. out: fp32, or the dtype of a and b.
+
+    A GPU multiplies narrow operands into wide results. A CPU would round the result first, so there the operands
+    are widened.
+    """
+    if a.device.type == "cpu" and a.dtype != out.dtype:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **wide)
+    else:
+        torch.mm(a, b, out=out, **wide)
+
+
+def without_ignored(hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden with rows of zeros where there is no target: in a sum over rows, 0 times NaN would be NaN."""
+    return hidden.masked_fill((targets == IGNORE).unsqueeze(1), 0)
+
+
+def log_softmax_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits [n, V] into log-probabilities, in place; return each row's peak and log sum exp(x - peak).
+
+    The latter is read off the largest entry, where the difference of the two loses the least.
     """
     peak = x.amax(dim=-1)
     torch.log_softmax(x, dim=-1, out=x)
-    return peak - x.amax(dim=-1)
+    return peak, -x.amax(dim=-1)
 
 
 class HeadProducts:
