@@ -57,10 +57,7 @@ class AdamW:
         device = next(iter(self.parameters.values())).device
         # A tensor, so that a skipped step is not counted and nobody has to ask the device.
         self.updates = torch.zeros((), dtype=torch.float32, device=device)
-        names = list(self.parameters)
-        decayed = [name for name in names if self.parameters[name].ndim >= 2]
-        plain = [name for name in names if self.parameters[name].ndim < 2]
-        self._groups = [(decayed, config.weight_decay), (plain, 0.0)]
+        self._weight_decay = [config.weight_decay if p.ndim >= 2 else 0.0 for p in self.parameters.values()]
 
     @torch.no_grad()
     def step(self, lr: Tensor, clip_scale: Tensor, should_skip: Tensor) -> None:
@@ -69,24 +66,19 @@ class AdamW:
         Where `should_skip` is not 0, parameters, moments and the count of updates stay as they are.
         """
         self.updates += 1 - should_skip
-        for names, weight_decay in self._groups:
-            # A rank may own no rows of a small tensor.
-            names = [name for name in names if local(self.parameters[name]).numel()]
-            if not names:
-                continue
-            adamw(
-                [local(self.parameters[name]) for name in names],
-                [local(self.gradient(name)) for name in names],
-                [local(self.exp_avg[name]) for name in names],
-                [local(self.exp_avg_sq[name]) for name in names],
-                lr=lr,
-                betas=(self.config.beta1, self.config.beta2),
-                eps=self.config.eps,
-                weight_decay=weight_decay,
-                step=self.updates,
-                clip_scale=clip_scale,
-                should_skip=should_skip,
-            )
+        adamw(
+            [local(parameter) for parameter in self.parameters.values()],
+            self.local_gradients(),
+            [local(moment) for moment in self.exp_avg.values()],
+            [local(moment) for moment in self.exp_avg_sq.values()],
+            lr=lr,
+            betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.eps,
+            weight_decay=self._weight_decay,
+            step=self.updates,
+            clip_scale=clip_scale,
+            should_skip=should_skip,
+        )
 
     def gradient(self, name: str) -> Tensor:
         """The accumulated gradient of a parameter; a parameter without one is a mistake of ours."""
@@ -94,6 +86,7 @@ class AdamW:
         assert gradient is not None, f"{name} took no part in the forward pass"
         return gradient
 
+    @torch.no_grad()
     def local_gradients(self) -> list[Tensor]:
         """This rank's part of every gradient."""
         return [local(self.gradient(name)) for name in self.parameters]

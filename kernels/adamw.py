@@ -31,7 +31,6 @@ from torch import Tensor
 from kernels.backend import launch, use_reference, use_triton
 from kernels.rounding import nearest_bfloat16, stochastic_bfloat16, stochastic_bfloat16_reference
 from kernels.tensor_list import (
-    BLOCK,
     NUM_WARPS,
     TRITON_TYPES,
     address,
@@ -40,6 +39,10 @@ from kernels.tensor_list import (
     chunk_table,
     load_chunk,
 )
+
+# Numbers of one block: 8 a thread, eight loads of 16 bytes in flight and 64 registers. Where numbers are not aligned
+# each access has its own address, and only 2 a thread leave the registers to the others.
+BLOCK, TAIL = 1024, 256
 
 Tensors = Sequence[Tensor]
 _shapes, _dtypes = (functools.partial(map, attrgetter(name)) for name in ("shape", "dtype"))
@@ -65,7 +68,7 @@ def adamw_reference(
     skip = should_skip != 0
     decays = _of_each(weight_decay, len(params))
     for param, grad, exp_avg, exp_avg_sq, decay in zip(params, grads, exp_avgs, exp_avg_sqs, decays, strict=True):
-        g = grad * clip_scale
+        g = grad.to(param.dtype) * clip_scale
         m = beta1 * exp_avg + (1 - beta1) * g
         v = beta2 * exp_avg_sq + (1 - beta2) * g.square()
         update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
@@ -101,14 +104,14 @@ def _update_block(
     p_at, g_at, m_at, v_at, shadow_at, position, length, place,
     clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
     GRAD: tl.constexpr, HAS_SHADOW: tl.constexpr, IS_STOCHASTIC: tl.constexpr,
-    IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of a chunk; an aligned one is whole. All contractions are written out: both ways round alike."""
-    p_ptr = block_ptr(p_at, position, tl.float32, IS_ALIGNED, BLOCK)
-    g_ptr = block_ptr(g_at, position, GRAD, IS_ALIGNED, BLOCK)
-    m_ptr = block_ptr(m_at, position, tl.float32, IS_ALIGNED, BLOCK)
-    v_ptr = block_ptr(v_at, position, tl.float32, IS_ALIGNED, BLOCK)
-    inside = None if IS_ALIGNED else position + tl.arange(0, BLOCK) < length
+    p_ptr = block_ptr(p_at, position, tl.float32, VECTOR, BLOCK)
+    g_ptr = block_ptr(g_at, position, GRAD, VECTOR, BLOCK)
+    m_ptr = block_ptr(m_at, position, tl.float32, VECTOR, BLOCK)
+    v_ptr = block_ptr(v_at, position, tl.float32, VECTOR, BLOCK)
+    inside = None if VECTOR > 1 else position + tl.arange(0, BLOCK) < length
     p = tl.load(p_ptr, mask=inside)
     g = tl.load(g_ptr, mask=inside).to(tl.float32) * clip_scale
     m = _lerp(tl.load(m_ptr, mask=inside), g, weight1)
@@ -123,14 +126,14 @@ def _update_block(
             shadow = stochastic_bfloat16(p, seed, place + position + tl.arange(0, BLOCK), step)
         else:
             shadow = nearest_bfloat16(p)
-        tl.store(block_ptr(shadow_at, position, tl.uint16, IS_ALIGNED, BLOCK), shadow, mask=inside)
+        tl.store(block_ptr(shadow_at, position, tl.uint16, VECTOR, BLOCK), shadow, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["tensors", "seed"])
 def _adamw_kernel(
     chunks_ptr, addresses_ptr, weight_decay_ptr, lr_ptr, step_ptr, clip_scale_ptr, should_skip_ptr,
     tensors, weight1, weight2, log_beta1, log_beta2, eps, seed,
-    GRAD: tl.constexpr, HAS_SHADOW: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    GRAD: tl.constexpr, HAS_SHADOW: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     if tl.load(should_skip_ptr) != 0:
         return
@@ -159,13 +162,13 @@ def _adamw_kernel(
         _update_block(
             p_at, g_at, m_at, v_at, shadow_at, position, length, place,
             clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
-            GRAD, HAS_SHADOW, IS_STOCHASTIC, True, BLOCK,
+            GRAD, HAS_SHADOW, IS_STOCHASTIC, 4, BLOCK,
         )  # fmt: skip
-    for position in range(whole, length, BLOCK):
+    for position in range(whole, length, TAIL):
         _update_block(
             p_at, g_at, m_at, v_at, shadow_at, position, length, place,
             clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
-            GRAD, HAS_SHADOW, IS_STOCHASTIC, False, BLOCK,
+            GRAD, HAS_SHADOW, IS_STOCHASTIC, 1, TAIL,
         )  # fmt: skip
 
 
@@ -191,7 +194,7 @@ def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 
 def _adamw_triton(call: _Call) -> None:
     params, grads, *written = call.lists
-    grads = [grad.contiguous() for grad in grads]
+    grads = list(map(Tensor.contiguous, grads))
     _check_memory(params, grads, written)
     device = params[0].device
     chunks = chunk_table(tuple(map(Tensor.numel, params)), device)
@@ -208,6 +211,7 @@ def _adamw_triton(call: _Call) -> None:
         HAS_SHADOW=len(call.lists) == 5,
         IS_STOCHASTIC=call.rounding_seed is not None,
         BLOCK=BLOCK,
+        TAIL=TAIL,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )

@@ -24,8 +24,7 @@ from torch import Tensor
 # Numbers of one chunk: long enough that reading the tables (two dependent loads, about a microsecond) is lost beside
 # streaming it, short enough that a few million numbers reach every multiprocessor.
 CHUNK = 16384
-# Numbers of one block, and the warps that move it: 8 a thread, two accesses of 16 bytes in each list.
-BLOCK, NUM_WARPS = 1024, 4
+NUM_WARPS = 4
 
 TRITON_TYPES = {
     torch.float64: tl.float64,
@@ -83,19 +82,14 @@ def load_chunk(chunks_ptr):
 
 @triton.jit
 def address(addresses_ptr, row, tensors, tensor, start, dtype: tl.constexpr):
-    """Where a chunk begins in memory: an integer, because only `block_ptr` knows how far it may be trusted."""
+    """Where a chunk begins in memory. An integer: what `block_ptr` promises of a pointer must not reach others."""
     itemsize: tl.constexpr = dtype.primitive_bitwidth // 8
     return tl.load(addresses_ptr + row * tensors + tensor) + start * itemsize
 
 
 @triton.jit
-def block_ptr(address, position, dtype: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the block at a position of a chunk. Aligned: to 16 bytes, or to 8 in lists of 16-bit numbers.
-
-    Four numbers an access in every list, whatever its width: one layout of threads serves all, and nothing has to
-    be exchanged between them.
-    """
+def block_ptr(address, position, dtype: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the block at a position of a chunk, known to be aligned to VECTOR numbers."""
     start_ptr = address.to(tl.pointer_type(dtype))
-    if IS_ALIGNED:
-        start_ptr = tl.multiple_of(start_ptr, dtype.primitive_bitwidth // 2)
+    start_ptr = tl.multiple_of(start_ptr, VECTOR * dtype.primitive_bitwidth // 8)
     return start_ptr + position + tl.arange(0, BLOCK)
