@@ -40,6 +40,7 @@ def _costly_ops() -> frozenset[Any]:
     for name in dir(aten):
         if name.startswith("_scaled_dot_product_") and not name.endswith("_backward"):
             found.add(getattr(aten, name).default)
-    ours = getattr(torch.ops, "chimed", None)
-    found |= {getattr(ours, name).default for name in ("attention", "matmul_nt") if hasattr(ours, name)}
+    for library, names in {"chimed": ("attention", "matmul_nt"), "torch_attn": ("_varlen_attn",)}.items():
+        ops = getattr(torch.ops, library)
+        found |= {getattr(ops, name).default for name in names if hasattr(ops, name)}
     return frozenset(found)

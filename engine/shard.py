@@ -38,8 +38,8 @@ def parallelize(
     if compile_blocks:
         for block in blocks:
             # Not `block.compile()`: that would draw the hooks of sharding and timing into the graph.
-            # Attention on a GPU is torch's, once a document, and breaks the graph; on a CPU it is one op.
-            block.forward = torch.compile(block.forward, fullgraph=runtime.device.type == "cpu")
+            # One graph: a break would hide what is slow, and our kernels are ops that it can hold.
+            block.forward = torch.compile(block.forward, fullgraph=True)
     # One process in fp32 has nothing to shard and nothing to cast.
     if runtime.world > 1 or precision == "bf16":
         # Inputs stay as they are: FSDP would round the rotary tables, temperatures and loss weights to bf16.

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from kernels.attention import attention, attention_reference
-from kernels.attention.sdpa import attention_sdpa
 from tests.kernels import oracle
 from tests.kernels.oracle import random
 
@@ -103,15 +102,6 @@ def test_attention_is_faithful_for_any_lengths(
     lengths_q, lengths_k = zip(*documents, strict=True)
     inputs = qkv(lengths_q, lengths_k, *groups, 8)
     assert_faithful(face(lengths_q, lengths_k, window), reference(lengths_q, lengths_k, window, 8), inputs)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_sdpa_provider_is_faithful(window: int | None) -> None:
-    lengths_q, lengths_k = [1, 20, 0, 6, 5], [1, 20, 0, 9, 2]
-    cu_seqlens = {"cu_seqlens_q": bounds(lengths_q), "cu_seqlens_k": bounds(lengths_k)}
-    provider = partial(attention_sdpa, **cu_seqlens, scale=0.25, window=window)
-    inputs = qkv(lengths_q, lengths_k, heads=4, kv_heads=2, width=16)
-    assert_faithful(provider, reference(lengths_q, lengths_k, window, 16), inputs)
 
 
 @pytest.mark.parametrize("window", [None, 20])
