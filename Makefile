@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu lint bench-train bench-kernels clean
+.PHONY: setup demo test test-gpu lint bench-train bench-kernels tune-kernels clean
 
 setup: $(READY)
 
@@ -24,8 +24,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 tests
 
+# The kernels' own tests too: on a GPU they run compiled, and in bf16. One process, for one GPU.
 test-gpu: $(READY)
-	$(BIN)/pytest tests/gpu
+	$(BIN)/pytest tests/gpu tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,6 +38,9 @@ bench-train: $(READY)
 
 bench-kernels: $(READY)
 	$(BIN)/python tools/bench_kernels.py
+
+tune-kernels: $(READY)
+	$(BIN)/python tools/tune_kernels.py
 
 clean:
 	rm -rf $(VENV) ckpt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
-# Rounds of a contender: at least so many, as many as fit the time, and fewer when one takes more than a second.
+# Rounds of a contender: at least so many, as many as fit the time, and few when one takes more than half a second.
 LEAST_ROUNDS, MOST_ROUNDS, LONG_ROUNDS = 20, 100, 5
-SECONDS_A_CONTENDER, LONG_SECONDS = 0.25, 1.0
+SECONDS_A_CONTENDER, LONG_SECONDS = 0.25, 0.5
 FLUSH_BYTES = 256 << 20  # several times the 60 MB of an H200's cache
 
 

@@ -79,7 +79,7 @@ def _try(workload: Workload, contender: Contender, clock: Clock) -> tuple[str, d
     extra: dict[Pass, int] = {}
     try:
         if contender.role != "bound":
-            note = _check(workload, contender)
+            note = fault(workload, contender)
             if note:
                 return note, extra
         if clock.measures_memory:
@@ -91,7 +91,8 @@ def _try(workload: Workload, contender: Contender, clock: Clock) -> tuple[str, d
     return "", extra
 
 
-def _check(workload: Workload, contender: Contender) -> str:
+def fault(workload: Workload, contender: Contender) -> str:
+    """What is wrong with a contender's results and gradients, or nothing."""
     inputs = workload.make(0)
     its_inputs = _adapted(contender, inputs)
     outputs = _call(workload, contender, its_inputs)
@@ -151,13 +152,14 @@ def _seats(
     for contender in contenders:
         try:
             sets = [_adapted(contender, inputs) for inputs in shared]
-            seats[contender.name] = _Seat(sets, _runner(workload, contender, stage, sets))
+            seats[contender.name] = _Seat(sets, runner(workload, contender, stage, sets))
         except Exception as error:  # as in _try
             failed(contender.name, error)
     return seats
 
 
-def _runner(workload: Workload, contender: Contender, stage: Pass, sets: list[Inputs]) -> Callable[[], None]:
+def runner(workload: Workload, contender: Contender, stage: Pass, sets: list[Inputs]) -> Callable[[], None]:
+    """A round: one pass on every set of arguments. What a backward needs of its forward is made here."""
     kept: list[Any] = [None] * len(sets)
     upstream: list[list[Tensor]] = [[] for _ in sets]
     graphs: list[list[Tensor]] = []

@@ -74,7 +74,7 @@ def page(findings: Findings) -> str:
         "## Summary",
         "\n".join(f"- {line}" for line in _summary(findings)),
         "## Ours",
-        _piped(_HEAD, [_cells(findings, row) for row in findings.ours()]),
+        piped(_HEAD, [_cells(findings, row) for row in findings.ours()]),
         "## Everyone, in milliseconds",
         _everyone(findings),
         "## Host time a call beyond its launches",
@@ -130,7 +130,7 @@ def _everyone(findings: Findings) -> str:
     }
     order = {op: place for place, op in enumerate(dict.fromkeys(row.op for row in findings.rows))}
     ordered = sorted(jobs, key=lambda job: (order[job[0]], list(jobs).index(job) // len(PASSES)))
-    return _piped(
+    return piped(
         ("op", "shape", "dtype", "pass", *names),
         [(*job, *(times.get((*job, name), "") for name in names)) for job in ordered],
     )
@@ -146,7 +146,7 @@ def _host(rows: Sequence[HostRow]) -> str:
         )
         for row in rows
     ]
-    return _piped(head, cells)
+    return piped(head, cells)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -154,5 +154,5 @@ def _line(cells: Sequence[str]) -> str:
     return " ".join([*(f"{cell:<{width}}" for cell, width in zip(padded, _WIDTHS, strict=True)), last]).rstrip()
 
 
-def _piped(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def piped(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,514 @@
+"""The benchmark on a processor: what it counts, how it times, what it says of wrong, failing and missing contenders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.bench import clock, measure, peers, run, targets, work
+from kernels.bench.attending import attention_workload, decode_workload
+from kernels.bench.ceilings import Ceilings, measure_ceilings
+from kernels.bench.clock import CpuClock, Round, Times, race
+from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
+from kernels.bench.host import measure_host
+from kernels.bench.machine import slug
+from kernels.bench.results import Findings
+from kernels.bench.rowwise import cross_entropy_workload, norm_workload, rotary_workload, row_check, swiglu_workload
+from kernels.bench.run import Sizes, run_benchmark
+from kernels.bench.tables import page, row_text, summary_text
+from kernels.bench.updating import (
+    adamw_workload,
+    gae_workload,
+    grad_norm_workload,
+    parameter_sizes,
+    sample_workload,
+)
+from kernels.bench.workload import OURS, Contender, Inputs, Row, Target, Work, Workload
+from kernels.bench.workloads import BY_OP, RAGGED, workloads
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+UNIT = Ceilings(copy=1e9, product=1e12)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(clock, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(measure, "ROUND_BYTES", 1 << 12)
+    monkeypatch.setattr(measure, "MOST_SETS", 2)
+    monkeypatch.setattr(run, "measure_host", partial(measure_host, calls=1, batches=1))
+
+
+class Stopwatch:
+    """A clock that stands still unless work moves it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def work(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+# What is counted
+
+
+def test_bytes_and_operations_are_those_counted_by_hand() -> None:
+    T, N, b = 8192, 4096, 2
+    assert work.norm_work(T, N, b, False) == {"forward": Work(134_225_920), "backward": Work(201_342_976)}
+    assert work.norm_work(T, N, b, True) == {"forward": Work(268_443_648), "backward": Work(268_451_840)}
+    # Gate and up in and y out, 3 TFb; dy, gate and up in, two gradients out, 5 TFb.
+    assert work.swiglu_work(8192, 11008, 2) == {"forward": Work(541_065_216), "backward": Work(901_775_360)}
+    assert work.rotary_work(10, 3, 8, 5, 2)["forward"] == Work(2 * 10 * 3 * 8 * 2 + 80 + 160)
+    assert work.cross_entropy_work(100, 1000, 2) == {"forward": Work(201_200), "backward": Work(401_200)}
+    head = work.head_work(8192, 4096, 39424, 2)
+    assert head["forward"].flops == 2 * 8192 * 4096 * 39424 == 2_645_699_854_336
+    assert head["backward"].flops == 2 * head["forward"].flops
+    assert head["forward"].bytes == (8192 + 39424) * 4096 * 2 + 12 * 8192
+
+
+def test_attention_counts_visible_pairs_only() -> None:
+    # Lengths 3 and 2: 6 and 3 pairs. Two heads of 4 read one key-value head.
+    counted = work.attention_work([3, 2], heads=2, kv_heads=1, width=4, b=2)
+    assert counted["forward"].flops == 4 * 9 * 2 * 4
+    assert counted["backward"].flops == 10 * 9 * 2 * 4
+    assert counted["forward"].bytes == 2 * (5 * 2 * 4 * 2) + 2 * (5 * 1 * 4 * 2)
+    assert counted["backward"].bytes == 2 * counted["forward"].bytes
+    # 16384 causal: the figure usual in the literature, 2 S^2 H h, and the diagonal.
+    long = work.attention_work([16384], 32, 32, 128, 2)["forward"].flops
+    assert long == 2 * 16384 * 16385 * 32 * 128
+
+
+def test_what_has_no_backward_is_counted_once() -> None:
+    assert work.decode_work([7, 3], 4, 2, 8, 2)["forward"] == Work(
+        2 * 10 * 2 * 8 * 2 + 2 * 2 * 4 * 8 * 2, 4 * 10 * 4 * 8
+    )
+    assert work.adamw_work(1000) == {"forward": Work(28_000)}
+    assert work.grad_norm_work(1000) == {"forward": Work(4000)}
+    assert work.sample_work(64, 1000, 2) == {"forward": Work(129_280)}
+    assert work.gae_work(100) == {"forward": Work(1700)}
+
+
+def test_the_floor_is_the_larger_of_two_times() -> None:
+    assert UNIT.floor(moved=2e6, operations=1e9) == 2.0
+    assert UNIT.floor(moved=2e6, operations=5e9) == 5.0
+
+
+def test_both_passes_together_are_their_sum() -> None:
+    job = swiglu_workload(8, 4, FP32, CPU)
+    assert job.work_of("both") == Work(8 * 4 * 4 * 8)
+
+
+def test_parameters_are_spread_without_losing_any() -> None:
+    sizes = parameter_sizes(500_000_000, 300)
+    assert len(sizes) == 300 and sum(sizes) == 500_000_000
+    assert sizes[0] == 4096 and min(sizes[100:]) > 2_000_000
+
+
+# How it is timed
+
+
+def test_contenders_take_turns_and_the_order_turns_round() -> None:
+    now, order = Stopwatch(), []
+
+    def contender(name: str, seconds: float) -> Round:
+        def run() -> None:
+            order.append(name)
+            now.work(seconds)
+
+        return Round(run, calls=4)
+
+    times = race(CpuClock(now), {"a": contender("a", 0.008), "b": contender("b", 0.02)})
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a"]  # two to warm up each, then in turn
+    assert times["a"].median == pytest.approx(2.0) and times["b"].median == pytest.approx(5.0)
+
+
+def test_percentiles_are_those_of_the_rounds() -> None:
+    times = Times.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (times.median, times.p20, times.p80, times.rounds) == (3.5, 2.0, 5.0, 6)
+    assert Times.of([7.0]) == Times(7.0, 7.0, 7.0, 1)
+
+
+def test_short_rounds_are_repeated_often_and_long_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LEAST_ROUNDS", 20)
+    monkeypatch.setattr(clock, "MOST_ROUNDS", 100)
+    now = Stopwatch()
+    rounds = {str(seconds): Round(partial(now.work, seconds), 1) for seconds in (0.0001, 0.004, 0.1, 2.0)}
+    times = race(CpuClock(now), rounds)
+    assert [one.rounds for one in times.values()] == [100, 62, 20, 5]
+
+
+def test_a_contender_that_raises_drops_out_and_the_others_go_on() -> None:
+    reported: dict[str, str] = {}
+    calls = iter(range(100))
+
+    def fails_late() -> None:
+        if next(calls) == 2:
+            raise RuntimeError("out of luck")
+
+    def fails_at_once() -> None:
+        raise KeyError("no")
+
+    rounds = {"good": Round(lambda: None, 1), "late": Round(fails_late, 1), "bad": Round(fails_at_once, 1)}
+    times = race(CpuClock(), rounds, lambda name, error: reported.update({name: measure.explain(error)}))
+    assert list(times) == ["good"]
+    assert reported == {"late": "failed: RuntimeError: out of luck", "bad": "failed: KeyError: 'no'"}
+    with pytest.raises(KeyError):
+        race(CpuClock(), {"bad": Round(fails_at_once, 1)})
+
+
+def test_ceilings_are_the_best_rate_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = iter([1.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr("kernels.bench.ceilings._time", lambda *_: Times.of([next(milliseconds)]))
+    ceilings, lines = measure_ceilings(CpuClock(), CPU, (1000, 3000), (10, 20))
+    assert ceilings == Ceilings(copy=2 * 3000 / 1e-3, product=2 * 20**3 / 1e-3)
+    assert len(lines) == 4
+
+
+def test_every_set_of_arguments_is_its_own_and_results_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUND_BYTES", 1 << 30)
+    monkeypatch.setattr(measure, "MOST_SETS", 3)
+    seen: list[Tensor] = []
+
+    def double(x: Tensor) -> Tensor:
+        seen.append(2 * x.detach())
+        return 2 * x
+
+    measure.measure(doubling([Contender(OURS, double, "ours")]), CpuClock(), UNIT)
+    *_, a, b, c = seen
+    assert not torch.equal(a, b) and not torch.equal(b, c)
+
+
+def test_upstream_gradients_are_the_same_for_every_contender() -> None:
+    given: dict[str, list[Tensor]] = {"a": [], "b": []}
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            ctx.name = name
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            given[ctx.name].append(dy.clone())
+            return 2 * dy, None
+
+    contenders = [Contender(name, lambda x, name=name: Spy.apply(x, name)) for name in given]
+    measure.measure(doubling(contenders), CpuClock(), UNIT)
+    assert torch.equal(given["a"][0], given["b"][0]) and given["a"][0].std() > 0.5
+
+
+# What is right and wrong
+
+
+def doubling(contenders: list[Contender], dtype: torch.dtype = FP32, aims: tuple[Target, ...] = ()) -> Workload:
+    """An op that doubles 64 numbers."""
+
+    def make(seed: int) -> Inputs:
+        x = torch.randn(64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return (x.requires_grad_(),)
+
+    each = {"forward": Work(512), "backward": Work(512)}
+    return Workload("double", "64", dtype, each, make, contenders, row_check(lambda x: 2 * x, (0,)), targets=aims)
+
+
+class HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+def nan_once(x: Tensor) -> Tensor:
+    return 2 * torch.where(torch.arange(64) == 5, torch.nan, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (lambda x: 2 * x, ""),
+        (lambda x: 2.001 * x, "wrong: result 0 is off by 0.0005"),
+        (HalfGradient.apply, "wrong: gradient of input 0 is off by 0.5"),
+        (nan_once, "wrong: result 0 is off by nan"),
+        (lambda x: (2 * x)[:63], "failed: RuntimeError: "),
+    ],
+    ids=["right", "result", "gradient", "nan", "shape"],
+)
+def test_a_wrong_contender_is_not_timed(call: Callable[[Tensor], Tensor], fault: str) -> None:
+    rows = measure.measure(doubling([Contender("it", call)]), CpuClock(), UNIT)
+    assert [row.stage for row in rows] == ["forward", "backward", "both"]
+    for row in rows:
+        assert row.note.startswith(fault) and (row.note == "") == (fault == "")
+        assert (row.times is None) == (fault != "")
+
+
+def test_half_precision_is_allowed_two_last_places() -> None:
+    def nearly(factor: float) -> str:
+        contender = Contender("it", lambda x: (2 * x.float() * factor).bfloat16())
+        return measure.fault(doubling([], torch.bfloat16), contender)
+
+    assert nearly(1.005) == "" and nearly(1.02).startswith("wrong")
+
+
+def test_an_op_of_ours_that_is_wrong_is_found_and_said() -> None:
+    job = doubling([Contender(OURS, lambda x: 3 * x, "ours"), Contender("eager", lambda x: 2 * x)])
+    findings = found([job])
+    assert {row.contender for row in findings.wrong} == {OURS}
+    assert "WRONG: double 64 float32, forward, ours: wrong: result 0" in summary_text(findings)
+
+
+def test_a_peer_that_fails_is_noted_and_harms_nobody() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("head dimension not supported\nsecond line")
+
+    findings = found([doubling([Contender(OURS, lambda x: 2 * x, "ours"), Contender("flash2", fails)])])
+    assert findings.wrong == []
+    assert {row.note for row in findings.failed_peers} == {"failed: RuntimeError: head dimension not supported"}
+    assert all(row.times is not None for row in findings.ours())
+    assert "- flash2 on double 64, forward: failed" in page(findings)
+
+
+def found(jobs: list[Workload], **options) -> Findings:
+    lines: list[str] = []
+    keywords = {"out": None, "seconds": 100.0, "say": lines.append, "sizes": Sizes((1 << 12,), (16,))} | options
+    return run_benchmark(jobs, CpuClock(), CPU, {"device": "NVIDIA Test", "date": "today"}, **keywords)
+
+
+# Every op, from its tensors to its line
+
+
+def tiny() -> Iterator[Workload]:
+    norm = partial(norm_workload, dtype=FP32, device=CPU)
+    yield norm(40, 16, with_residual=False)
+    yield norm(40, 16, with_residual=True)
+    yield norm(40, 16, with_residual=False, heads=4)
+    yield rotary_workload(40, 4, 2, 16, FP32, CPU)
+    yield swiglu_workload(40, 24, FP32, CPU)
+    yield cross_entropy_workload(40, 100, FP32, CPU)
+    yield linear_cross_entropy_workload(40, 16, 100, FP32, CPU)
+    yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=True)
+    yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=False)
+    yield attention_workload([20, 20], 4, 2, 16, FP32, CPU)
+    yield attention_workload([300, 8, 2], 4, 4, 16, FP32, CPU, name="ragged", equal_work=[290])
+    yield decode_workload(3, 40, 4, 2, 16, FP32, CPU)
+    yield decode_workload(3, 512, 4, 2, 16, FP32, CPU, paged=True)
+    yield adamw_workload(5000, 9, CPU)
+    yield grad_norm_workload(5000, 9, CPU)
+    yield sample_workload(4, 100, FP32, CPU)
+    yield gae_workload(6, 30, CPU)
+
+
+@pytest.mark.parametrize("job", tiny(), ids=lambda job: job.name)
+def test_every_op_and_every_peer_is_right_and_measured(job: Workload) -> None:
+    rows = measure.measure(job, CpuClock(), UNIT)
+    assert {(row.stage, row.contender) for row in rows} == {
+        (stage, one.name) for stage in job.stages for one in job.contenders if stage in one.passes
+    }
+    for row in rows:
+        assert row.note == "" and row.times is not None and row.times.median > 0, row
+        assert row.floor > 0 and row.percent == pytest.approx(100 * row.floor / row.times.median)
+
+
+def test_checks_of_ops_bite() -> None:
+    """Of results that a check looks at only in part, or in a form of its own."""
+
+    def broken(job: Workload, spoil: Callable[[Tensor], Tensor]) -> str:
+        ours = job.contenders[0]
+
+        def call(*inputs):
+            results = ours.call(*inputs)
+            return spoil(results) if isinstance(results, Tensor) else (spoil(results[0]), *results[1:])
+
+        return measure.fault(job, replace(ours, call=call))
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    for job in (
+        attention_workload([8, 8], 2, 1, 16, FP32, CPU),
+        decode_workload(3, 512, 4, 2, 16, FP32, CPU, paged=True),
+        grad_norm_workload(500, 9, CPU),
+        gae_workload(6, 30, CPU),
+    ):
+        assert broken(job, double).startswith("wrong"), job.name
+    assert broken(sample_workload(4, 100, FP32, CPU), lambda token: (token + 1) % 100).startswith("wrong")
+    # The moments and the parameters are changed in place.
+    job = adamw_workload(500, 9, CPU)
+    lazy = replace(
+        job.contenders[0], call=lambda *inputs: job.contenders[0].call(*[x[:-1] for x in inputs[:4]], *inputs[4:])
+    )
+    assert measure.fault(job, lazy).startswith("wrong: change of p 8")
+
+
+def test_a_compiled_peer_runs_its_backward_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    job = norm_workload(8, 16, FP32, CPU, with_residual=False, compiled=True)
+    rows = {row.stage: row for row in measure.measure(job, CpuClock(), UNIT) if row.contender == "compile"}
+    assert [row.note for row in rows.values()] == ["", "", ""]
+    assert all(row.times is not None for row in rows.values())
+
+
+def test_peers_that_are_missing_are_listed_with_a_reason() -> None:
+    peers.module.cache_clear()
+    absent = peers.missing(CPU)
+    assert "cudnn" in absent
+    for peer in ("liger", "flash2", "flash3"):
+        installed = not isinstance(peers.module(peers.PLACES[peer][-1]), str)
+        assert installed or "No module named" in absent[peer] or "Error" in absent[peer]
+    assert peers.liger("no_such_op", "LigerNothing") is None
+
+
+def test_the_list_begins_with_every_op_and_can_be_cut() -> None:
+    whole = workloads(CPU)
+    assert {job.op for job in whole} == set(BY_OP)
+    assert [job.op for job in whole[: len(BY_OP)]] == list(BY_OP)
+    assert len({job.name for job in whole}) == len(whole)
+    assert [job.op for job in workloads(CPU, is_quick=True)] == list(BY_OP)
+    assert {job.op for job in workloads(CPU, ["rms_norm", "swiglu"])} == {"rms_norm", "swiglu"}
+    assert sum(RAGGED) == 32768
+
+
+# What is said of it
+
+
+def row(contender: str, stage: str = "both", ms: float | None = 1.0, **fields) -> Row:
+    role = {"ours": "ours", "auto": "provider", "sdpa": "provider", "the bare products": "bound"}.get(contender, "peer")
+    given = {"op": "op", "shape": "8", "dtype": "bfloat16", "work": Work(1e6), "floor": 0.5} | fields
+    times = None if ms is None else Times(ms, ms, ms, 20)
+    return Row(stage=stage, contender=contender, role=role, times=times, **given)  # type: ignore[arg-type]
+
+
+def test_targets_are_read_off_the_rows() -> None:
+    rows = [
+        row("ours", ms=1.0, extra=3 << 20),
+        row("the bare products", ms=0.8),
+        row("auto", ms=0.9),
+        row("sdpa", ms=0.6),
+        row("ours", "forward", ms=0.5, work=Work(1.0, 2e11)),
+    ]
+    results = {(one.contender, one.stage): one for one in rows}
+    assert targets.percent("both", 50).verdict(results) == (50.0, "met")
+    assert targets.percent("both", 51).verdict(results) == (50.0, "missed")
+    assert targets.times("both", "the bare products", 1.25).verdict(results) == (1.25, "met")
+    assert targets.times("both", "the bare products", 1.2).verdict(results)[1] == "missed"
+    assert targets.teraflops("forward", 450).verdict(results) == (400.0, "missed")
+    assert targets.extra_memory("both", 3 << 20).verdict(results) == (3.0, "met")
+    assert targets.share_of_best("both", "auto", 0.97).verdict(results) == (pytest.approx(0.6 / 0.9), "missed")
+    assert targets.percent("backward", 1).verdict(results) == (None, "not measured")
+    assert targets.times("both", "nobody", 1).verdict(results) == (None, "not measured")
+
+
+def findings_of(*rows: Row) -> Findings:
+    findings = Findings({"device": "NVIDIA H200", "date": "today"}, UNIT, [], {"liger": "not here"})
+    findings.rows = list(rows)
+    return findings
+
+
+def test_the_best_peer_is_the_fastest_that_competes() -> None:
+    ours = row("ours", ms=2.0)
+    findings = findings_of(
+        ours,
+        row("eager", ms=6.0),
+        row("liger", ms=3.0),
+        row("the bare products", ms=1.0),
+        row("sdpa", ms=1.0),
+        row("compile", ms=None, note="failed: it"),
+        row("cudnn", "forward", ms=0.1),
+    )
+    best = findings.best_peer(ours)
+    assert best is not None and best.contender == "liger"
+    assert findings.speed_over(ours, best) == 1.5
+    assert "liger 3" in row_text(findings, ours) and "1.50" in row_text(findings, ours)
+
+
+def test_speed_over_liger_is_summed_up_over_whole_passes() -> None:
+    findings = findings_of(
+        row("ours", ms=1.0),
+        row("liger", ms=4.0),
+        row("liger packed", ms=2.0),  # the better of Liger's two counts
+        row("ours", "forward", ms=1.0),  # a part of `both`: not counted
+        row("liger", "forward", ms=100.0),
+        row("ours", "forward", ms=1.0, shape="9"),  # an op without a backward
+        row("liger", "forward", ms=0.5, shape="9"),
+        row("ours", ms=1.0, shape="10"),
+        row("liger", ms=8.0, shape="10"),
+    )
+    assert findings.liger_summary() == pytest.approx({"slowest": 0.5, "median": 2.0, "geometric mean": 2.0})
+    assert "slowest 0.50 (missed: ≥ 1), median 2.00 (met: ≥ 1.15)" in findings.liger_verdict()
+    assert findings_of(row("ours")).liger_verdict() == "Liger-Kernel: not measured (not here)."
+
+
+def test_what_binds_decides_the_rate() -> None:
+    assert row("ours", ms=2.0, work=Work(1e9, 1e9)).rate == 5e11
+    assert row("ours", ms=2.0, work=Work(1e9, 1e12)).rate == 5e14
+    assert row("ours", ms=None).rate is None and row("ours", ms=None).percent is None
+
+
+def test_files_hold_what_was_found(tmp_path: Path) -> None:
+    aims = (targets.percent("forward", 0.0), targets.extra_memory("both", 1))
+    contenders = [Contender(OURS, lambda x: 2 * x, "ours"), Contender("eager", lambda x: x + x)]
+    findings = found([doubling(contenders, aims=aims)], out=tmp_path)
+    stem = tmp_path / "kernels-test"
+    lines = list(csv.DictReader(Path(f"{stem}.csv").read_text().splitlines()))
+    assert [(line["pass"], line["contender"]) for line in lines] == [
+        (stage, name) for stage in ("forward", "backward", "both") for name in ("ours", "eager")
+    ]
+    assert float(lines[0]["ms"]) == pytest.approx(findings.rows[0].times.median, abs=1e-6)  # type: ignore[union-attr]
+    assert float(lines[0]["bytes"]) == 512 and lines[0]["extra_mib"] == ""
+    data = json.loads(Path(f"{stem}.json").read_text())
+    assert data["targets"][0]["verdict"] == "met" and data["targets"][1]["verdict"] == "not measured"
+    assert data["ceilings"]["copy_bytes_per_s"] == findings.ceilings.copy
+    assert len(data["host_microseconds"]) == len(findings.host) > 5
+    text = Path(f"{stem}.md").read_text()
+    assert "# Kernels on NVIDIA Test" in text and "Targets: 1 of 1 met, 1 not measured." in text
+    pytest.importorskip("matplotlib")
+    assert Path(f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".kernels*"))
+
+
+def test_what_the_time_does_not_suffice_for_is_named(tmp_path: Path) -> None:
+    now = Stopwatch()
+
+    def slow(x: Tensor) -> Tensor:
+        now.work(1.0)
+        return 2 * x
+
+    jobs = [replace(doubling([Contender(OURS, slow, "ours")]), shape=name) for name in ("a", "b", "c")]
+    findings = found(jobs, seconds=5.0, now=now)
+    assert findings.unmeasured == ["double b float32", "double c float32"]
+    assert {one.shape for one in findings.rows} == {"a"}
+    assert "The time was up: 2 not measured: double b float32, double c float32." in summary_text(findings)
+
+
+def test_host_time_is_that_of_calls_without_launches() -> None:
+    ticks = Stopwatch()
+
+    def now() -> float:
+        ticks.work(1e-3)
+        return ticks()
+
+    rows = {one.op: one for one in measure_host(CPU, now, calls=10, batches=3)}
+    assert rows["an empty function"].launches == 0
+    assert rows["rms_norm"].launches == 1 and rows["sample"].launches > 0
+    assert rows["rms_norm"].inference == pytest.approx(100.0)  # one tick of 1000 µs over ten calls
+    assert rows["rms_norm"].backward == pytest.approx(100.0) and not rows["rms_norm"].is_met
+    assert rows["sample"].backward is None
+
+
+def test_files_are_named_after_the_chip() -> None:
+    assert slug("NVIDIA H200") == "h200"
+    assert slug("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
