@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -145,12 +146,12 @@ def test_successive_steps_and_neighbouring_seeds_are_independent() -> None:
     draws, columns = 2**15, 7
     logits = random(columns, seed=4)
     p = logits.double().softmax(dim=0).cpu()
-    here, next_step, next_seed = (
+    here_and_next = [
         sample(logits.expand(draws, columns), 1.0, seeds(draws, first), STEP + later)[0]
         for first, later in ((0, 0), (0, 1), (1, 0))
-    )
-    for other in (next_step, next_seed):
-        pairs = (here * columns + other).bincount(minlength=columns**2)
+    ]
+    for one, other in combinations(here_and_next, 2):
+        pairs = (one * columns + other).bincount(minlength=columns**2)
         assert_follows(pairs.cpu(), torch.outer(p, p).flatten())
 
 
