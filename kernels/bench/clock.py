@@ -196,7 +196,8 @@ class CudaClock:
 
     def _cycles_a_millisecond(self, cycles: int = 10_000_000) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(cycles)
+        for _ in range(10):  # an idle chip's clock is slow, and takes a while to rise
+            torch.cuda._sleep(cycles)
         start.record()
         torch.cuda._sleep(cycles)
         end.record()

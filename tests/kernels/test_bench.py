@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.bench import clock, measure, peers, run, targets, work
+from kernels.bench import clock, measure, peers, work
 from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.ceilings import Ceilings, measure_ceilings
 from kernels.bench.clock import CpuClock, Round, Times, race
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
-from kernels.bench.host import measure_host
-from kernels.bench.machine import slug
-from kernels.bench.results import Findings
-from kernels.bench.rowwise import cross_entropy_workload, norm_workload, rotary_workload, row_check, swiglu_workload
-from kernels.bench.run import Sizes, run_benchmark
-from kernels.bench.tables import page, row_text, summary_text
+from kernels.bench.rowwise import cross_entropy_workload, norm_workload, rotary_workload, swiglu_workload
 from kernels.bench.updating import (
     adamw_workload,
     gae_workload,
@@ -31,35 +23,11 @@ from kernels.bench.updating import (
     parameter_sizes,
     sample_workload,
 )
-from kernels.bench.workload import OURS, Contender, Inputs, Row, Target, Work, Workload
+from kernels.bench.workload import OURS, Contender, Work, Workload
 from kernels.bench.workloads import BY_OP, RAGGED, workloads
+from tests.kernels.bench_jobs import CPU, FP32, UNIT, Stopwatch, doubling, few_rounds
 
-CPU = torch.device("cpu")
-FP32 = torch.float32
-UNIT = Ceilings(copy=1e9, product=1e12)
-
-
-@pytest.fixture(autouse=True)
-def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "LEAST_ROUNDS", 2)
-    monkeypatch.setattr(clock, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(measure, "ROUND_BYTES", 1 << 12)
-    monkeypatch.setattr(measure, "MOST_SETS", 2)
-    monkeypatch.setattr(run, "measure_host", partial(measure_host, calls=1, batches=1))
-
-
-class Stopwatch:
-    """A clock that stands still unless work moves it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def work(self, seconds: float) -> None:
-        self.seconds += seconds
-
+__all__ = ["few_rounds"]  # a fixture for every test here
 
 # What is counted
 
@@ -212,17 +180,6 @@ def test_upstream_gradients_are_the_same_for_every_contender() -> None:
 # What is right and wrong
 
 
-def doubling(contenders: list[Contender], dtype: torch.dtype = FP32, aims: tuple[Target, ...] = ()) -> Workload:
-    """An op that doubles 64 numbers."""
-
-    def make(seed: int) -> Inputs:
-        x = torch.randn(64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        return (x.requires_grad_(),)
-
-    each = {"forward": Work(512), "backward": Work(512)}
-    return Workload("double", "64", dtype, each, make, contenders, row_check(lambda x: 2 * x, (0,)), targets=aims)
-
-
 class HalfGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -262,30 +219,6 @@ def test_half_precision_is_allowed_two_last_places() -> None:
         return measure.fault(doubling([], torch.bfloat16), contender)
 
     assert nearly(1.005) == "" and nearly(1.02).startswith("wrong")
-
-
-def test_an_op_of_ours_that_is_wrong_is_found_and_said() -> None:
-    job = doubling([Contender(OURS, lambda x: 3 * x, "ours"), Contender("eager", lambda x: 2 * x)])
-    findings = found([job])
-    assert {row.contender for row in findings.wrong} == {OURS}
-    assert "WRONG: double 64 float32, forward, ours: wrong: result 0" in summary_text(findings)
-
-
-def test_a_peer_that_fails_is_noted_and_harms_nobody() -> None:
-    def fails(x: Tensor) -> Tensor:
-        raise RuntimeError("head dimension not supported\nsecond line")
-
-    findings = found([doubling([Contender(OURS, lambda x: 2 * x, "ours"), Contender("flash2", fails)])])
-    assert findings.wrong == []
-    assert {row.note for row in findings.failed_peers} == {"failed: RuntimeError: head dimension not supported"}
-    assert all(row.times is not None for row in findings.ours())
-    assert "- flash2 on double 64, forward: failed" in page(findings)
-
-
-def found(jobs: list[Workload], **options) -> Findings:
-    lines: list[str] = []
-    keywords = {"out": None, "seconds": 100.0, "say": lines.append, "sizes": Sizes((1 << 12,), (16,))} | options
-    return run_benchmark(jobs, CpuClock(), CPU, {"device": "NVIDIA Test", "date": "today"}, **keywords)
 
 
 # Every op, from its tensors to its line
@@ -380,135 +313,3 @@ def test_the_list_begins_with_every_op_and_can_be_cut() -> None:
     assert [job.op for job in workloads(CPU, is_quick=True)] == list(BY_OP)
     assert {job.op for job in workloads(CPU, ["rms_norm", "swiglu"])} == {"rms_norm", "swiglu"}
     assert sum(RAGGED) == 32768
-
-
-# What is said of it
-
-
-def row(contender: str, stage: str = "both", ms: float | None = 1.0, **fields) -> Row:
-    role = {"ours": "ours", "auto": "provider", "sdpa": "provider", "the bare products": "bound"}.get(contender, "peer")
-    given = {"op": "op", "shape": "8", "dtype": "bfloat16", "work": Work(1e6), "floor": 0.5} | fields
-    times = None if ms is None else Times(ms, ms, ms, 20)
-    return Row(stage=stage, contender=contender, role=role, times=times, **given)  # type: ignore[arg-type]
-
-
-def test_targets_are_read_off_the_rows() -> None:
-    rows = [
-        row("ours", ms=1.0, extra=3 << 20),
-        row("the bare products", ms=0.8),
-        row("auto", ms=0.9),
-        row("sdpa", ms=0.6),
-        row("ours", "forward", ms=0.5, work=Work(1.0, 2e11)),
-    ]
-    results = {(one.contender, one.stage): one for one in rows}
-    assert targets.percent("both", 50).verdict(results) == (50.0, "met")
-    assert targets.percent("both", 51).verdict(results) == (50.0, "missed")
-    assert targets.times("both", "the bare products", 1.25).verdict(results) == (1.25, "met")
-    assert targets.times("both", "the bare products", 1.2).verdict(results)[1] == "missed"
-    assert targets.teraflops("forward", 450).verdict(results) == (400.0, "missed")
-    assert targets.extra_memory("both", 3 << 20).verdict(results) == (3.0, "met")
-    assert targets.share_of_best("both", "auto", 0.97).verdict(results) == (pytest.approx(0.6 / 0.9), "missed")
-    assert targets.percent("backward", 1).verdict(results) == (None, "not measured")
-    assert targets.times("both", "nobody", 1).verdict(results) == (None, "not measured")
-
-
-def findings_of(*rows: Row) -> Findings:
-    findings = Findings({"device": "NVIDIA H200", "date": "today"}, UNIT, [], {"liger": "not here"})
-    findings.rows = list(rows)
-    return findings
-
-
-def test_the_best_peer_is_the_fastest_that_competes() -> None:
-    ours = row("ours", ms=2.0)
-    findings = findings_of(
-        ours,
-        row("eager", ms=6.0),
-        row("liger", ms=3.0),
-        row("the bare products", ms=1.0),
-        row("sdpa", ms=1.0),
-        row("compile", ms=None, note="failed: it"),
-        row("cudnn", "forward", ms=0.1),
-    )
-    best = findings.best_peer(ours)
-    assert best is not None and best.contender == "liger"
-    assert findings.speed_over(ours, best) == 1.5
-    assert "liger 3" in row_text(findings, ours) and "1.50" in row_text(findings, ours)
-
-
-def test_speed_over_liger_is_summed_up_over_whole_passes() -> None:
-    findings = findings_of(
-        row("ours", ms=1.0),
-        row("liger", ms=4.0),
-        row("liger packed", ms=2.0),  # the better of Liger's two counts
-        row("ours", "forward", ms=1.0),  # a part of `both`: not counted
-        row("liger", "forward", ms=100.0),
-        row("ours", "forward", ms=1.0, shape="9"),  # an op without a backward
-        row("liger", "forward", ms=0.5, shape="9"),
-        row("ours", ms=1.0, shape="10"),
-        row("liger", ms=8.0, shape="10"),
-    )
-    assert findings.liger_summary() == pytest.approx({"slowest": 0.5, "median": 2.0, "geometric mean": 2.0})
-    assert "slowest 0.50 (missed: ≥ 1), median 2.00 (met: ≥ 1.15)" in findings.liger_verdict()
-    assert findings_of(row("ours")).liger_verdict() == "Liger-Kernel: not measured (not here)."
-
-
-def test_what_binds_decides_the_rate() -> None:
-    assert row("ours", ms=2.0, work=Work(1e9, 1e9)).rate == 5e11
-    assert row("ours", ms=2.0, work=Work(1e9, 1e12)).rate == 5e14
-    assert row("ours", ms=None).rate is None and row("ours", ms=None).percent is None
-
-
-def test_files_hold_what_was_found(tmp_path: Path) -> None:
-    aims = (targets.percent("forward", 0.0), targets.extra_memory("both", 1))
-    contenders = [Contender(OURS, lambda x: 2 * x, "ours"), Contender("eager", lambda x: x + x)]
-    findings = found([doubling(contenders, aims=aims)], out=tmp_path)
-    stem = tmp_path / "kernels-test"
-    lines = list(csv.DictReader(Path(f"{stem}.csv").read_text().splitlines()))
-    assert [(line["pass"], line["contender"]) for line in lines] == [
-        (stage, name) for stage in ("forward", "backward", "both") for name in ("ours", "eager")
-    ]
-    assert float(lines[0]["ms"]) == pytest.approx(findings.rows[0].times.median, abs=1e-6)  # type: ignore[union-attr]
-    assert float(lines[0]["bytes"]) == 512 and lines[0]["extra_mib"] == ""
-    data = json.loads(Path(f"{stem}.json").read_text())
-    assert data["targets"][0]["verdict"] == "met" and data["targets"][1]["verdict"] == "not measured"
-    assert data["ceilings"]["copy_bytes_per_s"] == findings.ceilings.copy
-    assert len(data["host_microseconds"]) == len(findings.host) > 5
-    text = Path(f"{stem}.md").read_text()
-    assert "# Kernels on NVIDIA Test" in text and "Targets: 1 of 1 met, 1 not measured." in text
-    pytest.importorskip("matplotlib")
-    assert Path(f"{stem}.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".kernels*"))
-
-
-def test_what_the_time_does_not_suffice_for_is_named(tmp_path: Path) -> None:
-    now = Stopwatch()
-
-    def slow(x: Tensor) -> Tensor:
-        now.work(1.0)
-        return 2 * x
-
-    jobs = [replace(doubling([Contender(OURS, slow, "ours")]), shape=name) for name in ("a", "b", "c")]
-    findings = found(jobs, seconds=5.0, now=now)
-    assert findings.unmeasured == ["double b float32", "double c float32"]
-    assert {one.shape for one in findings.rows} == {"a"}
-    assert "The time was up: 2 not measured: double b float32, double c float32." in summary_text(findings)
-
-
-def test_host_time_is_that_of_calls_without_launches() -> None:
-    ticks = Stopwatch()
-
-    def now() -> float:
-        ticks.work(1e-3)
-        return ticks()
-
-    rows = {one.op: one for one in measure_host(CPU, now, calls=10, batches=3)}
-    assert rows["an empty function"].launches == 0
-    assert rows["rms_norm"].launches == 1 and rows["sample"].launches > 0
-    assert rows["rms_norm"].inference == pytest.approx(100.0)  # one tick of 1000 µs over ten calls
-    assert rows["rms_norm"].backward == pytest.approx(100.0) and not rows["rms_norm"].is_met
-    assert rows["sample"].backward is None
-
-
-def test_files_are_named_after_the_chip() -> None:
-    assert slug("NVIDIA H200") == "h200"
-    assert slug("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
