@@ -67,11 +67,13 @@ def adamw_reference(
     beta1, beta2 = betas
     skip = should_skip != 0
     decays = _of_each(weight_decay, len(params))
+    lr, clip_scale = lr.double(), clip_scale.double()  # scalars in fp64 leave tensors in their own dtype
+    correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     for param, grad, exp_avg, exp_avg_sq, decay in zip(params, grads, exp_avgs, exp_avg_sqs, decays, strict=True):
         g = grad.to(param.dtype) * clip_scale
         m = beta1 * exp_avg + (1 - beta1) * g
         v = beta2 * exp_avg_sq + (1 - beta2) * g.square()
-        update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+        update = (m / correction1) / ((v / correction2).sqrt() + eps)
         p = param * (1 - lr * decay) - lr * update
         for target, value in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
             target.copy_(torch.where(skip, target, value))
