@@ -35,7 +35,7 @@ from kernels.backend import accumulation_dtype, launch, register_op, use_referen
 # Columns of a group. It decides which token a seed draws, so it is no tuning knob. Near the square root of a
 # vocabulary of 150000, it keeps both heats short: noise for 512 places a row.
 GROUP = 512
-# Groups read by one program: 4096 columns are 8 to 16 KB, and two to four loads of 16 bytes a thread in flight.
+# Groups read by one program: 4096 columns are 8 to 16 KB, four to eight loads of 16 bytes a thread in flight.
 GROUPS_PER_PROGRAM = 8
 
 # Temperatures too small to divide by count as zero: those below the smallest normal number of fp32.
@@ -78,9 +78,9 @@ def sample_reference(
 ) -> tuple[Tensor, Tensor]:
     """Also the face for processors, where it takes hardly longer than its softmax."""
     x = logits.to(accumulation_dtype(logits.dtype))
-    heat = (x.new_full((len(x),), temperature) if temperatures is None else temperatures).unsqueeze(1)
-    is_greedy = heat < _SMALLEST.value
-    logprobs = ((x - x.amax(dim=1, keepdim=True)) / heat.where(~is_greedy, 1)).log_softmax(dim=1)
+    divisor = (x.new_full((len(x),), temperature) if temperatures is None else temperatures).unsqueeze(1)
+    is_greedy = divisor < _SMALLEST.value
+    logprobs = ((x - x.amax(dim=1, keepdim=True)) / divisor.where(~is_greedy, 1)).log_softmax(dim=1)
 
     width = min(GROUP, x.shape[1])
     p = pad(logprobs.exp(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))  # [B, groups, width]
@@ -103,11 +103,11 @@ def _exponential(high, low):
 
 
 @triton.jit
-def _heat(temperatures_ptr, temperature, row):
+def _divisor(temperatures_ptr, temperature, row):
     """(whether the row takes its likeliest token, what its logits are divided by)"""
-    heat = temperature if temperatures_ptr is None else tl.load(temperatures_ptr + row)
-    is_greedy = heat < _SMALLEST
-    return is_greedy, tl.where(is_greedy, 1.0, heat)
+    divisor = temperature if temperatures_ptr is None else tl.load(temperatures_ptr + row)
+    is_greedy = divisor < _SMALLEST
+    return is_greedy, tl.where(is_greedy, 1.0, divisor)
 
 
 @triton.jit
@@ -127,11 +127,11 @@ def _sample_groups_kernel(
     row = tl.program_id(0).to(tl.int64) // programs
     group = tl.program_id(0) % programs * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    _, heat = _heat(temperatures_ptr, temperature, row)
+    _, divisor = _divisor(temperatures_ptr, temperature, row)
     x = tl.load(logits_ptr + row * STRIDE + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
     peak = tl.max(x, axis=1)
     origin = tl.where(peak == float("-inf"), 0.0, peak)  # nothing in the group can be drawn
-    p = tl.exp2((x - origin[:, None]) * (_LOG2_E / heat))
+    p = tl.exp2((x - origin[:, None]) * (_LOG2_E / divisor))
     peak_ptr = statistics_ptr + row * (2 * GROUPS)
     tl.store(peak_ptr + group, peak)
     tl.store(peak_ptr + GROUPS + group, tl.sum(p, axis=1))
@@ -157,7 +157,7 @@ def _sample_draw_kernel(
     """Of a row: the group that wins, the column that wins in it, and the logarithm of that column's p."""
     row = tl.program_id(0).to(tl.int64)
     seed, step = tl.load(seeds_ptr + row), tl.load(step_ptr + row * STEP_STRIDE)
-    is_greedy, heat = _heat(temperatures_ptr, temperature, row)
+    is_greedy, divisor = _divisor(temperatures_ptr, temperature, row)
     place = tl.arange(0, BLOCK)
     word0, word1, word2, word3 = tl.philox(seed, place, 0, step.to(tl.int32), (step >> 32).to(tl.int32))
 
@@ -165,17 +165,17 @@ def _sample_draw_kernel(
     peak_ptr = statistics_ptr + row * (2 * GROUPS)
     peak = tl.load(peak_ptr + place, mask=is_group, other=float("-inf"))
     top = tl.max(peak, axis=0)
-    p = tl.load(peak_ptr + GROUPS + place, mask=is_group, other=0.0) * tl.exp2((peak - top) * (_LOG2_E / heat))
+    p = tl.load(peak_ptr + GROUPS + place, mask=is_group, other=0.0) * tl.exp2((peak - top) * (_LOG2_E / divisor))
     group = tl.argmax(tl.where(is_greedy, peak, p / _exponential(word0, word1)), axis=0)
 
     column = group * WIDTH + place
     is_column = (place < WIDTH) & (column < COLUMNS)
     x = tl.load(logits_ptr + row * STRIDE + column, mask=is_column, other=float("-inf")).to(tl.float32)
-    relative_p = tl.exp2((x - tl.max(x, axis=0)) * (_LOG2_E / heat))
+    relative_p = tl.exp2((x - tl.max(x, axis=0)) * (_LOG2_E / divisor))
     winner = tl.argmax(tl.where(is_greedy, x, relative_p / _exponential(word2, word3)), axis=0)
 
     drawn = tl.max(tl.where(place == winner, x, float("-inf")), axis=0)
-    logprob = (drawn - top) / heat - tl.log(tl.sum(p, axis=0))
+    logprob = (drawn - top) / divisor - tl.log(tl.sum(p, axis=0))
     tl.store(token_ptr + row, tl.where(logprob == logprob, group * WIDTH + winner, 0))
     tl.store(logprob_ptr + row, logprob)
 
@@ -233,13 +233,13 @@ def sample(logits: Tensor, temperature: float | Tensor, seeds: Tensor, step: Ten
         raise ValueError(f"seeds are {tuple(seeds.shape)} {seeds.dtype}; they must be int64 {tuple(rows)}")
     if step.shape not in (rows, ()) or step.dtype != torch.int64:
         raise ValueError(f"step is {tuple(step.shape)} {step.dtype}; it must be int64 {tuple(rows)} or ()")
-    heat = None
+    temperatures = None
     if isinstance(temperature, Tensor):
         if temperature.shape != rows or temperature.dtype != torch.float32:
             shape = tuple(temperature.shape)
             raise ValueError(f"temperature is {shape} {temperature.dtype}; it must be a number or fp32 {tuple(rows)}")
-        heat, temperature = temperature.contiguous(), 1.0
+        temperatures, temperature = temperature.contiguous(), 1.0
     elif not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be finite, and 0 or more")
     draw = sample_reference if use_reference() else _sample_op
-    return draw(logits.detach(), seeds.contiguous(), step.expand(rows), heat, float(temperature))
+    return draw(logits.detach(), seeds.contiguous(), step.expand(rows), temperatures, float(temperature))
