@@ -24,6 +24,7 @@ that is 4 H / (K b length) of the former: 1.6% for groups of 4 in 16 bits at 512
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -229,6 +230,7 @@ def candidates(arch: int, dtype: torch.dtype, width: int) -> list[dict[str, int]
     ]
 
 
+@functools.cache
 def _split_length(capacity: int, programs: int, multiprocessors: int) -> int:
     """Keys of a stretch, a power of two.
 
@@ -240,6 +242,10 @@ def _split_length(capacity: int, programs: int, multiprocessors: int) -> int:
     share = triton.next_power_of_2(capacity // wanted + 1) // 2
     fewest = triton.next_power_of_2(triton.cdiv(capacity, MAX_SPLITS))
     return max(fewest, min(max(share, SHORTEST), LONGEST))
+
+
+# Cached, as triton's own take a microsecond or two each, at every layer and token.
+_next_power_of_2 = functools.cache(triton.next_power_of_2)
 
 
 def _decode_attention_triton(
@@ -263,14 +269,15 @@ def _decode_attention_triton(
     if block_table is not None:
         block_table = block_table.contiguous()
         capacity *= block_table.shape[1]
-    width_block = max(16, triton.next_power_of_2(width))
-    blocks = chosen("decode_attention", chip(q.device), q.dtype, width_block)
+    width_block = max(16, _next_power_of_2(width))
+    here = chip(q.device)
+    blocks = chosen("decode_attention", here, q.dtype, width_block)
     if window is not None:
         capacity = min(capacity, window + blocks["BLOCK"])
 
-    programs = rows * kv_heads * triton.cdiv(heads // kv_heads, TILE)
-    split_length = _split_length(capacity, programs, chip(q.device).multiprocessors)
-    splits = max(1, triton.cdiv(capacity, split_length))
+    programs = rows * kv_heads * -(-(heads // kv_heads) // TILE)
+    split_length = _split_length(capacity, programs, here.multiprocessors)
+    splits = max(1, -(-capacity // split_length))
     out = q.new_empty(q.shape)
     if splits == 1:
         partial = lse = out
@@ -293,7 +300,7 @@ def _decode_attention_triton(
         **blocks,
     )
     if splits > 1:
-        size = triton.next_power_of_2(splits)
+        size = _next_power_of_2(splits)
         launch(
             _decode_attention_sum_kernel,
             (rows * heads,),
@@ -394,10 +401,9 @@ def decode_attention(
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, block_table: Tensor | None
 ) -> None:
-    shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
-    if q.ndim != 3 or k_cache.ndim != 4 or k_cache.shape != v_cache.shape or q.shape[2] != k_cache.shape[3]:
-        raise ValueError(f"{shapes} do not fit")
-    if q.shape[1] % k_cache.shape[2] or (block_table is None and len(q) != len(k_cache)):
+    is_shaped = q.ndim == 3 and k_cache.ndim == 4 and k_cache.shape == v_cache.shape and q.shape[2] == k_cache.shape[3]
+    if not is_shaped or q.shape[1] % k_cache.shape[2] or (block_table is None and len(q) != len(k_cache)):
+        shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
         raise ValueError(f"{shapes} do not fit")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q is {q.dtype}, the caches are {k_cache.dtype} and {v_cache.dtype}")
