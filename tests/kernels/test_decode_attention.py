@@ -174,23 +174,6 @@ def test_a_captured_call_follows_its_lengths() -> None:
         assert torch.equal(captured, decode_attention(q, k_cache, v_cache, lengths))
 
 
-@pytest.mark.gpu
-def test_a_cache_of_more_than_two_to_the_31st_numbers_is_read_to_its_end() -> None:
-    window, capacity = 64, 2**31 // 1024 + 999
-    q = random(1, 32, 128, dtype=torch.bfloat16)
-    caches = [torch.zeros(1, capacity, 8, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
-    for seed, cache in enumerate(caches):
-        cache[:, -window:] = random(1, window, 8, 128, seed=seed, dtype=torch.bfloat16)
-    ends = [cache[:, -window:].contiguous() for cache in caches]
-    far = decode_attention(q, *caches, int32([capacity]), window=window)
-    assert torch.allclose(far, decode_attention(q, *ends, int32([window])), rtol=2e-2, atol=2e-3)
-    pages = [cache.view(-1, 1, 8, 128) for cache in caches]
-    table = torch.arange(capacity - window, capacity, dtype=torch.int32, device=DEVICE)[None]
-    assert torch.equal(
-        decode_attention(q, *pages, int32([window]), block_table=table), decode_attention(q, *ends, int32([window]))
-    )
-
-
 def test_stretches_follow_from_shapes_and_stay_within_bounds() -> None:
     for capacity in (1, SHORTEST, 4096, 5000, 131072, 10**6):
         for programs in (1, 8, 512, 10**5):
