@@ -10,9 +10,13 @@ With r = rsqrt(mean(x^2) + eps) and g = dy * weight, the gradients are
 The forward keeps r, one number a row, so the backward reads x once more instead of keeping x * r.
 
 Traffic for T rows of N numbers of b bytes: forward 2TNb, with the add 4TNb; backward 3TNb, with the add 4TNb, and
-the partial sums of dweight. These need a sum over all rows: a few programs on every multiprocessor walk over the
-rows, each keeps one fp32 row of partial sums, and torch adds those up. So there are no atomics, and the result does
-not depend on which program finishes first.
+the partial sums of dweight. These need a sum over all rows: one or two programs on every multiprocessor walk over the
+rows, each keeps one fp32 row of partial sums, and a second kernel adds those up. So there are no atomics, and the
+result does not depend on which program finishes first. While a program computes its rows, asynchronous copies bring
+the next ones to shared memory.
+
+A row of x * r, g, weight and dweight in fp32 fills the registers of a multiprocessor at 8192 columns. Of wider rows
+a program owns a piece; it reads the other pieces too, from the L2 cache mostly, for the mean.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from torch import Tensor
 
 from kernels.backend import accumulation_dtype, chip, launch, register_op, use_reference
 
-# The widest row: a program holds one row in registers.
+# The widest row: a program of the forward holds one row in registers.
 MAX_COLUMNS = 16384
-# Backward programs on one multiprocessor. Their loops hide each other's latency; each leaves a partial row.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# The widest row of which a program of the backward holds x * r, g, weight and dweight in registers.
+WHOLE_ROW = 8192
+# What a multiprocessor has for tiles: 164 and 228 KB, less what the system and the sums over rows take.
+SHARED_MEMORY = {80: 160 * 1024, 90: 224 * 1024}
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,7 +47,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(residual, weight, eps), residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -58,26 +64,40 @@ def _rms_norm_fwd_kernel(
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    is_row = row < rows
-    inside = is_row[:, None] & (column < COLUMNS)[None, :]
-    place = (row * COLUMNS)[:, None] + column[None, :]
-    x_place = (row // heads * x_stride + row % heads * COLUMNS)[:, None] + column[None, :]
-
-    x = tl.load(x_ptr + x_place, mask=inside, other=0.0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < COLUMNS)
+    # Asked for before the row's mean is known, so that its way is not added to the row's.
+    weight = tl.load(weight_ptr + column, mask=column < COLUMNS, other=0.0)
+    x = tl.load(x_ptr + (row // heads * x_stride + row % heads * COLUMNS) + column, mask=inside, other=0.0)
+    x = x.to(tl.float32)
     if HAS_RESIDUAL:
-        total = x + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total = x + tl.load(residual_ptr + row * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
         narrow = total.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + place, narrow, mask=inside)
+        tl.store(sum_ptr + row * COLUMNS + column, narrow, mask=inside)
         x = narrow.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / COLUMNS + eps)
-    tl.store(rstd_ptr + row, rstd, mask=is_row)
-    weight = tl.load(weight_ptr + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
-    tl.store(y_ptr + place, x * rstd[:, None] * weight[None, :], mask=inside)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / COLUMNS + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    tl.store(y_ptr + row * COLUMNS + column, x * rstd * weight.to(tl.float32), mask=inside)
 
 
 @triton.jit
+def _load_terms(x_ptr, dy_ptr, inside, weight, rstd):
+    """A tile's x * r, dy and g, in fp32."""
+    normed = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32) * rstd
+    dy = tl.load(dy_ptr, mask=inside, other=0.0).to(tl.float32)
+    return normed, dy, dy * weight
+
+
+@triton.jit
+def _store_dx(dx_ptr, dsum_ptr, inside, normed, g, mean, rstd, HAS_DSUM: tl.constexpr):
+    dx = (g - normed * mean) * rstd
+    if HAS_DSUM:
+        dx += tl.load(dsum_ptr, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr, dx, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_bwd_kernel(
     dy_ptr,
     dsum_ptr,
@@ -91,42 +111,107 @@ def _rms_norm_bwd_kernel(
     x_stride,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_DSUM: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    is_column = column < COLUMNS
-    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS)
+    """A program's columns are a block and a tail, or one piece of several; other pieces only add to the mean."""
+    program = (tl.program_id(0) // PIECES).to(tl.int64)
+    piece = tl.program_id(0) % PIECES
+    column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    if TAIL > 0:
+        tail_column = BLOCK + tl.arange(0, TAIL)[None, :]
+        tail_weight = tl.load(weight_ptr + tail_column, mask=tail_column < COLUMNS, other=0.0).to(tl.float32)
+        tail_dweight = tl.zeros((ROWS, TAIL), tl.float32)
+    # In stages: the next rows are on their way to shared memory while these are computed.
+    for start in tl.range(program * ROWS, rows, tl.num_programs(0) // PIECES * ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)[:, None]
         is_row = row < rows
-        inside = is_row[:, None] & is_column[None, :]
-        place = (row * COLUMNS)[:, None] + column[None, :]
-        x_place = (row // heads * x_stride + row % heads * COLUMNS)[:, None] + column[None, :]
-        x = tl.load(x_ptr + x_place, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        x_row = x_ptr + (row // heads * x_stride + row % heads * COLUMNS)
+        dy_row, dsum_row, dx_row = dy_ptr + row * COLUMNS, dsum_ptr + row * COLUMNS, dx_ptr + row * COLUMNS
         rstd = tl.load(rstd_ptr + row, mask=is_row, other=0.0)
-        normed = x * rstd[:, None]
-        dweight += tl.sum(dy * normed, axis=0)
-        g = dy * weight[None, :]
-        mean = tl.sum(g * normed, axis=1) / COLUMNS
-        dx = (g - normed * mean[:, None]) * rstd[:, None]
-        if HAS_DSUM:
-            dx += tl.load(dsum_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + place, dx, mask=inside)
-    tl.store(partial_ptr + program * COLUMNS + column, dweight, mask=is_column)
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
+        for step in tl.static_range(1, PIECES):
+            other = (piece + step) % PIECES * BLOCK + tl.arange(0, BLOCK)[None, :]
+            other_weight = tl.load(weight_ptr + other, mask=other < COLUMNS, other=0.0).to(tl.float32)
+            in_other = is_row & (other < COLUMNS)
+            normed, _, g = _load_terms(x_row + other, dy_row + other, in_other, other_weight, rstd)
+            products += g * normed
+        inside = is_row & (column < COLUMNS)
+        normed, dy, g = _load_terms(x_row + column, dy_row + column, inside, weight, rstd)
+        dweight += dy * normed
+        total = tl.sum(products + g * normed, axis=1, keep_dims=True)
+        if TAIL > 0:
+            in_tail = is_row & (tail_column < COLUMNS)
+            tail_normed, dy, tail_g = _load_terms(x_row + tail_column, dy_row + tail_column, in_tail, tail_weight, rstd)
+            tail_dweight += dy * tail_normed
+            total += tl.sum(tail_g * tail_normed, axis=1, keep_dims=True)
+        mean = total / COLUMNS
+        _store_dx(dx_row + column, dsum_row + column, inside, normed, g, mean, rstd, HAS_DSUM)
+        if TAIL > 0:
+            places = dx_row + tail_column, dsum_row + tail_column
+            _store_dx(*places, in_tail, tail_normed, tail_g, mean, rstd, HAS_DSUM)
+    column = piece * BLOCK + tl.arange(0, BLOCK)
+    tl.store(partial_ptr + program * COLUMNS + column, tl.sum(dweight, axis=0), mask=column < COLUMNS)
+    if TAIL > 0:
+        column = BLOCK + tl.arange(0, TAIL)
+        tl.store(partial_ptr + program * COLUMNS + column, tl.sum(tail_dweight, axis=0), mask=column < COLUMNS)
 
 
-def _blocks(columns: int) -> dict[str, int]:
-    """Blocks and warps for a width; of the width alone, so that a row's sum is taken in the same order anywhere."""
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"rows of {columns} numbers: the kernel takes at most {MAX_COLUMNS}")
+@triton.jit(do_not_specialize=["rows"])
+def _sum_rows_kernel(x_ptr, sum_ptr, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        total += tl.load(x_ptr + row * COLUMNS + column, mask=(row < rows) & (column < COLUMNS), other=0.0)
+    column = first + tl.arange(0, BLOCK)
+    tl.store(sum_ptr + column, tl.sum(total, axis=0), mask=column < COLUMNS)
+
+
+def _fwd_options(columns: int) -> dict[str, int]:
+    """How the forward is launched: by the width alone, so that a row's sum is taken in the same order anywhere."""
     block = triton.next_power_of_2(columns)
     rows = max(1, 2048 // block)  # of heads, several rows: a program should move a few kilobytes
-    # 16 numbers a thread: two loads of 16 bytes in flight, and no spills before 16384 columns.
+    # 16 numbers a thread are two loads of 16 bytes; 16 warps are enough to load 16384 columns without spills.
     return {"COLUMNS": columns, "BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
+
+
+def _bwd_options(columns: int, x_bytes: int, weight_bytes: int, streams: int, arch: int) -> tuple[dict[str, int], int]:
+    """How the backward is launched, and how many of its programs a multiprocessor holds at once.
+
+    By the width, the dtypes and the chip alone, never by the number of rows.
+
+    Args:
+        x_bytes, weight_bytes: of one number.
+        streams: rows that are read: x and dy, and dsum where there is one.
+    """
+    pieces, tail, programs = 1, 0, 1
+    if columns > WHOLE_ROW:
+        block = 16384 // x_bytes
+        # 8 columns a thread in 16 bits: a load of 16 bytes. fp32 spills with fewer than 255 registers.
+        pieces, rows, warps = triton.cdiv(columns, block), 1, 32 if x_bytes == 2 else 8
+    else:
+        block = triton.next_power_of_2(columns)
+        # Of 5120 columns the tail spares a block of 8192, and with it a third of the instructions, which matter in 16
+        # bits. With more than 20 columns a thread registers would spill.
+        if x_bytes == 2 and 1024 < columns <= 5 * block // 8:
+            block, tail = block // 2, triton.next_power_of_2(columns - block // 2)
+        rows, warps = max(1, 4096 // block), max(8, block // 512)  # 16 columns a thread
+        # Two programs fill each other's waits for a row's mean. The registers hold only one of 16 warps, or of numbers
+        # that are not loaded in pairs: fp32, and rows that start at any byte.
+        programs = 2 if warps == 8 and x_bytes == 2 and columns % 8 == 0 else 1
+    # What is on its way to one multiprocessor must cover 32 KB, that is 4.3 TB/s / 132 for a microsecond of latency.
+    # Two tiles ahead are 96 KB of 4096 columns in bf16; one ahead where shared memory holds no more.
+    tile = rows * (block + tail) * streams * x_bytes + (pieces - 1) * block * (2 * x_bytes + weight_bytes)
+    stages = 1 + min(2, SHARED_MEMORY[90 if arch >= 90 else 80] // (programs * tile))
+    options = {"COLUMNS": columns, "BLOCK": block, "TAIL": tail, "PIECES": pieces, "ROWS": rows, "STAGES": stages}
+    return options | {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps * programs))}, programs
 
 
 def _head_rows(x: Tensor) -> tuple[Tensor, int, int]:
@@ -145,15 +230,16 @@ def _rms_norm_fwd_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor,
 def _launch_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, sum with the residual, r)"""
     columns = x.shape[-1]
-    rows = x.numel() // max(1, columns)
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"rows of {columns} numbers: the kernel takes at most {MAX_COLUMNS}")
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = y if residual is None else x.new_empty(x.shape)
     x, heads, stride = _head_rows(x) if residual is None else (x.contiguous(), 1, columns)
     residual = x if residual is None else residual.contiguous()
-    blocks = _blocks(columns)
-    grid = (triton.cdiv(rows, blocks["ROWS"]),)
-    arguments = x, residual, weight.contiguous(), y, total, rstd, rows, heads, stride, eps
-    launch(_rms_norm_fwd_kernel, grid, *arguments, HAS_RESIDUAL=total is not y, **blocks)
+    options = _fwd_options(columns)
+    grid = (triton.cdiv(rstd.numel(), options["ROWS"]),)
+    arguments = x, residual, weight.contiguous(), y, total, rstd, rstd.numel(), heads, stride, eps
+    launch(_rms_norm_fwd_kernel, grid, *arguments, HAS_RESIDUAL=total is not y, **options)
     return y, total, rstd
 
 
@@ -161,18 +247,23 @@ def _rms_norm_bwd_triton(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dsum: what reached the sum by another way; it is added to dx."""
-    columns = x.shape[-1]
-    rows = rstd.numel()
-    blocks = _blocks(columns)
-    tiles = triton.cdiv(rows, blocks["ROWS"])
-    grid = (min(tiles, PROGRAMS_PER_MULTIPROCESSOR * chip(x.device).multiprocessors),)
-    dx, partial = x.new_empty(x.shape), x.new_empty((*grid, columns), dtype=torch.float32)
+    columns, rows, has_dsum = x.shape[-1], rstd.numel(), dsum is not None
+    where = chip(x.device)
+    options, resident = _bwd_options(columns, x.itemsize, weight.itemsize, 2 + has_dsum, where.arch)
+    # All programs run at once, and their partial sums, of 264 programs on 132 multiprocessors, are 3% of the traffic
+    # of 8192 rows.
+    programs = min(triton.cdiv(rows, options["ROWS"]), resident * where.multiprocessors // options["PIECES"])
+    dx, partial = x.new_empty(x.shape), x.new_empty((programs, columns), dtype=torch.float32)
+    dweight = weight.new_empty(weight.shape)
     x, heads, stride = _head_rows(x)
-    dy, has_dsum = dy.contiguous(), dsum is not None
+    dy = dy.contiguous()
     dsum = dy if dsum is None else dsum.contiguous()
     arguments = dy, dsum, x, weight.contiguous(), rstd, dx, partial, rows, heads, stride
-    launch(_rms_norm_bwd_kernel, grid, *arguments, HAS_DSUM=has_dsum, **blocks)
-    return dx, partial.sum(dim=0).to(weight.dtype)
+    launch(_rms_norm_bwd_kernel, (programs * options["PIECES"],), *arguments, HAS_DSUM=has_dsum, **options)
+    # 128 bytes of 256 partial rows a program.
+    blocks = {"COLUMNS": columns, "BLOCK": 32, "ROWS": 256, "num_warps": 8}
+    launch(_sum_rows_kernel, (triton.cdiv(columns, 32),), partial, dweight, programs, **blocks)
+    return dx, dweight
 
 
 def _rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
