@@ -65,7 +65,8 @@ class Lookup:
 
     def candidates(self) -> list[dict[str, int]]:
         """What the module that launches the kernel says may stand there."""
-        return sys.modules[self.module].candidates(self.arch, self.dtype, self.width)
+        named = getattr(sys.modules[self.module], "candidates", None)
+        return named(self.arch, self.dtype, self.width) if named else []
 
 
 _lookups: list[Lookup] | None = None

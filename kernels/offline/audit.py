@@ -20,21 +20,17 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
 
 import kernels
 from kernels.launches import ARCHITECTURES, Lookup, observed_table, read_table
-from kernels.offline.cases import Case
+from kernels.offline.cases import Case, cases
 from kernels.offline.compile import SHARED_MEMORY, Compiled, compile_launch
 from kernels.offline.offsets import narrow_offsets
 from kernels.offline.record import Launch, record
-
-# Kernels that move next to nothing, or ragged runs that begin anywhere: the width of their accesses is no matter.
-NARROW = {
-    "_gae_kernel": "trajectories begin anywhere; a few megabytes an iteration",
-}
 
 
 @dataclass(frozen=True)
@@ -70,68 +66,105 @@ class Row:
 
 @dataclass
 class Audit:
-    """failures: everything that must not be, in words. dropped: candidates that break limits."""
+    """rows: every kernel in every form. silent, uncovered, idle: cases that launch no kernel, or not on tensor cores
+    what should be; kernels that no case launches; entries of the launch table that nothing dispatches, or wrong ones.
+    """
 
-    rows: list[Row] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    rows: list[Row]
+    silent: list[str]
+    uncovered: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[str]:
+        """Kernels that are dispatched and beyond a limit; forms with the same fault together."""
+        alike: dict[tuple[str, tuple[str, ...]], list[Row]] = {}
+        for row in self.rows:
+            if row.broken and row.is_dispatched:
+                alike.setdefault((row.kernel, row.broken), []).append(row)
+        lines = []
+        for (_, faults), rows in alike.items():
+            others = f" and {len(rows) - 1} more forms" if len(rows) > 1 else ""
+            lines.append(f"{rows[0].label}{others}: {', '.join(faults)}")
+        return lines
 
     @property
     def dropped(self) -> list[Row]:
+        """Candidates beyond a limit."""
         return [row for row in self.rows if row.broken and not row.is_dispatched]
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything that must not be, in words."""
+        return self.broken + self.silent + self.uncovered + self.idle
+
+
+_Form = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A launch to compile. trial: (kernel of the table, key) where it is a candidate's."""
+    """A launch to compile. is_trial: with a candidate in the place of an entry of the launch table."""
 
     case: Case
     stage: str
     launch: Launch
     arch: int
-    trial: tuple[str, str] | None = None
+    is_trial: bool = False
 
     @property
-    def form(self) -> tuple[object, ...]:
+    def form(self) -> _Form:
         """What decides the machine code."""
         launch = self.launch
         return launch.kernel.cache_key, launch.signature, launch.constants, launch.aligned, launch.options, self.arch
 
 
-def run_audit(cases: Iterable[Case], workers: int | None = None) -> Audit:
-    """Record, compile and judge all cases; every form of a kernel once.
+def audit_package() -> Audit:
+    """All cases of the package, which must between them reach every kernel and every entry of the launch table."""
+    audit, lookups = audit_cases(cases())
+    launched = {row.kernel for row in audit.rows if row.is_dispatched}
+    audit.uncovered = [f"{name}: no case launches it" for name in all_kernels() if name not in launched]
+    audit.idle = list(_idle_entries(lookups))
+    return audit
+
+
+def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audit, set[Lookup]]:
+    """Record, compile and judge; every form of a kernel once. With what was asked of the launch table.
 
     Args:
         workers: processes that compile; one for every core when None.
     """
-    audit = Audit()
-    jobs, lookups = _record_all(list(cases), audit)
-    audit.rows = _compile_all(jobs, workers or os.cpu_count() or 1)
-    audit.failures += [
-        f"{row.label}: {', '.join(row.broken)}" for row in audit.rows if row.broken and row.is_dispatched
-    ]
-    audit.failures += _table_failures(lookups, {job.trial for job in jobs.values()}, audit.rows)
-    return audit
-
-
-def _record_all(cases: list[Case], audit: Audit) -> tuple[dict[tuple[object, ...], _Job], set[Lookup]]:
-    """One job for every form, those that ops dispatch first."""
-    jobs: dict[tuple[object, ...], _Job] = {}
+    cases = list(cases)
+    jobs: dict[_Form, _Job] = {}  # those that ops dispatch come before candidates of the same form
     asked: set[Lookup] = set()
+    forms: dict[tuple[Case, str, int], list[_Form]] = {}
     for arch in ARCHITECTURES:
         for case in cases:
             launched, lookups = _launches(case, arch)
             asked.update(lookups)
             for stage, launches in launched.items():
-                if not launches:
-                    audit.failures.append(f"sm_{arch} {case.op} {stage}, {case.shape}: launches no kernel")
-                for launch in launches:
-                    job = _Job(case, stage, launch, arch)
+                these = [_Job(case, stage, launch, arch) for launch in launches]
+                forms[case, stage, arch] = [job.form for job in these]
+                for job in these:
                     jobs.setdefault(job.form, job)
+    for arch in ARCHITECTURES:
         for case in cases:
-            if case.is_model:
-                for job in _trials(case, arch):
-                    jobs.setdefault(job.form, job)
-    return jobs, asked
+            for job in _trials(case, arch) if case.is_model else ():
+                jobs.setdefault(job.form, job)
+    rows = dict(zip(jobs, _compile_all(list(jobs.values()), workers or os.cpu_count() or 1), strict=True))
+    silent = [
+        f"sm_{arch} {case.op} {stage}, {case.shape}: {reason}"
+        for (case, stage, arch), of_stage in forms.items()
+        for reason in _silent(case, arch, [rows[form] for form in of_stage])
+    ]
+    return Audit(list(rows.values()), silent), asked
+
+
+def _silent(case: Case, arch: int, rows: list[Row]) -> Iterable[str]:
+    if not rows:
+        yield "launches no kernel"
+    elif case.products is not None and not any(row.products or row.broken for row in rows):
+        yield f"no kernel uses {case.products[arch]}"
 
 
 def _launches(
@@ -163,16 +196,16 @@ def _trials(case: Case, arch: int) -> Iterable[_Job]:
             launched, _ = _launches(case, arch, {entry: candidate})
             for stage, launches in launched.items():
                 for launch in launches:
-                    yield _Job(case, stage, launch, arch, entry)
+                    yield _Job(case, stage, launch, arch, is_trial=True)
 
 
 _jobs: list[_Job] = []
 
 
-def _compile_all(jobs: Mapping[tuple[object, ...], _Job], workers: int) -> list[Row]:
+def _compile_all(jobs: list[_Job], workers: int) -> list[Row]:
     """In processes that are forked, so that kernels, which cannot be pickled, are theirs already."""
     global _jobs
-    _jobs = list(jobs.values())
+    _jobs = jobs
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile_one, range(len(_jobs))))
 
@@ -182,7 +215,7 @@ def _compile_one(index: int) -> Row:
     case, launch = job.case, job.launch
     options = ", ".join(f"{name} {value}" for name, value in _telling(launch))
     dtype = str(case.dtype).removeprefix("torch.")
-    row = (case.op, job.stage, case.shape, dtype, case.width, job.arch, launch.name, options, job.trial is None)
+    row = (case.op, job.stage, case.shape, dtype, case.width, job.arch, launch.name, options, not job.is_trial)
     try:
         found = compile_launch(launch, job.arch)
     except Exception as error:
@@ -203,14 +236,12 @@ def _broken(case: Case, launch: Launch, found: Compiled) -> Iterable[str]:
         yield f"spills {found.spilled} bytes a thread"
     if found.shared > SHARED_MEMORY[found.arch]:
         yield f"needs {found.shared} bytes of shared memory, the chip has {SHARED_MEMORY[found.arch]}"
-    if case.is_wide and launch.has_aligned_pointers and launch.name not in NARROW:
+    if case.is_wide and launch.has_aligned_pointers:
         for what, widest in (("load", found.loads), ("store", found.stores)):
             if 0 < widest < 16 and _moves_much(found.ttir, what, launch):
                 yield f"its widest {what} moves {widest} bytes"
-    if re.search(r"tt\.dot .*: tensor<[\dx]+(?:bf16|f16)>", found.ttir):
-        meant = (case.products or {}).get(found.arch)
-        if meant is not None and found.products != meant:
-            yield f"its products are {found.products}, not {meant}"
+    if case.products is not None and "tt.dot " in found.ttir and found.products != case.products[found.arch]:
+        yield f"its products are {found.products}, not {case.products[found.arch]}"
     yield from narrow_offsets(found.ttir)
 
 
@@ -227,8 +258,8 @@ def _moves_much(ttir: str, what: str, launch: Launch) -> bool:
     return False
 
 
-def _table_failures(lookups: set[Lookup], tried: set[tuple[str, str] | None], rows: list[Row]) -> Iterable[str]:
-    """Entries nobody asks for, or that their module does not offer."""
+def _idle_entries(lookups: set[Lookup]) -> Iterable[str]:
+    """Entries that nobody asks for, or that their module does not offer."""
     asked = {(lookup.kernel, lookup.key): lookup for lookup in lookups}
     for kernel, entries in read_table().items():
         for key, entry in entries.items():
@@ -237,20 +268,19 @@ def _table_failures(lookups: set[Lookup], tried: set[tuple[str, str] | None], ro
                 yield f"launches.json: no case asks for {kernel}, {key}"
             elif entry not in lookup.candidates():
                 yield f"launches.json: {kernel}, {key} is not among the candidates of {lookup.module}"
-            elif (kernel, key) not in tried and len(lookup.candidates()) > 1:
-                yield f"launches.json: no case tries the candidates of {kernel}, {key}"
 
 
 def all_kernels() -> dict[str, triton.JITFunction]:
     """Every Triton function of the package that no other calls, by name."""
     found: dict[str, triton.JITFunction] = {}
-    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
-        for value in vars(importlib.import_module(module.name)).values():
+    names = (module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels."))
+    for module in [importlib.import_module(name) for name in names if not name.endswith("__main__")]:
+        for value in vars(module).values():
             while hasattr(value, "fn") and not isinstance(value, triton.JITFunction):
                 value = value.fn
             if isinstance(value, triton.JITFunction) and value.__module__.startswith("kernels."):
                 found[value.__name__] = value
-    called = {name for name in found for other in found.values() if re.search(rf"\b{name}\(", _body(other))}
+    called = {name for name in found for other in found.values() if re.search(rf"\b{name}\b", _body(other))}
     return {name: kernel for name, kernel in found.items() if name not in called}
 
 

@@ -1,4 +1,4 @@
-"""Calls of every op that between them launch every kernel in every form a run may need.
+"""Calls of every op that between them launch every kernel in every form that a run may need.
 
 Tensors are of the meta device: they have shapes, strides and alignment, and no memory, so sizes are those of real
 training. What differs only in the number of rows launches the same kernels and is listed once.
@@ -14,24 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.adamw import adamw
+from kernels.attention import attention
 from kernels.attention.decode import decode_attention
+from kernels.bench import work
+from kernels.cross_entropy import cross_entropy
+from kernels.gae import gae
+from kernels.grad_norm import grad_norm
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_logprob import linear_logprob
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rotary import rotary
 from kernels.sample import sample
+from kernels.swiglu import swiglu
 
-TOKENS = 8192
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16, FP32)
+# Tokens of a pack, and vocabularies: ours, one that no power of two above 8 divides, and Qwen's.
+TOKENS = 8192
+VOCABULARIES = (39424, 50264, 151936)
 # Matrix instructions of 16-bit products.
 ON_TENSOR_CORES = {80: "mma", 90: "wgmma"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call of an op, and its backward where inputs require a gradient.
 
-    shape: in words. width: columns of a row or entries of a head. arguments: makes the inputs.
+    shape: in words. width: columns of a row, or entries of a head. arguments: makes those of the call.
     is_wide: rows begin at multiples of 16 bytes, so that 16 bytes can be moved at once.
     products: the instruction that 16-bit matrix products should become, for each architecture.
-    is_model: candidates of the launch table are tried on this case; others of its kind have the same resources.
+    is_model: candidates of the launch table are tried on this case; they would do the same on its like.
+    work: the least that each pass must move and compute, where that is worth a line in the report.
     """
 
     op: str
@@ -43,10 +57,23 @@ class Case:
     is_wide: bool = True
     products: dict[int, str] | None = None
     is_model: bool = False
+    work: work.Works | None = None
 
 
 def cases() -> Iterator[Case]:
-    for of_op in (_norms, _decoding, _sampling):
+    for of_op in (
+        _norms,
+        _head_norms,
+        _rotary,
+        _swiglu,
+        _attention,
+        _decoding,
+        _cross_entropy,
+        _heads_of_models,
+        _updates,
+        _sampling,
+        _advantages,
+    ):
         yield from of_op()
 
 
@@ -55,74 +82,225 @@ def _empty(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
 
 
 def _norms() -> Iterator[Case]:
-    T = TOKENS
+    def arguments(arrays: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        x = (_empty(TOKENS, width, dtype=dtype, grad=True) for _ in range(arrays))
+        return *x, _empty(width, dtype=dtype, grad=True), 1e-6
 
-    def case(op: Callable[..., Any], inputs: int, width: int, dtype: torch.dtype) -> Case:
-        def arguments() -> tuple[Any, ...]:
-            x = (_empty(T, width, dtype=dtype, grad=True) for _ in range(inputs))
-            return *x, _empty(width, dtype=dtype, grad=True), 1e-6
+    ops: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+    forms = [(width, BF16) for width in (512, 1000, 1023, 2048, 4096, 5120, 8192, 16384)]
+    forms += [(width, dtype) for dtype in (FP16, FP32) for width in (4096, 16384)]
+    for width, dtype in forms:
+        for arrays, (name, op) in enumerate(ops.items(), start=1):
+            yield Case(
+                name,
+                f"T {TOKENS}, N {width}",
+                dtype,
+                width,
+                op,
+                partial(arguments, arrays, width, dtype),
+                is_wide=width * dtype.itemsize % 16 == 0,
+                work=work.norm_work(TOKENS, width, 2, arrays == 2) if dtype == BF16 and width in (4096, 8192) else None,
+            )
 
-        is_wide = width * dtype.itemsize % 16 == 0
-        return Case(op.__name__, f"T {T}, N {width}", dtype, width, op, arguments, is_wide)
 
-    for width in (64, 512, 1000, 1023, 2048, 4096, 5120, 8192, 16384):
-        yield case(rms_norm, 1, width, BF16)
-        yield case(add_rms_norm, 2, width, BF16)
-    for dtype in (FP16, FP32):
-        for width in (4096, 16384):
-            yield case(rms_norm, 1, width, dtype)
-            yield case(add_rms_norm, 2, width, dtype)
+def _head_norms() -> Iterator[Case]:
+    """Queries out of a fused projection of 40 query heads, and 8 of keys and of values."""
 
-    def heads(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Queries out of a fused projection of 40 query heads and 8 for keys and values each."""
-        projection = _empty(T, 56, width, dtype=dtype, grad=True)
+    def arguments(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        projection = _empty(TOKENS, 56, width, dtype=dtype, grad=True)
         return projection[:, :40], _empty(width, dtype=dtype, grad=True), 1e-6
 
     for width in (64, 128):
         for dtype in (BF16, FP32):
-            yield Case("rms_norm", f"T {T}, 40 heads of {width}", dtype, width, rms_norm, partial(heads, width, dtype))
+            shape = f"T {TOKENS}, 40 heads of {width}"
+            yield Case("rms_norm", shape, dtype, width, rms_norm, partial(arguments, width, dtype))
+
+
+def _rotary() -> Iterator[Case]:
+    H, K = 32, 8
+
+    def arguments(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k = (_empty(TOKENS, heads, width, dtype=dtype, grad=True) for heads in (H, K))
+        return q, k, _empty(TOKENS, dtype=torch.int64), *(_empty(TOKENS, width // 2, dtype=FP32) for _ in range(2))
+
+    for width in (64, 80, 96, 128, 256):
+        for dtype in DTYPES if width == 128 else (BF16,):
+            shape = f"T {TOKENS}, H {H}/{K}, h {width}"
+            least = work.rotary_work(TOKENS, H + K, width, TOKENS, 2) if width == 128 and dtype == BF16 else None
+            yield Case("rotary", shape, dtype, width, rotary, partial(arguments, width, dtype), work=least)
+
+
+def _swiglu() -> Iterator[Case]:
+    def arguments(columns: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (_empty(TOKENS, 2 * columns, dtype=dtype, grad=True),)
+
+    for columns, dtype in ((14336, BF16), (13824, BF16), (1376, BF16), (1377, BF16), (14336, FP16), (14336, FP32)):
+        yield Case(
+            "swiglu",
+            f"T {TOKENS}, F {columns}",
+            dtype,
+            columns,
+            swiglu,
+            partial(arguments, columns, dtype),
+            is_wide=columns * dtype.itemsize % 16 == 0,
+            work=work.swiglu_work(TOKENS, columns, 2) if (columns, dtype) == (14336, BF16) else None,
+        )
+
+
+def _attention() -> Iterator[Case]:
+    D, T, page = 8, 16384, 256
+
+    def arguments(H: int, K: int, h: int, dtype: torch.dtype, paged: bool) -> tuple[Any, ...]:
+        keys = (T // page, page, K, h) if paged else (T, K, h)
+        q, k, v = (_empty(*shape, dtype=dtype, grad=not paged) for shape in ((T, H, h), keys, keys))
+        bounds = _empty(D + 1, dtype=torch.int32)
+        return q, k, v, bounds, bounds, T, T, _empty(D, T // page, dtype=torch.int32) if paged else None
+
+    def call(*inputs: Any, window: int | None) -> Tensor:
+        *tensors, table = inputs
+        return attention(*tensors, window=window, block_table=table)
+
+    def case(
+        H: int, K: int, h: int, dtype: torch.dtype, *, paged: bool = False, window: int | None = None, **keywords: Any
+    ) -> Case:
+        shape = f"T {T}, H {H}/{K}, h {h}" + ", pages" * paged + f", window {window}" * bool(window)
+        products = ON_TENSOR_CORES if dtype != FP32 else None
+        op, inputs = partial(call, window=window), partial(arguments, H, K, h, dtype, paged)
+        return Case("attention", shape, dtype, h, op, inputs, products=products, **keywords)
+
+    for h in (64, 80, 96, 128, 256):
+        least = work.attention_work([T], 32, 8, h, 2) if h in (64, 128) else None
+        is_power = h & (h - 1) == 0  # the others share their entries
+        yield case(32, 8, h, BF16, is_model=is_power, work=least)
+        yield case(32, 8, h, BF16, paged=True)
+        if is_power:
+            yield case(32, 8, h, FP32, is_model=True)
+    yield case(32, 8, 128, FP16)
+    yield case(40, 40, 128, BF16)
+    yield case(32, 8, 128, BF16, window=4096)
+    yield case(32, 8, 128, BF16, paged=True, window=4096)
+    for h in (16, 32):  # of the small models that tests and the demo train
+        for dtype in (BF16, FP32):
+            yield case(4, 2, h, dtype, is_model=True)
 
 
 def _decoding() -> Iterator[Case]:
     B, S, page = 64, 4096, 256
 
-    def arguments(K: int, H: int, h: int, dtype: torch.dtype, paged: bool) -> tuple[Any, ...]:
+    def arguments(H: int, K: int, h: int, dtype: torch.dtype, paged: bool) -> tuple[Any, ...]:
         cache = (B * S // page, page, K, h) if paged else (B, S, K, h)
-        q, k, v = _empty(B, H, h, dtype=dtype), _empty(*cache, dtype=dtype), _empty(*cache, dtype=dtype)
+        q, k, v = (_empty(*shape, dtype=dtype) for shape in ((B, H, h), cache, cache))
         return q, k, v, _empty(B, dtype=torch.int32), _empty(B, S // page, dtype=torch.int32) if paged else None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor | None, window: int | None = None) -> Any:
-        return decode_attention(q, k, v, lengths, block_table=table, window=window)
+    def call(*inputs: Any, window: int | None) -> Tensor:
+        *tensors, table = inputs
+        return decode_attention(*tensors, window=window, block_table=table)
 
-    def case(K: int, H: int, h: int, dtype: torch.dtype, paged: bool, window: int | None = None, **model: bool) -> Case:
+    def case(
+        H: int, K: int, h: int, dtype: torch.dtype, *, paged: bool = False, window: int | None = None, **keywords: Any
+    ) -> Case:
         shape = f"B {B}, S {S}, H {H}/{K}, h {h}" + ", pages" * paged + f", window {window}" * bool(window)
-        inputs = partial(arguments, K, H, h, dtype, paged)
+        # One query a head fills a quarter of what `wgmma` takes.
         products = {80: "mma", 90: "mma"} if dtype != FP32 else None
-        op = partial(call, window=window)
-        return Case("decode_attention", shape, dtype, h, op, inputs, products=products, **model)
+        op, inputs = partial(call, window=window), partial(arguments, H, K, h, dtype, paged)
+        return Case("decode_attention", shape, dtype, h, op, inputs, products=products, **keywords)
 
     for h in (64, 80, 96, 128, 256):
+        is_power = h & (h - 1) == 0
+        least = work.decode_work([S] * B, 32, 8, h, 2) if h == 128 else None
+        yield case(32, 8, h, BF16, is_model=is_power, work=least)
+        yield case(32, 8, h, BF16, paged=True)
+        if is_power:
+            yield case(32, 8, h, FP32, is_model=True)
+    yield case(32, 8, 128, FP16)
+    yield case(40, 40, 128, BF16)
+    yield case(32, 8, 128, BF16, window=1024)
+    yield case(32, 8, 128, BF16, paged=True, window=1024)
+    for h in (16, 32):
         for dtype in (BF16, FP32):
-            yield case(8, 32, h, dtype, False, is_model=True)
-        yield case(8, 32, h, BF16, True)
-    yield case(8, 32, 128, FP16, False)
-    yield case(40, 40, 128, BF16, False)
-    yield case(8, 32, 128, BF16, False, window=1024)
-    yield case(8, 32, 128, BF16, True, window=1024)
-    for h in (16, 32):  # of the small models that tests and the demo train
-        for dtype in (BF16, FP32):
-            yield case(2, 4, h, dtype, False, is_model=True)
+            yield case(4, 2, h, dtype, is_model=True)
+
+
+def _cross_entropy() -> Iterator[Case]:
+    def arguments(V: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return _empty(TOKENS, V, dtype=dtype, grad=True), _empty(TOKENS, dtype=torch.int64), 1e-4
+
+    for V in VOCABULARIES:
+        for dtype in DTYPES if VOCABULARIES[0] == V else (BF16,):
+            shape = f"T {TOKENS}, V {V}"
+            least = work.cross_entropy_work(TOKENS, V, 2) if dtype == BF16 else None
+            yield Case("cross_entropy", shape, dtype, V, cross_entropy, partial(arguments, V, dtype), work=least)
+
+
+def _heads_of_models() -> Iterator[Case]:
+    T, d = TOKENS, 4096
+
+    def arguments(V: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        hidden, weight = (_empty(rows, d, dtype=dtype, grad=True) for rows in (T, V))
+        return hidden, weight, _empty(T, dtype=torch.int64)
+
+    def heated(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+        return linear_logprob(hidden, weight, targets, _empty(T, dtype=FP32), with_entropy=True)
+
+    for V in VOCABULARIES:
+        for dtype in DTYPES if VOCABULARIES[0] == V else (BF16,):
+            shape, inputs = f"T {T}, d {d}, V {V}", partial(arguments, V, dtype)
+            least = work.head_work(T, d, V, 2) if dtype == BF16 else None
+            entropy = f"{shape}, entropy, temperatures"
+            yield Case("linear_cross_entropy", shape, dtype, V, linear_cross_entropy, inputs)
+            yield Case("linear_logprob", shape, dtype, V, linear_logprob, inputs, work=least)
+            yield Case("linear_logprob", entropy, dtype, V, heated, inputs)
+
+
+def _updates() -> Iterator[Case]:
+    sizes = ((5120, 5120), (13824, 5120), (5120,), (37,))
+
+    def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(_empty(*size, dtype=dtype) for size in sizes)
+
+    def updates(grads: torch.dtype, shadows: torch.dtype | None, seed: int | None) -> tuple[Any, ...]:
+        return tensors(grads), None if shadows is None else tensors(shadows), seed
+
+    def step(grads: tuple[Tensor, ...], shadows: tuple[Tensor, ...] | None, seed: int | None) -> None:
+        scalars = {name: _empty(dtype=FP32) for name in ("lr", "step", "clip_scale", "should_skip")}
+        state = tensors(FP32), grads, tensors(FP32), tensors(FP32)
+        adamw(*state, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, shadows=shadows, rounding_seed=seed, **scalars)
+
+    numbers = sum(_empty(*size, dtype=FP32).numel() for size in sizes)
+    for dtype in (FP32, BF16):
+        for name, shadows, seed in (("", None, None), (", shadow", BF16, None), (", stochastic shadow", BF16, 1)):
+            shape = f"{numbers / 1e6:.0f} M numbers{name}"
+            inputs = partial(updates, dtype, shadows, seed)
+            least = work.adamw_work(numbers) if dtype == FP32 and not name else None
+            yield Case("adamw", shape, dtype, 0, step, inputs, work=least)
+    for dtype in DTYPES:
+        shape, least = f"{numbers / 1e6:.0f} M numbers", work.grad_norm_work(numbers) if dtype == FP32 else None
+        yield Case("grad_norm", shape, dtype, 0, lambda *of: grad_norm(of), partial(tensors, dtype), work=least)
 
 
 def _sampling() -> Iterator[Case]:
     B = 64
 
     def arguments(V: int, dtype: torch.dtype, ragged: bool) -> tuple[Any, ...]:
-        step = _empty(B, dtype=torch.int64) if ragged else _empty(dtype=torch.int64)
-        return _empty(B, V, dtype=dtype), _empty(B, dtype=FP32) if ragged else 0.7, _empty(B, dtype=torch.int64), step
+        seeds, heat = _empty(B, dtype=torch.int64), _empty(B, dtype=FP32) if ragged else 0.7
+        return _empty(B, V, dtype=dtype), heat, seeds, _empty(*[B] * ragged, dtype=torch.int64)
 
-    for V in (39424, 50264, 151936):
-        for dtype in (BF16, FP32):
-            for ragged in (False, True):
-                shape = f"B {B}, V {V}" + ", own temperatures" * ragged
-                yield Case("sample", shape, dtype, V, sample, partial(arguments, V, dtype, ragged))
+    for V in VOCABULARIES:
+        for dtype, ragged in ((BF16, False), (BF16, True), (FP32, True)):
+            shape = f"B {B}, V {V}" + ", own temperatures" * ragged
+            least = work.sample_work(B, V, 2) if dtype == BF16 and not ragged else None
+            yield Case("sample", shape, dtype, V, sample, partial(arguments, V, dtype, ragged), work=least)
+
+
+def _advantages() -> Iterator[Case]:
+    D, T = 512, 262144
+
+    def arguments(dtype: torch.dtype, with_bootstrap: bool) -> tuple[Any, ...]:
+        rewards, values = (_empty(T, dtype=dtype) for _ in range(2))
+        bounds, mask = _empty(D + 1, dtype=torch.int32), _empty(T, dtype=torch.bool)
+        return rewards, values, bounds, mask, 1.0, 0.95, _empty(D, dtype=dtype) if with_bootstrap else None
+
+    for dtype, with_bootstrap in ((FP32, False), (FP32, True), (BF16, True)):
+        shape = f"T {T}, D {D}" + ", bootstrap" * with_bootstrap
+        least = work.gae_work(T) if not with_bootstrap else None
+        yield Case("gae", shape, dtype, 0, gae, partial(arguments, dtype, with_bootstrap), is_wide=False, work=least)

@@ -2,29 +2,29 @@
 
 Every integer of the kernel gets an upper bound of its magnitude, as a sum of two parts:
 
-    |value| <= units * U + bound
+    |value| <= units * 2^30 + bound
 
-U stands for anything known only when the kernel runs: a count or a stride among the arguments, the number of a
-program, a loaded value. Constants and positions inside a tile have 0 units. What has units may be added up in 32
-bits, for one such number fits and a few of them index something that exists; it may not be multiplied there: a row
-times its stride, a tile times its size. Dividing first and multiplying back is allowed (`cdiv(n, 64) * 64` is a unit
-again), and so is twice (gate and up halves).
+Constants and positions inside a tile have no units. The number of a program and a loaded value have one: they index
+rows, tokens or tiles, of which there are fewer than 2^30, and what is not multiplied fits. Arguments, the counts and
+strides, have a quarter. A 32-bit product has at most two units: a row times its stride, or a tile times its size,
+has to be made in 64 bits, while twice a row's number, or an argument times 8, fits. What was divided may be
+multiplied back: `cdiv(n, 64) * 64` has the units of n.
 
 The bounds are the least that satisfy the equations between values, loops and branches included. A number that grows
 by a constant in every turn of a loop is bounded by whatever ends the loop, so it has one unit; one that grows by a
-number with units (a stride) is a product in disguise.
+number with units (a stride) is a product in disguise. `tl.assume(stride < 2**23)` bounds an argument.
 
 A fault counts when an address is made from it, directly or after it was widened to 64 bits: widened too late.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial, reduce
 from math import prod
 
 from kernels.offline.ttir import VALUE, Block, Operation, read, signature
@@ -54,6 +54,7 @@ class Size:
 
 
 UNKNOWN = Size(Fraction(1))
+ARGUMENT = Size(Fraction(1, 4))
 Equation = tuple[str, list[str], Callable[..., Size], bool]
 
 
@@ -107,7 +108,7 @@ def _solve(equations: list[Equation]) -> dict[str, Size]:
 
 
 def _widened(before: Size, now: Size) -> Size:
-    if now.units > max(before.units, 1):
+    if now.units > before.units and now.units > 1:
         return replace(now, units=Fraction(_CEILING), bound=before.bound)
     return replace(now, units=max(now.units, Fraction(1)), bound=before.bound)
 
@@ -120,9 +121,10 @@ class _Equations:
 
     def collect(self) -> Iterator[Equation]:
         for function in self.functions.values():
+            limits = _assumed(function)
             if "public" in function.text:
                 for name, _ in signature(function)[1]:
-                    yield name, [], lambda: UNKNOWN, False
+                    yield name, [], partial(_any, limits.get(name, ARGUMENT)), False
             for region in function.regions:
                 yield from self._region(region, function)
 
@@ -178,6 +180,21 @@ class _Equations:
                 yield result, [operand], lambda x: x, False
 
 
+def _assumed(function: Operation) -> dict[str, Size]:
+    """What `tl.assume` says of values: that they are below a constant."""
+    definitions = {result: inner for inner in function.walk() for result in inner.results}
+    limits = {}
+    for inner in function.walk():
+        if inner.name == "llvm.intr.assume":
+            comparison = definitions[inner.values[0]]
+            if comparison.name == "arith.cmpi" and comparison.text.startswith(("slt", "sle", "ult", "ule")):
+                value, limit = comparison.values
+                constant = definitions.get(limit)
+                if constant is not None and constant.name == "arith.constant":
+                    limits[value] = replace(_rule(constant)(), is_exact=False)
+    return limits
+
+
 def _loop_arguments(op: Operation) -> list[str]:
     if op.name == "scf.for":
         return op.values[4::2]
@@ -219,7 +236,7 @@ _MOVES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans"
 
 
 def _any(*sizes: Size) -> Size:
-    return functools.reduce(operator.or_, sizes)
+    return reduce(operator.or_, sizes)
 
 
 def _sum(a: Size, b: Size, bits: int, place: str) -> Size:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
+_PARTS = re.compile(f"({VALUE.pattern})")
 _ARGUMENT = re.compile(r"(%[\w$.-]+): ([^,){]+)")
 _OPERATION = re.compile(r'^(?:(?P<results>%.*?) = )?"?(?P<name>[A-Za-z_][\w.]*)"?(?P<text>.*)$')
 
@@ -106,7 +107,7 @@ def _rename(region: list[Block], scope: dict[str, str], numbers: Iterator[int]) 
     for block in region:
         for op in block.operations:
             inner = scope | {name: f"%{next(numbers)}" for name in _bound_by(op)}
-            op.text = VALUE.sub(lambda match, inner=inner: inner[match[0]], op.text)
+            op.text = "".join(inner.get(part, part) for part in _PARTS.split(op.text))
             for nested in op.regions:
                 _rename(nested, inner, numbers)
 
@@ -124,7 +125,7 @@ def _operation(line: str, place: str) -> Operation:
     match = _OPERATION.match(line)
     if match is None:
         raise ValueError(f"not an operation: {line}")
-    results = []
+    results: list[str] = []
     for result in (match["results"] or "").split(", "):
         name, _, count = result.partition(":")
         results += [f"{name}#{i}" for i in range(int(count))] if count else [name] * bool(name)
