@@ -12,7 +12,8 @@ same pass and rounded to nearest or at random.
 Traffic for a parameter: p, m and v read and written and g read, 28 bytes in fp32, and 2 more for a shadow. One launch
 covers all tensors (`kernels.tensor_list`). A thread has eight accesses of 16 bytes in flight, a multiprocessor of an
 H200 with 1024 threads 128 KB of them; the latency of memory, some 700 ns, asks for 25 KB at 4.8 TB/s. At that speed a
-multiprocessor has 200 instructions for a parameter; the update takes some 50, and rounding at random 90 more.
+multiprocessor has time for about 200 instructions a parameter: as compiled for sm_90 the update takes 47, with a
+shadow 54, rounded at random 105.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sum of squares of a list, against float64; and how the lists of one launch are cut."""
+"""The sum of squares of a list, against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.grad_norm import grad_norm, grad_norm_reference
-from kernels.tensor_list import CHUNK, chunk_table
+from kernels.tensor_list import CHUNK
 from tests.kernels.faces import DEVICE, each_face, faces
 from tests.kernels.oracle import random
 
@@ -67,21 +67,3 @@ def test_empty_tensors_count_nothing(face: str) -> None:
 def test_grad_norm_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         grad_norm([])
-
-
-@pytest.mark.parametrize(
-    "sizes", [(), (0,), (1,), (CHUNK,), (0, CHUNK + 1, 0, 7, 3 * CHUNK, 5 * CHUNK - 1, 0)], ids=str
-)
-def test_chunks_cover_every_number_once_and_in_order(sizes: tuple[int, ...]) -> None:
-    table = chunk_table(sizes, torch.device("cpu"))
-    expected = [(tensor, i) for tensor, size in enumerate(sizes) for i in range(size)]
-    found = [(tensor, start + i) for tensor, start, length, _ in table.tolist() for i in range(length)]
-    assert found == expected
-    assert all(start % CHUNK == 0 and 0 < length <= CHUNK for _, start, length, _ in table.tolist())
-    assert [expected.index((tensor, start)) for tensor, start, _, _ in table.tolist()] == table[:, 3].tolist()
-
-
-def test_chunks_of_tensors_beyond_32_bits_are_found() -> None:
-    size = 2**32 + 5
-    tensor, start, length, place = chunk_table((size, size), torch.device("cpu"))[-1].tolist()
-    assert (tensor, start, length, place) == (1, 2**32, 5, size + 2**32)
