@@ -3,8 +3,8 @@
     loss = lse - x[target] + z_loss * lse^2,   lse = log sum exp x
     dx   = g ((1 + 2 z_loss lse) softmax(x) - onehot(target))
 
-The forward keeps the logits and two numbers a row, its peak and log sum exp(x - peak): their sum would lose as many
-digits as lse has before the point. The backward makes the softmax again.
+The forward keeps the logits and lse in two parts, peak and log sum exp(x - peak): their sum has lost as many digits
+as stand before its point. The backward makes the softmax again.
 
 Traffic for logits [T, V] of b bytes: forward TVb, backward 2TVb. Rows without a target are not read.
 """
@@ -118,10 +118,10 @@ def _cross_entropy_fwd(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[
 def _cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, targets: Tensor, peak: Tensor, log_sum: Tensor, z_loss: float
 ) -> Tensor:
-    scale = dloss.where(targets != IGNORE, 0)
-    row_scale = scale * (1 + 2 * z_loss * (peak + log_sum))
+    row_scale = dloss * (1 + 2 * z_loss * (peak + log_sum))
     dx = torch.sub(logits, peak.unsqueeze(1)).sub_(log_sum.unsqueeze(1)).exp_().mul_(row_scale.unsqueeze(1))
-    dx.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -scale.unsqueeze(1))
+    dx.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), -dloss.unsqueeze(1))
+    dx.masked_fill_((targets == IGNORE).unsqueeze(1), 0)
     return dx.to(logits.dtype)
 
 
@@ -165,7 +165,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tenso
         [T], fp32.
     Raises:
         ValueError: shapes do not fit.
-        IndexError: a target is outside the vocabulary. On a GPU, where nobody waits to look, its loss is NaN.
+        RuntimeError: a target is outside the vocabulary. A GPU, where nobody waits to look, gives NaN.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} for logits {tuple(logits.shape)}")

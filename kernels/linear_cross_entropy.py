@@ -13,10 +13,10 @@ the logits again would take 8.
 
 On a GPU tokens are taken at two levels. Logits, fp32, exist for a chunk of tokens; one kernel reads each row twice,
 for its sum and for dx. dx, rounded to the dtype of the products, gathers in a buffer until a group of chunks is
-there, and only then is multiplied, dhidden = dx weight and dweight += dx^T hidden, because adding to dweight moves
-8 V d bytes a group. One group of all tokens is taken wherever its dx is no larger than a sum of dweight in fp32 would
-be (in bf16, up to 2 d tokens): then there is no such sum, and the product writes dweight as it is. Beside the results
-there are never more than 4 V d bytes, the workspace, and a copy of hidden.
+there, and only then is multiplied, dhidden = dx weight and dweight += dx^T hidden, because adding to dweight, in fp32,
+moves 8 V d bytes a group. All tokens are one group wherever its dx takes no more room than such a sum would (in bf16,
+up to 2 d tokens): then no sum is needed, and one product writes dweight. Beside the results there are never more than
+4 V d bytes, the workspace, and a copy of hidden.
 
 Traffic beside the products, b bytes a number: T V (8 + b) for dx, and 10 V d for dweight where there are groups,
 8 V d more for each beyond the first; the backward 2 (T + V) d b.
@@ -122,7 +122,8 @@ def _scaled_kernel(x_ptr, factor_ptr, y_ptr, numbers, BLOCK: tl.constexpr):
 def token_groups(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
     """(tokens whose dx is gathered before it is multiplied, tokens whose logits exist at once).
 
-    The buffers hold at most 4 V d bytes and the budget; without the former, where there is more than one group.
+    In one group, the buffers take at most 4 V d bytes and the budget; in several, beside a sum of that size, the
+    budget alone: a third of it for logits, the rest for dx.
     """
     row = padded(vocabulary)
     spare = FP32 * vocabulary * width + budget - dtype.itemsize * tokens * row
@@ -137,32 +138,31 @@ def _linear_cross_entropy_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, width), vocabulary = hidden.shape, len(weight)
     dtype, device = hidden.dtype, hidden.device
-    group, chunk = token_groups(tokens, vocabulary, width, dtype, workspace(device))
-    if not with_grad:
-        group, chunk = tokens, most(workspace(device), FP32 * padded(vocabulary))
+    group, chunk = tokens, most(workspace(device), FP32 * padded(vocabulary))
+    if with_grad:
+        group, chunk = token_groups(tokens, vocabulary, width, dtype, workspace(device))
+        hidden = without_ignored(hidden, targets)
     groups = runs(tokens, group)
     group = groups[0].stop
     logits = buffer(runs(group, chunk)[0].stop, vocabulary, torch.float32, device)
     dlogits = buffer(group, vocabulary, dtype, device) if with_grad else None
     total = torch.empty(weight.shape, device=device) if with_grad and len(groups) > 1 else None
-    targets, weights = targets.contiguous(), None if weights is None else weights.contiguous()
-    hidden = without_ignored(hidden, targets) if with_grad else hidden
     nll, z = (torch.empty(tokens, device=device) for _ in range(2))
     dhidden, dweight = (x.new_empty(x.shape if with_grad else (0, 0)) for x in (hidden, weight))
+    of_rows = targets.contiguous(), None if weights is None else weights.contiguous(), nll, z
+    options = row_options(vocabulary, torch.float32) | {"IGNORE": IGNORE}
 
     for rows in groups:
+        dx = None if dlogits is None else dlogits[: rows.stop - rows.start]
         for part in runs(rows.stop - rows.start, chunk):
             at = slice(rows.start + part.start, rows.start + part.stop)
             x = logits[: part.stop - part.start]
             multiply(hidden[at], weight.t(), out=x)
-            dx = None if dlogits is None else dlogits[part]
-            scales = None if weights is None else weights[at]
-            strides = logits.stride(0), 0 if dlogits is None else dlogits.stride(0)
-            arguments = x, targets[at], scales, nll[at], z[at], dx, *strides, z_loss
-            options = row_options(vocabulary, torch.float32)
-            launch(_linear_cross_entropy_kernel, (len(x),), *arguments, IGNORE=IGNORE, **options)
-        if dlogits is not None:
-            dx = dlogits[: rows.stop - rows.start]
+            arguments = x, *(of_row if of_row is None else of_row[at] for of_row in of_rows)
+            arguments = *arguments, dx if dx is None else dx[part]
+            strides = x.stride(0), 0 if dx is None else dx.stride(0)
+            launch(_linear_cross_entropy_kernel, (len(x),), *arguments, *strides, z_loss, **options)
+        if dx is not None:
             multiply(dx, weight, out=dhidden[rows])
             multiply(dx.t(), hidden[rows], out=dweight if total is None else total, add=rows.start > 0)
     if total is not None:
@@ -272,6 +272,7 @@ def linear_cross_entropy(
         must receive the same upstream gradient, or the backward raises.
     Raises:
         ValueError: shapes do not fit.
+        RuntimeError: a target is outside the vocabulary. A GPU, where nobody waits to look, gives NaN.
     """
     check_head(hidden, weight, targets)
     if weights is not None and weights.shape != targets.shape:

@@ -7,7 +7,8 @@
 
     dx = g_logprob (onehot(target) - p) + g_lse p - g_entropy p (x - lse + entropy)
 
-The forward keeps [T] numbers only; the backward forms the logits again, at 8 T V d operations in all.
+The forward keeps [T] numbers only; the backward forms the logits again, at 8 T V d operations in all. It gets lse in
+two parts, peak and log sum exp(x - peak): their sum has lost as many digits as stand before its point.
 
 On a GPU the forward takes the logits of a chunk of tokens, fp32, and reads each row once. The backward takes the
 vocabulary slice by slice: with lse known, a slice needs no other. dx of a slice and all tokens, rounded to the dtype
@@ -73,6 +74,8 @@ def _linear_logprob_fwd_kernel(
     logprob_ptr,
     entropy_ptr,
     lse_ptr,
+    peak_ptr,
+    log_sum_ptr,
     x_stride,
     IGNORE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
@@ -83,17 +86,20 @@ def _linear_logprob_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    logprob, entropy, lse = 0.0, 0.0, 0.0
+    logprob, entropy, peak, log_sum = 0.0, 0.0, 0.0, 0.0
     if target != IGNORE:
         row_ptr = x_ptr + row * x_stride
-        inverse = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + row)
-        peak, log_sum, moment = row_statistics(row_ptr, inverse, COLUMNS, LANES, ROUNDS, STAGES, WITH_ENTROPY)
-        lse = peak * inverse + log_sum
-        logprob = (target_logit(row_ptr, target, COLUMNS) - peak) * inverse - log_sum
+        temperature = 1.0 if temperature_ptr is None else tl.load(temperature_ptr + row)
+        inverse = 1.0 / temperature
+        highest, log_sum, moment = row_statistics(row_ptr, inverse, COLUMNS, LANES, ROUNDS, STAGES, WITH_ENTROPY)
+        peak = highest / temperature
+        logprob = (target_logit(row_ptr, target, COLUMNS) - highest) / temperature - log_sum
         entropy = log_sum - moment * inverse if WITH_ENTROPY else 0.0
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(lse_ptr + row, lse)
+    tl.store(lse_ptr + row, peak + log_sum)
+    tl.store(peak_ptr + row, peak)
+    tl.store(log_sum_ptr + row, log_sum)
 
 
 @triton.jit
@@ -106,7 +112,8 @@ def _linear_logprob_bwd_kernel(
     targets_ptr,
     temperature_ptr,
     entropy_ptr,
-    lse_ptr,
+    peak_ptr,
+    log_sum_ptr,
     first,
     columns,
     x_stride,
@@ -122,8 +129,9 @@ def _linear_logprob_bwd_kernel(
     is_counted = target != IGNORE
     is_column = column < columns
     x = tl.load(x_ptr + row * x_stride + column, mask=is_column & is_counted, other=0.0)
-    inverse = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    temperature = 1.0 if temperature_ptr is None else tl.load(temperature_ptr + row)
+    z = x if temperature_ptr is None else x / temperature
+    log_p = z - tl.load(peak_ptr + row) - tl.load(log_sum_ptr + row)
     slope, curve, at_target = 0.0, 0.0, 0.0
     if dlogprob_ptr is not None:
         at_target = tl.load(dlogprob_ptr + row)
@@ -133,27 +141,27 @@ def _linear_logprob_bwd_kernel(
     if dentropy_ptr is not None:
         curve -= tl.load(dentropy_ptr + row)
         slope += curve * tl.load(entropy_ptr + row)
-    dx = gradient(x * inverse - lse, first + column == target, slope, curve, at_target, dentropy_ptr is not None)
-    dx = tl.where(is_counted, dx * inverse, 0.0)
+    dz = gradient(log_p, first + column == target, slope, curve, at_target, dentropy_ptr is not None)
+    dx = tl.where(is_counted, dz * (1.0 / temperature), 0.0)
     tl.store(dx_ptr + row * dx_stride + column, dx, mask=is_column)
 
 
 def _linear_logprob_fwd_triton(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | None, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     vocabulary, device = len(weight), hidden.device
     parts = runs(len(hidden), most(workspace(device), FP32 * padded(vocabulary)))
     logits = buffer(parts[0].stop, vocabulary, torch.float32, device)
     targets, temperature = targets.contiguous(), None if temperature is None else temperature.contiguous()
-    logprob, entropy, lse = (torch.empty(len(hidden), device=device) for _ in range(3))
+    results = tuple(torch.empty(len(hidden), device=device) for _ in range(5))
     options = row_options(vocabulary, torch.float32)
     for part in parts:
         x = logits[: part.stop - part.start]
         multiply(hidden[part], weight.t(), out=x)
-        rows = (None if of_row is None else of_row[part] for of_row in (targets, temperature, logprob, entropy, lse))
+        rows = (None if of_row is None else of_row[part] for of_row in (targets, temperature, *results))
         arguments = x, *rows, x.stride(0)
         launch(_linear_logprob_fwd_kernel, (len(x),), *arguments, IGNORE=IGNORE, WITH_ENTROPY=with_entropy, **options)
-    return logprob, entropy, lse
+    return results
 
 
 def vocabulary_slices(tokens: int, vocabulary: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
@@ -171,14 +179,15 @@ def _linear_logprob_bwd_triton(
     targets: Tensor,
     temperature: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
     (tokens, vocabulary), (dtype, device) = (len(hidden), len(weight)), (hidden.dtype, hidden.device)
     largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, workspace(device))
     slices, parts = runs(vocabulary, largest), runs(tokens, chunk)
     of_rows = [
         None if of_row is None else of_row.contiguous()
-        for of_row in (dlogprob, dentropy, dlse, targets, temperature, entropy, lse)
+        for of_row in (dlogprob, dentropy, dlse, targets, temperature, entropy, peak, log_sum)
     ]
     logits = buffer(parts[0].stop, slices[0].stop, torch.float32, device)
     dlogits = buffer(tokens, slices[0].stop, dtype, device)
@@ -206,23 +215,23 @@ def _linear_logprob_bwd_triton(
 
 def _linear_logprob_fwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | None, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows = counted_rows(targets)
     picked, labels, temperature = pick(rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature)
     products = HeadProducts(weight)
-    logprob, entropy, lse = (torch.zeros(len(picked), dtype=products.wide, device=hidden.device) for _ in range(3))
+    zeros = torch.zeros(len(picked), dtype=products.wide, device=hidden.device)
+    logprob, entropy, peak, log_sum = (zeros.clone() for _ in range(4))
     for part in chunks(len(picked), len(weight), hidden.dtype, hidden.device):
         x = products.logits(picked[part])
         if temperature is not None:
             x.div_(temperature[part].unsqueeze(1))
-        peak, log_sum = log_softmax_(x)
-        lse[part] = peak + log_sum
+        peak[part], log_sum[part] = log_softmax_(x)
         logprob[part] = x.gather(1, labels[part]).squeeze(1)
         if with_entropy:
             entropy[part] = -x.exp().mul_(x).sum(dim=-1)
     counted = targets != IGNORE
-    logprob, entropy, lse = (put_back(rows, x, targets).where(counted, 0) for x in (logprob, entropy, lse))
-    return logprob, entropy, lse
+    results = logprob, entropy, peak + log_sum, peak, log_sum
+    return tuple(put_back(rows, x, targets).where(counted, 0) for x in results)
 
 
 def _linear_logprob_bwd(
@@ -234,14 +243,16 @@ def _linear_logprob_bwd(
     targets: Tensor,
     temperature: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
     rows = counted_rows(targets)
     counted = targets != IGNORE
-    dlogprob, dlse = (0 * lse if x is None else x.where(counted, 0) for x in (dlogprob, dlse))
+    dlogprob, dlse = (0 * peak if x is None else x.where(counted, 0) for x in (dlogprob, dlse))
     dentropy = None if dentropy is None else dentropy.where(counted, 0)
-    picked, labels, temperature, entropy, lse, dlogprob, dentropy, dlse = pick(
-        rows, hidden, targets.clamp_min(0).unsqueeze(1), temperature, entropy, lse, dlogprob, dentropy, dlse
+    labels = targets.clamp_min(0).unsqueeze(1)
+    picked, labels, temperature, entropy, peak, log_sum, dlogprob, dentropy, dlse = pick(
+        rows, hidden, labels, temperature, entropy, peak, log_sum, dlogprob, dentropy, dlse
     )
     products = HeadProducts(weight)
     dpicked = torch.empty(picked.shape, dtype=products.wide, device=hidden.device)
@@ -250,7 +261,7 @@ def _linear_logprob_bwd(
         x = products.logits(picked[part])
         if temperature is not None:
             x.div_(temperature[part].unsqueeze(1))
-        x.sub_(lse[part].unsqueeze(1))  # log p
+        x.sub_(peak[part].unsqueeze(1)).sub_(log_sum[part].unsqueeze(1))  # log p
         slope = (dlse[part] - dlogprob[part]).unsqueeze(1)
         if dentropy is not None:
             slope = torch.mul(x, -dentropy[part].unsqueeze(1)).add_(
@@ -268,23 +279,24 @@ def _linear_logprob_bwd(
 
 def _fake_fwd(hidden, weight, targets, temperature, with_entropy):
     wide = accumulation_dtype(hidden.dtype)
-    return tuple(hidden.new_empty(targets.shape, dtype=wide) for _ in range(3))
+    return tuple(hidden.new_empty(targets.shape, dtype=wide) for _ in range(5))
 
 
 def _save(ctx, inputs, output) -> None:
-    _, entropy, lse = output
+    _, entropy, _, peak, log_sum = output
     ctx.with_entropy = inputs[4]
-    ctx.save_for_backward(*inputs[:4], entropy, lse)
+    ctx.mark_non_differentiable(peak, log_sum)
+    ctx.save_for_backward(*inputs[:4], entropy, peak, log_sum)
 
 
-def _autograd(ctx, dlogprob, dentropy, dlse):
+def _autograd(ctx, dlogprob, dentropy, dlse, *_):
     dentropy = dentropy if ctx.with_entropy else None
     return *_linear_logprob_bwd_op(dlogprob, dentropy, dlse, *ctx.saved_tensors), None, None, None
 
 
 _linear_logprob_op = register_op(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor? temperature, bool with_entropy)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_logprob_fwd,
     _fake_fwd,
     triton=_linear_logprob_fwd_triton,
@@ -293,9 +305,9 @@ _linear_logprob_op = register_op(
 )
 _linear_logprob_bwd_op = register_op(
     "linear_logprob_bwd(Tensor? dlogprob, Tensor? dentropy, Tensor? dlse, Tensor hidden, Tensor weight,"
-    " Tensor targets, Tensor? temperature, Tensor entropy, Tensor lse) -> (Tensor, Tensor)",
+    " Tensor targets, Tensor? temperature, Tensor entropy, Tensor peak, Tensor log_sum) -> (Tensor, Tensor)",
     _linear_logprob_bwd,
-    lambda dlogprob, dentropy, dlse, hidden, weight, *_: (hidden.new_empty(hidden.shape), torch.empty_like(weight)),
+    lambda dlogprob, dentropy, dlse, hidden, weight, *_: tuple(x.new_empty(x.shape) for x in (hidden, weight)),
     triton=_linear_logprob_bwd_triton,
 )
 
@@ -320,6 +332,7 @@ def linear_logprob(
         per token. All three speak of the logits after division by the temperature.
     Raises:
         ValueError: shapes do not fit, or a temperature number that is not positive.
+        RuntimeError: a target is outside the vocabulary. A GPU, where nobody waits to look, gives NaN.
     """
     check_head(hidden, weight, targets)
     if isinstance(temperature, Tensor):
@@ -332,5 +345,5 @@ def linear_logprob(
     heat = temperature if isinstance(temperature, Tensor) else None
     if heat is None and temperature != 1:
         heat = torch.full(targets.shape, temperature, dtype=torch.float32, device=targets.device)
-    logprob, entropy, lse = _linear_logprob_op(hidden, weight, targets, heat, with_entropy)
+    logprob, entropy, lse, _, _ = _linear_logprob_op(hidden, weight, targets, heat, with_entropy)
     return logprob, entropy if with_entropy else None, lse

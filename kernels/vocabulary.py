@@ -25,16 +25,18 @@ def workspace(device: torch.device) -> int:
 
 
 def most(budget: int, unit: int) -> int:
-    """How many units fit a budget: whole tiles of them where they can be, and one at least."""
+    """How many units fit a budget: whole tiles of them where they can be, and at least one."""
     count = max(1, budget // unit)
     return count // TILE * TILE or count
 
 
 def runs(length: int, largest: int) -> list[slice]:
     """Runs of at most `largest`, equal up to a tile. Of nothing there is one, empty: sums over it are still formed."""
-    equal = -(-length // max(1, -(-length // largest)))
-    step = max(1, min(largest, -(-equal // TILE) * TILE))
-    return [slice(start, min(length, start + step)) for start in range(0, max(1, length), step)]
+    if length == 0:
+        return [slice(0, 0)]
+    equal = -(-length // -(-length // largest))
+    step = min(largest, -(-equal // TILE) * TILE)
+    return [slice(start, min(length, start + step)) for start in range(0, length, step)]
 
 
 def counted_rows(targets: Tensor) -> Tensor | None:

@@ -46,7 +46,6 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
         ),
         ("linear_logprob", lambda: (leaf(8, 16), leaf(7, 16, seed=1), TARGETS, None, True)),
         ("linear_cross_entropy", lambda: (leaf(8, 16), leaf(7, 16, seed=1), TARGETS, None, 0.0, True)),
-        ("cross_entropy", lambda: (leaf(8, 16), TARGETS, 0.1)),
     ],
 )
 def test_an_op_keeps_its_word_to_the_dispatcher(name: str, arguments) -> None:
