@@ -20,8 +20,8 @@ from kernels.bench import peers, targets, work
 from kernels.bench.rowwise import Random
 from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Target, Workload
 
-# The last queries of the last document are compared with the reference, for the heads of one group: its scores are
-# a matrix. The gradients of the last keys come from these queries alone.
+# The last queries of the longest and of the last document are compared with the reference, for the heads of one
+# group: its scores are a matrix. The gradients of the last keys come from these queries alone.
 CHECKED_QUERIES = 256
 PAGE = 256  # flash-attn 2 takes multiples of it
 
@@ -82,27 +82,31 @@ def attention_workload(
         work.attention_work(lengths, heads, kv_heads, width, dtype.itemsize),
         partial(make_for, lengths),
         contenders,
-        partial(_attention_check, lengths[-1]),
+        partial(_attention_check, lengths),
         targets=aims,
     )
 
 
 def _attention_check(
-    length: int, inputs: Inputs, upstream: list[Tensor], outcome: Outcome
+    lengths: Sequence[int], inputs: Inputs, upstream: list[Tensor], outcome: Outcome
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    q, k, v = inputs[:3]
-    count = min(CHECKED_QUERIES, length)
-    group = q.shape[1] // k.shape[1]
-    query, key, value = q[-count:, :group], k[-length:, :1], v[-length:, :1]
-    query, key, value = (x.detach().float().requires_grad_() for x in (query, key, value))
-    spans = bounds([count], q.device), bounds([length], q.device)
-    expected = attention_reference(query, key, value, *spans, scale=q.shape[2] ** -0.5, window=None)
-    expected.backward(upstream[0][-count:, :group].float())
+    q, k, v = (x.detach() for x in inputs[:3])
     (out,), (dq, dk, dv) = outcome
-    yield "result", out[-count:, :group], expected.detach()
-    for what, found, leaf, n in (("q", dq, query, group), ("k", dk, key, 1), ("v", dv, value, 1)):
-        assert leaf.grad is not None
-        yield f"gradient of {what}", found[-count:, :n], leaf.grad[-count:]
+    group = q.shape[1] // k.shape[1]
+    ends = list(accumulate(lengths))
+    for document in {lengths.index(max(lengths)), len(lengths) - 1}:
+        length, end = lengths[document], ends[document]
+        count = min(CHECKED_QUERIES, length)
+        queries, keys = slice(end - count, end), slice(end - length, end)
+        query, key, value = q[queries, :group], k[keys, :1], v[keys, :1]
+        query, key, value = (x.float().requires_grad_() for x in (query, key, value))
+        spans = bounds([count], q.device), bounds([length], q.device)
+        expected = attention_reference(query, key, value, *spans, scale=q.shape[2] ** -0.5, window=None)
+        expected.backward(upstream[0][queries, :group].float())
+        yield f"document {document}", out[queries, :group], expected.detach()
+        for what, found, leaf, heads in (("q", dq, query, group), ("k", dk, key, 1), ("v", dv, value, 1)):
+            assert leaf.grad is not None
+            yield f"gradient of {what} of document {document}", found[queries, :heads], leaf.grad[-count:]
 
 
 def _other_providers(width: int, device: torch.device) -> list[Provider]:
@@ -169,11 +173,12 @@ def decode_workload(
 
     def check(inputs: Inputs, _: list[Tensor], outcome: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
         q, k, v, lengths, table = inputs
-        last = slice(rows - 1, rows)
-        k, v = (x[last] if table is None else x[table[rows - 1].long()].flatten(0, 1)[None] for x in (k, v))
-        q, k, v = q[last].float(), k.float(), v.float()
-        expected = decode_attention_reference(q, k, v, lengths[last], scale=width**-0.5, window=None)
-        yield "result", outcome[0][0][last], expected
+        for row in {0, rows - 1}:
+            one = slice(row, row + 1)
+            key, value = (x[one] if table is None else x[table[row].long()].flatten(0, 1)[None] for x in (k, v))
+            given = q[one].float(), key.float(), value.float(), lengths[one]
+            expected = decode_attention_reference(*given, scale=width**-0.5, window=None)
+            yield f"row {row}", outcome[0][0][one], expected
 
     return Workload(
         "decode_attention",

@@ -88,7 +88,14 @@ def plot(findings: Findings, path: Path) -> None:
     except ImportError:
         return
     first = {op: row.shape for row in reversed(findings.ours()) for op in [row.op]}
-    shown = [row for row in findings.rows if first.get(row.op) == row.shape and row.role in ("ours", "peer")]
+    parted = {row.op for row in findings.rows if row.stage == "forward"}  # the rest is timed as a whole
+    shown = [
+        row
+        for row in findings.rows
+        if first.get(row.op) == row.shape
+        and row.role in ("ours", "peer")
+        and not (row.stage == "both" and row.op in parted)
+    ]
     jobs = list(dict.fromkeys((row.op, row.dtype, row.stage) for row in shown))
     names = list(dict.fromkeys(row.contender for row in shown))
     if not jobs:

@@ -98,7 +98,7 @@ def fault(workload: Workload, contender: Contender) -> str:
     outputs = _call(workload, contender, its_inputs)
     upstream = _upstream(workload, outputs)
     outcome: Outcome = outputs, []
-    if "backward" in workload.stages:
+    if workload.has_backward:
         outcome = outputs, list(_gradients(outputs, its_inputs, upstream))
         upstream = _upstream(workload, outputs)  # a backward may have written over it
     if contender.canonical is not None:
@@ -193,7 +193,7 @@ def _pass(
 
 
 def _call(workload: Workload, contender: Contender, inputs: Inputs) -> list[Tensor]:
-    with torch.set_grad_enabled("backward" in workload.work):
+    with torch.set_grad_enabled(workload.has_backward):
         results = contender.call(*inputs)
     results = (results,) if isinstance(results, Tensor) else results or ()
     return [x for x in results if x is not None]

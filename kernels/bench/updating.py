@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ def parameter_sizes(parameters: int, tensors: int) -> list[int]:
     return [vector] * vectors + [left // matrices] * (matrices - 1) + [left - left // matrices * (matrices - 1)]
 
 
-def adamw_workload(parameters: int, tensors: int, device: torch.device) -> Workload:
+def adamw_workload(
+    parameters: int, tensors: int, device: torch.device, *, shadow: Literal["nearest", "random"] | None = None
+) -> Workload:
+    """shadow: how the bf16 copies are rounded; torch keeps none, so ours has no peer then."""
     sizes = parameter_sizes(parameters, tensors)
+    rounding = {"rounding_seed": 5} if shadow == "random" else {}
 
     def make(seed: int) -> Inputs:
         random = Random(seed, device, torch.float32)
@@ -40,18 +44,24 @@ def adamw_workload(parameters: int, tensors: int, device: torch.device) -> Workl
             [random.normal(size, scale=0.02, has_grad=False) for size in sizes] for _ in range(3)
         )
         exp_avg_sqs = [2 * grad.square() for grad in grads]
+        shadows = [torch.zeros_like(param, dtype=torch.bfloat16) for param in params] if shadow else None
         lr, step, clip_scale, should_skip = (torch.tensor(x, device=device) for x in (0.01, 3.0, 1.0, 0.0))
-        return params, grads, exp_avgs, exp_avg_sqs, lr, step, clip_scale, should_skip
+        return params, grads, exp_avgs, exp_avg_sqs, shadows, lr, step, clip_scale, should_skip
 
-    def ours(*inputs) -> None:
-        *lists, lr, step, clip_scale, should_skip = inputs
-        adamw(*lists, lr=lr, step=step, clip_scale=clip_scale, should_skip=should_skip, **ADAMW)
+    def update(of: Callable[..., None], inputs: Inputs) -> None:
+        *lists, shadows, lr, step, clip_scale, should_skip = inputs
+        scalars = {"lr": lr, "step": step, "clip_scale": clip_scale, "should_skip": should_skip}
+        of(*lists, **scalars, **ADAMW, shadows=shadows, **rounding)
+
+    def ours(*inputs: Any) -> None:
+        update(adamw, inputs)
 
     def torchs(is_fused: bool) -> Contender:
         def adapt(inputs: Inputs) -> Inputs:
-            *lists, _, step, _, _ = inputs
-            # torch counts the step itself.
-            return *lists, [step - 1 for _ in sizes]
+            *lists, _, _, step, _, _ = inputs
+            # torch counts steps itself: the fused kernel on the device, the other on the host.
+            before = (step - 1).to(device if is_fused else "cpu")
+            return *lists, [before.clone() for _ in sizes]
 
         def call(params, grads, exp_avgs, exp_avg_sqs, steps) -> None:
             torch_adamw(
@@ -78,21 +88,22 @@ def adamw_workload(parameters: int, tensors: int, device: torch.device) -> Workl
         """How the first tensor, the last vector and the last matrix changed."""
         some = sorted({0, tensors // 3 - 1, tensors - 1} & set(range(tensors)))
         before = make(0)
-        lists = [[one[i].clone() for i in some] for one in before[:4]]
-        lr, step, clip_scale, should_skip = before[4:]
-        adamw_reference(*lists, lr=lr, step=step, clip_scale=clip_scale, should_skip=should_skip, **ADAMW)
-        for what, found, old, expected in zip(("p", "g", "m", "v"), inputs, before, lists, strict=False):
+        expected = [None if one is None else [one[i].clone() for i in some] for one in before[:5]]
+        update(adamw_reference, (*expected, *before[5:]))
+        names = ("p", "g", "m", "v", "shadow")
+        for what, found, old, true in zip(names, inputs, before, expected, strict=False):
             for place, i in enumerate(some):
-                if what != "g":
-                    yield f"change of {what} {i}", found[i] - old[i], expected[place] - old[i]
+                # Noise depends on where a tensor lies: of some tensors only the first lies where it did.
+                if true is not None and what != "g" and not (what == "shadow" and shadow == "random" and i):
+                    yield f"change of {what} {i}", found[i] - old[i], true[place] - old[i]
 
     return Workload(
         "adamw",
-        f"{parameters / 1e6:g}M in {tensors}",
+        f"{parameters / 1e6:g}M in {tensors}{f', shadow to {shadow}' if shadow else ''}",
         torch.float32,
-        work.adamw_work(parameters),
+        work.adamw_work(parameters, shadow is not None),
         make,
-        [Contender(OURS, ours, "ours"), torchs(True), torchs(False)],
+        [Contender(OURS, ours, "ours"), *([] if shadow else [torchs(True), torchs(False)])],
         check,
         targets=[targets.percent("forward", 88)],
     )

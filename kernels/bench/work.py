@@ -68,9 +68,9 @@ def decode_work(lengths: Sequence[int], heads: int, kv_heads: int, width: int, b
     return {"forward": Work(moved, 4 * context * heads * width)}
 
 
-def adamw_work(parameters: int) -> Works:
-    """fp32 parameter and two moments in and out, fp32 gradient in: 28 bytes each."""
-    return {"forward": Work(28 * parameters)}
+def adamw_work(parameters: int, has_shadow: bool = False) -> Works:
+    """fp32 parameter and two moments in and out, fp32 gradient in, 28 bytes each; a bf16 shadow out."""
+    return {"forward": Work((30 if has_shadow else 28) * parameters)}
 
 
 def grad_norm_work(parameters: int) -> Works:

@@ -130,7 +130,7 @@ class Workload:
     make: inputs from a seed, the same for the same seed. Those that require a gradient get one.
     check: of the inputs, the upstream gradients and an outcome: triples (what, found, expected).
     upstream: gradients that results receive: random numbers, or ones where a peer returns their sum.
-    compiled: whether torch.compile is worth its minutes here.
+    is_whole: contenders differ in which pass does the work, so that only both together mean something.
     """
 
     op: str
@@ -142,10 +142,17 @@ class Workload:
     check: Callable[[Inputs, list[Tensor], Outcome], Iterable[tuple[str, Tensor, Tensor]]]
     upstream: Literal["random", "ones"] = "random"
     targets: Sequence[Target] = field(default_factory=tuple)
+    is_whole: bool = False
+
+    @property
+    def has_backward(self) -> bool:
+        return "backward" in self.work
 
     @property
     def stages(self) -> tuple[Pass, ...]:
-        return PASSES if "backward" in self.work else ("forward",)
+        if not self.has_backward:
+            return ("forward",)
+        return ("both",) if self.is_whole else PASSES
 
     def work_of(self, stage: Pass) -> Work:
         return self.work["forward"] + self.work["backward"] if stage == "both" else self.work[stage]

@@ -63,6 +63,7 @@ def test_what_has_no_backward_is_counted_once() -> None:
         2 * 10 * 2 * 8 * 2 + 2 * 2 * 4 * 8 * 2, 4 * 10 * 4 * 8
     )
     assert work.adamw_work(1000) == {"forward": Work(28_000)}
+    assert work.adamw_work(1000, has_shadow=True) == {"forward": Work(30_000)}
     assert work.grad_norm_work(1000) == {"forward": Work(4000)}
     assert work.sample_work(64, 1000, 2) == {"forward": Work(129_280)}
     assert work.gae_work(100) == {"forward": Work(1700)}
@@ -158,6 +159,25 @@ def test_every_set_of_arguments_is_its_own_and_results_stay(monkeypatch: pytest.
     assert not torch.equal(a, b) and not torch.equal(b, c)
 
 
+def test_a_pass_is_the_forward_the_backward_or_both() -> None:
+    now = Stopwatch()
+
+    class Working(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            now.work(0.001)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            now.work(0.003)
+            return 2 * dy
+
+    rows = measure.measure(doubling([Contender(OURS, Working.apply, "ours")]), CpuClock(now), UNIT)
+    found = {row.stage: row.times.median for row in rows if row.times is not None}
+    assert found == pytest.approx({"forward": 1.0, "backward": 3.0, "both": 4.0})
+
+
 def test_upstream_gradients_are_the_same_for_every_contender() -> None:
     given: dict[str, list[Tensor]] = {"a": [], "b": []}
 
@@ -240,6 +260,8 @@ def tiny() -> Iterator[Workload]:
     yield decode_workload(3, 40, 4, 2, 16, FP32, CPU)
     yield decode_workload(3, 512, 4, 2, 16, FP32, CPU, paged=True)
     yield adamw_workload(5000, 9, CPU)
+    yield adamw_workload(5000, 9, CPU, shadow="nearest")
+    yield adamw_workload(5000, 9, CPU, shadow="random")
     yield grad_norm_workload(5000, 9, CPU)
     yield sample_workload(4, 100, FP32, CPU)
     yield gae_workload(6, 30, CPU)
