@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import accumulation_dtype, chip, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, chip, launch, next_power_of_2, register_op, use_reference
 
 # The widest row: a program of the forward holds one row in registers.
 MAX_COLUMNS = 16384
@@ -129,7 +129,7 @@ def _rms_norm_bwd_kernel(
         tail_dweight = tl.zeros((ROWS, TAIL), tl.float32)
     # In stages: the next rows are on their way to shared memory while these are computed.
     for start in tl.range(program * ROWS, rows, tl.num_programs(0) // PIECES * ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)[:, None]
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)  # the interpreter counts loops in 32 bits
         is_row = row < rows
         x_row = x_ptr + (row // heads * x_stride + row % heads * COLUMNS)
         dy_row, dsum_row, dx_row = dy_ptr + row * COLUMNS, dsum_ptr + row * COLUMNS, dx_ptr + row * COLUMNS
@@ -176,7 +176,7 @@ def _sum_rows_kernel(x_ptr, sum_ptr, rows, COLUMNS: tl.constexpr, BLOCK: tl.cons
 
 def _fwd_options(columns: int) -> dict[str, int]:
     """How the forward is launched: by the width alone, so that a row's sum is taken in the same order anywhere."""
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rows = max(1, 2048 // block)  # of heads, several rows: a program should move a few kilobytes
     # 16 numbers a thread are two loads of 16 bytes; 16 warps are enough to load 16384 columns without spills.
     return {"COLUMNS": columns, "BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
@@ -195,13 +195,13 @@ def _bwd_options(columns: int, x_bytes: int, weight_bytes: int, streams: int, ar
     if columns > WHOLE_ROW:
         block = 16384 // x_bytes
         # 8 columns a thread in 16 bits: a load of 16 bytes. fp32 spills with fewer than 255 registers.
-        pieces, rows, warps = triton.cdiv(columns, block), 1, 32 if x_bytes == 2 else 8
+        pieces, rows, warps = cdiv(columns, block), 1, 32 if x_bytes == 2 else 8
     else:
-        block = triton.next_power_of_2(columns)
+        block = next_power_of_2(columns)
         # Of 5120 columns the tail spares a block of 8192, and with it a third of the instructions, which matter in 16
         # bits. With more than 20 columns a thread registers would spill.
         if x_bytes == 2 and 1024 < columns <= 5 * block // 8:
-            block, tail = block // 2, triton.next_power_of_2(columns - block // 2)
+            block, tail = block // 2, next_power_of_2(columns - block // 2)
         rows, warps = max(1, 4096 // block), max(8, block // 512)  # 16 columns a thread
         # Two programs fill each other's waits for a row's mean. The registers hold only one of 16 warps, or of numbers
         # that are not loaded in pairs: fp32, and rows that start at any byte.
@@ -237,7 +237,7 @@ def _launch_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) 
     x, heads, stride = _head_rows(x) if residual is None else (x.contiguous(), 1, columns)
     residual = x if residual is None else residual.contiguous()
     options = _fwd_options(columns)
-    grid = (triton.cdiv(rstd.numel(), options["ROWS"]),)
+    grid = (cdiv(rstd.numel(), options["ROWS"]),)
     arguments = x, residual, weight.contiguous(), y, total, rstd, rstd.numel(), heads, stride, eps
     launch(_rms_norm_fwd_kernel, grid, *arguments, HAS_RESIDUAL=total is not y, **options)
     return y, total, rstd
@@ -252,7 +252,7 @@ def _rms_norm_bwd_triton(
     options, resident = _bwd_options(columns, x.itemsize, weight.itemsize, 2 + has_dsum, where.arch)
     # All programs run at once, and their partial sums, of 264 programs on 132 multiprocessors, are 3% of the traffic
     # of 8192 rows.
-    programs = min(triton.cdiv(rows, options["ROWS"]), resident * where.multiprocessors // options["PIECES"])
+    programs = min(cdiv(rows, options["ROWS"]), resident * where.multiprocessors // options["PIECES"])
     dx, partial = x.new_empty(x.shape), x.new_empty((programs, columns), dtype=torch.float32)
     dweight = weight.new_empty(weight.shape)
     x, heads, stride = _head_rows(x)
@@ -262,7 +262,7 @@ def _rms_norm_bwd_triton(
     launch(_rms_norm_bwd_kernel, (programs * options["PIECES"],), *arguments, HAS_DSUM=has_dsum, **options)
     # 128 bytes of 256 partial rows a program.
     blocks = {"COLUMNS": columns, "BLOCK": 32, "ROWS": 256, "num_warps": 8}
-    launch(_sum_rows_kernel, (triton.cdiv(columns, 32),), partial, dweight, programs, **blocks)
+    launch(_sum_rows_kernel, (cdiv(columns, 32),), partial, dweight, programs, **blocks)
     return dx, dweight
 
 
