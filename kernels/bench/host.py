@@ -25,7 +25,7 @@ from kernels.bench.updating import ADAMW
 from kernels.cross_entropy import cross_entropy
 from kernels.grad_norm import grad_norm
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary import rotary
+from kernels.rotary import rotary, split_rotary
 from kernels.sample import sample
 from kernels.swiglu import swiglu
 
@@ -87,6 +87,7 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[..., Any], tupl
     yield "rms_norm", rms_norm, (x, weight, 1e-6)
     yield "add_rms_norm", add_rms_norm, (x, numbers(4, 64), weight, 1e-6)
     yield "rotary", rotary, (*heads, integers, table, table)
+    yield "split_rotary", split_rotary, (numbers(4, 6, 64), 2, 2, integers, table, table)
     yield "swiglu", swiglu, (numbers(4, 128),)
     yield "attention", attention, (*heads, numbers(4, 2, 64), spans, spans, 4, 4)
     yield "decode_attention", decode_attention, (numbers(4, 2, 64, has_grad=False), cache, cache, lengths)

@@ -1,4 +1,4 @@
-"""Workloads of the ops that stream rows: norms, rotary embedding, SwiGLU, cross-entropy from logits."""
+"""Workloads of the ops that stream rows: norms, SwiGLU, cross-entropy from logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from kernels.bench import peers, targets, work
 from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Workload
 from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from kernels.rotary import rotary, rotary_reference
 from kernels.swiglu import swiglu, swiglu_reference
 
 EPS = 1e-5
@@ -142,60 +141,6 @@ def norm_workload(
         row_check(specified, tuple(range(arrays))),
         targets=[targets.percent("forward", 90), targets.percent("backward", 80)] if heads == 1 else [],
     )
-
-
-def rotary_workload(
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    compiled: bool = False,
-) -> Workload:
-    """Positions run through two documents."""
-    documents = 2
-    longest = tokens // documents
-
-    def make(seed: int) -> Inputs:
-        random = Random(seed, device, dtype)
-        q, k = random.normal(tokens, heads, width), random.normal(tokens, kv_heads, width)
-        return q, k, torch.arange(tokens, device=device) % longest, *rotary_tables(longest, width, device)
-
-    contenders = [Contender(OURS, rotary, "ours"), Contender("eager", rotary_reference)]
-    if compiled:
-        contenders.append(Contender("compile", peers.compiled(rotary_reference)))
-    liger = peers.liger("rope", "LigerRopeFunction")
-    if liger is not None:
-        # Its tables hold a row for each token and both halves of a head; it turns q and k in place.
-        def adapt(inputs: Inputs) -> Inputs:
-            q, k, positions, cos, sin = inputs
-            q, k = (x.detach().clone().requires_grad_() for x in (q, k))
-            return q, k, *(table[positions].repeat(1, 2).unsqueeze(0).to(dtype) for table in (cos, sin))
-
-        def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-            heads_first = (x.unsqueeze(0).transpose(1, 2) for x in (q, k))
-            return tuple(x.transpose(1, 2).squeeze(0) for x in liger.apply(*heads_first, cos, sin))
-
-        contenders.append(Contender("liger", turn, adapt=adapt, spoils=True))
-    return Workload(
-        "rotary",
-        f"{tokens}x({heads}+{kv_heads})x{width}",
-        dtype,
-        work.rotary_work(tokens, heads + kv_heads, width, longest, dtype.itemsize),
-        make,
-        contenders,
-        row_check(rotary_reference, (0, 1, 2)),
-        targets=[targets.percent("forward", 85), targets.percent("backward", 85)],
-    )
-
-
-def rotary_tables(positions: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [positions, width / 2]."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.arange(positions, device=device).unsqueeze(1) * frequencies
-    return angles.cos(), angles.sin()
 
 
 def swiglu_workload(

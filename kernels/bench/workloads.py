@@ -14,7 +14,8 @@ import torch
 from kernels.bench import targets
 from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
-from kernels.bench.rowwise import cross_entropy_workload, norm_workload, rotary_workload, swiglu_workload
+from kernels.bench.rowwise import cross_entropy_workload, norm_workload, swiglu_workload
+from kernels.bench.turning import rotary_workload
 from kernels.bench.updating import adamw_workload, gae_workload, grad_norm_workload, sample_workload
 from kernels.bench.workload import Workload
 
@@ -44,10 +45,10 @@ def _norms(device: torch.device, with_residual: bool) -> Iterator[Workload]:
         yield norm_workload(8192 * 32, 128, BF16, device, with_residual=False, heads=32)
 
 
-def _rotary(device: torch.device) -> Iterator[Workload]:
-    yield rotary_workload(8192, 32, 32, 128, BF16, device, compiled=True)
+def _rotary(device: torch.device, is_split: bool) -> Iterator[Workload]:
+    yield rotary_workload(8192, 32, 32, 128, BF16, device, is_split=is_split, compiled=True)
     for tokens, heads, kv_heads in ((16384, 32, 32), (8192, 32, 8), (16384, 40, 40)):
-        yield rotary_workload(tokens, heads, kv_heads, 128, BF16, device)
+        yield rotary_workload(tokens, heads, kv_heads, 128, BF16, device, is_split=is_split)
 
 
 def _swiglu(device: torch.device) -> Iterator[Workload]:
@@ -131,7 +132,8 @@ def _gae(device: torch.device) -> Iterator[Workload]:
 BY_OP = {
     "rms_norm": lambda device: _norms(device, False),
     "add_rms_norm": lambda device: _norms(device, True),
-    "rotary": _rotary,
+    "rotary": lambda device: _rotary(device, False),
+    "split_rotary": lambda device: _rotary(device, True),
     "swiglu": _swiglu,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,

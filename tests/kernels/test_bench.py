@@ -15,7 +15,8 @@ from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.ceilings import Ceilings, measure_ceilings
 from kernels.bench.clock import CpuClock, Round, Times, race
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
-from kernels.bench.rowwise import cross_entropy_workload, norm_workload, rotary_workload, swiglu_workload
+from kernels.bench.rowwise import cross_entropy_workload, norm_workload, swiglu_workload
+from kernels.bench.turning import rotary_workload
 from kernels.bench.updating import (
     adamw_workload,
     gae_workload,
@@ -250,6 +251,7 @@ def tiny() -> Iterator[Workload]:
     yield norm(40, 16, with_residual=True)
     yield norm(40, 16, with_residual=False, heads=4)
     yield rotary_workload(40, 4, 2, 16, FP32, CPU)
+    yield rotary_workload(40, 4, 2, 16, FP32, CPU, is_split=True)
     yield swiglu_workload(40, 24, FP32, CPU)
     yield cross_entropy_workload(40, 100, FP32, CPU)
     yield linear_cross_entropy_workload(40, 16, 100, FP32, CPU)
