@@ -23,9 +23,23 @@ from kernels.bench.workload import Contender, Inputs, Outcome, Pass, Row, Worklo
 ROUND_BYTES, MOST_SETS = 1 << 30, 8
 
 
+_Rows = dict[tuple[Pass, str], dict[str, Any]]
+
+
 def measure(workload: Workload, clock: Clock, ceilings: Ceilings) -> list[Row]:
     """A row for every pass and contender, the failed ones too."""
-    rows = {(stage, one.name): _row(workload, stage, one, ceilings) for stage, one in _entries(workload)}
+    entries = [(stage, one) for stage in workload.stages for one in workload.contenders if stage in one.passes]
+    rows: _Rows = {(stage, one.name): _row(workload, stage, one, ceilings) for stage, one in entries}
+    try:
+        _fill(rows, workload, clock)
+    except Exception as error:  # nobody's in particular: no memory for the inputs, a device that has given up
+        for fields in rows.values():
+            if fields["times"] is None and not fields["note"]:
+                fields.update(note=explain(error))
+    return [Row(**fields) for fields in rows.values()]
+
+
+def _fill(rows: _Rows, workload: Workload, clock: Clock) -> None:
     contenders = []
     for contender in workload.contenders:
         note, extra = _try(workload, contender, clock)
@@ -45,17 +59,12 @@ def measure(workload: Workload, clock: Clock, ceilings: Ceilings) -> list[Row]:
         for name, times in race(clock, rounds, failed).items():
             rows[stage, name].update(times=times)
         del seats, rounds
-    return [Row(**fields) for fields in rows.values()]
 
 
 def explain(error: Exception) -> str:
     """One line on why a contender failed."""
     lines = str(error).strip().splitlines() or [""]
     return f"failed: {type(error).__name__}: {lines[0]}"[:200]
-
-
-def _entries(workload: Workload) -> list[tuple[Pass, Contender]]:
-    return [(stage, one) for stage in workload.stages for one in workload.contenders if stage in one.passes]
 
 
 def _row(workload: Workload, stage: Pass, contender: Contender, ceilings: Ceilings) -> dict[str, Any]:
@@ -70,6 +79,7 @@ def _row(workload: Workload, stage: Pass, contender: Contender, ceilings: Ceilin
         "work": work,
         "floor": ceilings.floor(work.bytes, work.flops),
         "times": None,
+        "note": "",
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from kernels.bench import targets
@@ -16,7 +17,7 @@ from kernels.bench.host import measure_host
 from kernels.bench.machine import slug
 from kernels.bench.results import Findings
 from kernels.bench.tables import page, row_text, summary_text
-from kernels.bench.workload import OURS, Contender, Row, Work
+from kernels.bench.workload import OURS, Contender, Inputs, Row, Work
 from tests.kernels.bench_jobs import CPU, UNIT, Stopwatch, doubling, few_rounds, found
 
 __all__ = ["few_rounds"]  # a fixture for every test here
@@ -27,6 +28,18 @@ def test_an_op_of_ours_that_is_wrong_is_found_and_said() -> None:
     findings = found([job])
     assert {row.contender for row in findings.wrong} == {OURS}
     assert "WRONG: double 64 float32, forward, ours: wrong: result 0" in summary_text(findings)
+
+
+def test_a_job_that_cannot_be_done_at_all_ends_no_run() -> None:
+    def make(seed: int) -> Inputs:
+        if seed:
+            raise torch.OutOfMemoryError("no memory for the second set")
+        return (torch.randn(64).requires_grad_(),)
+
+    impossible = replace(doubling([Contender(OURS, lambda x: 2 * x, "ours")]), make=make)
+    findings = found([impossible, doubling([Contender(OURS, lambda x: 2 * x, "ours")])])
+    assert {row.note for row in findings.wrong} == {"failed: OutOfMemoryError: no memory for the second set"}
+    assert len(findings.rows) == 6 and all(row.times is not None for row in findings.rows[3:])
 
 
 def test_a_peer_that_fails_is_noted_and_harms_nobody() -> None:
