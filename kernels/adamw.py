@@ -104,8 +104,8 @@ def _lerp(a, b, weight):
 
 @triton.jit
 def _update_block(
-    p_at, g_at, m_at, v_at, shadow_at, position, length, place,
-    clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
+    p_at, g_at, m_at, v_at, shadow_at, length, place,
+    clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed, position,
     GRAD: tl.constexpr, HAS_SHADOW: tl.constexpr, IS_STOCHASTIC: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -161,18 +161,12 @@ def _adamw_kernel(
     decay = lr * tl.load(weight_decay_ptr + tensor)
     clip_scale = tl.load(clip_scale_ptr).to(tl.float32)
 
+    chunk = p_at, g_at, m_at, v_at, shadow_at, length, place
+    numbers = clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed
     for position in range(0, whole, BLOCK):
-        _update_block(
-            p_at, g_at, m_at, v_at, shadow_at, position, length, place,
-            clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
-            GRAD, HAS_SHADOW, IS_STOCHASTIC, 4, BLOCK,
-        )  # fmt: skip
+        _update_block(*chunk, *numbers, position, GRAD, HAS_SHADOW, IS_STOCHASTIC, 4, BLOCK)
     for position in range(whole, length, TAIL):
-        _update_block(
-            p_at, g_at, m_at, v_at, shadow_at, position, length, place,
-            clip_scale, weight1, weight2, rate, decay, root_scale, eps, step, seed,
-            GRAD, HAS_SHADOW, IS_STOCHASTIC, 1, TAIL,
-        )  # fmt: skip
+        _update_block(*chunk, *numbers, position, GRAD, HAS_SHADOW, IS_STOCHASTIC, 1, TAIL)
 
 
 @dataclass(frozen=True)
