@@ -40,6 +40,7 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
         ("swiglu", lambda: (leaf(8, 16),)),
         ("matmul_nt", lambda: (leaf(8, 16), leaf(5, 16, seed=1))),
         ("rotary", lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), torch.arange(8), TABLE, TABLE, False)),
+        ("split_rotary", lambda: (leaf(8, 8, 16), 4, 2, torch.arange(8), TABLE, TABLE)),
         (
             "attention",
             lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), leaf(8, 2, 16, seed=2), CU, CU, 8, 8, 0.25, None, None),

@@ -1,0 +1,44 @@
+"""The linear layer: the face against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from kernels.linear import linear, linear_reference
+from tests.kernels.oracle import assert_faithful, random
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 67])
+def test_linear_is_faithful(rows: int, dtype: torch.dtype) -> None:
+    inputs = random(rows, 37, dtype=dtype), random(53, 37, seed=1, dtype=dtype), random(53, seed=2, dtype=dtype)
+    assert_faithful(linear, linear_reference, inputs)
+    assert_faithful(linear, linear_reference, inputs[:2])
+
+
+def test_a_frozen_weight_gets_no_gradient_and_costs_none() -> None:
+    x = random(4, 8).requires_grad_()
+    weight = random(6, 8, seed=1)
+    linear(x, weight).sum().backward()
+    assert weight.grad is None and x.grad is not None
+    assert torch.allclose(x.grad, weight.sum(dim=0).expand(4, 8))
+
+
+def test_the_face_passes_gradcheck() -> None:
+    x, weight, bias = (
+        random(*shape, seed=seed, dtype=torch.float64).requires_grad_()
+        for seed, shape in enumerate([(5, 6), (4, 6), (4,)])
+    )
+    assert gradcheck(linear, (x, weight))
+    assert gradcheck(linear, (x, weight, bias))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        linear(random(3, 4), random(5, 3))
+    with pytest.raises(ValueError, match="bias"):
+        linear(random(3, 4), random(5, 4), random(4))
