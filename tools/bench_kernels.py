@@ -4,6 +4,7 @@
     python tools/bench_kernels.py --ops rms_norm swiglu     # some ops, and write nothing
     python tools/bench_kernels.py --quick                   # the first shape of each op
     python tools/bench_kernels.py --host                    # host time of calls only, on any machine
+    python tools/bench_kernels.py --out docs/benchmarks     # without a GPU: write kernels-compiled.md too
 
 A whole run on a GPU writes docs/benchmarks/kernels-<gpu>.csv, .json, .md and .png. Exit code 4: an op was wrong, or
 without a GPU a kernel broke a limit.
@@ -11,6 +12,7 @@ without a GPU a kernel broke a limit.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +29,10 @@ from kernels.bench.machine import ROOT, machine
 from kernels.bench.run import run_benchmark
 from kernels.bench.tables import host_text
 from kernels.bench.workloads import BY_OP, workloads
-from kernels.offline.audit import audit_package
 from kernels.offline.cases import cases
 from kernels.offline.floors import floors
-from kernels.offline.report import text
+from kernels.offline.package import audit_package
+from kernels.offline.report import page, text
 from model.errors import InputError
 
 
@@ -57,7 +59,7 @@ def main(config: BenchConfig) -> int:
     if config.host:
         print(host_text(measure_host(device)))
         return 0
-    return measure(config, device) if device.type == "cuda" else audit()
+    return measure(config, device) if device.type == "cuda" else audit(config)
 
 
 def measure(config: BenchConfig, device: torch.device) -> int:
@@ -78,9 +80,20 @@ def measure(config: BenchConfig, device: torch.device) -> int:
     return EXIT_GATE if findings.wrong else 0
 
 
-def audit() -> int:
-    found = audit_package()
-    print(text(found, list(floors(cases()))))
+def audit(config: BenchConfig) -> int:
+    if os.environ.get("TRITON_INTERPRET"):
+        raise InputError("TRITON_INTERPRET is set: kernels that are interpreted are not compiled. Unset it.")
+    known = {case.op for case in cases()}
+    unknown = sorted(set(config.ops) - known)
+    if unknown:
+        raise InputError(f"--ops: there is no {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
+    found = audit_package(config.ops)
+    bounds = list(floors(case for case in cases() if not config.ops or case.op in config.ops))
+    print(text(found, bounds))
+    if config.out:
+        file = Path(config.out) / "kernels-compiled.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page(found, bounds, machine(torch.device("cpu"), config.commit)), encoding="utf-8")
     return EXIT_GATE if found.failures else 0
 
 

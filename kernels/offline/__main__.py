@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from kernels.offline.audit import all_kernels, audit_package
+from kernels.offline.package import all_kernels, audit_package
 
 if __name__ == "__main__":
     audit = audit_package()

@@ -6,31 +6,52 @@
     products    16-bit matrix products become `wgmma` on Hopper and `mma` on Ampere
     offsets     no address is made with a product that can leave 32 bits
 
-The launch table is held to more: every entry is asked for by some case, stands among the candidates that its module
-names, and keeps the limits. Other candidates may break them; they are dropped, and the tuner must not choose them.
+Candidates of the launch table are compiled too. They may break limits, as long as they are not dispatched.
 """
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
-import pkgutil
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 
-import kernels
-from kernels.launches import ARCHITECTURES, Lookup, observed_table, read_table
-from kernels.offline.cases import Case, cases
+from kernels.bench.work import Works
+from kernels.launches import ARCHITECTURES, Lookup, observed_table
 from kernels.offline.compile import SHARED_MEMORY, Compiled, compile_launch
 from kernels.offline.offsets import narrow_offsets
 from kernels.offline.record import Launch, record
+
+# Matrix instructions of 16-bit products.
+ON_TENSOR_CORES = {80: "mma", 90: "wgmma"}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of an op, and its backward where inputs require a gradient.
+
+    shape: in words. width: columns of a row, or entries of a head. arguments: makes those of the call.
+    is_wide: rows begin at multiples of 16 bytes, so that 16 bytes can be moved at once.
+    products: the instruction that 16-bit matrix products should become, for each architecture.
+    is_model: candidates of the launch table are tried on this case; they would do the same on its like.
+    work: the least that each pass must move and compute, where that is worth a line in the report.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    width: int
+    call: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    is_wide: bool = True
+    products: dict[int, str] | None = None
+    is_model: bool = False
+    work: Works | None = None
 
 
 @dataclass(frozen=True)
@@ -61,31 +82,31 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"sm_{self.arch} {self.kernel} ({self.op} {self.stage}, {self.case}, {self.dtype}; {self.options})"
+        return f"{self.op} {self.stage} on sm_{self.arch}, {self.case}, {self.dtype}; {self.options}"
 
 
 @dataclass
 class Audit:
-    """rows: every kernel in every form. silent, uncovered, idle: cases that launch no kernel, or not on tensor cores
-    what should be; kernels that no case launches; entries of the launch table that nothing dispatches, or wrong ones.
+    """rows: every kernel in every form. silent: cases that launch no kernel, or use no tensor core where they should.
+    uncovered: kernels that no case launches. idle: entries of the launch table that are wrong or that nobody asks for.
     """
 
     rows: list[Row]
-    silent: list[str]
+    silent: list[str] = field(default_factory=list)
     uncovered: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
 
     @property
     def broken(self) -> list[str]:
-        """Kernels that are dispatched and beyond a limit; forms with the same fault together."""
-        alike: dict[tuple[str, tuple[str, ...]], list[Row]] = {}
+        """Limits that kernels break which are dispatched; a line for all forms with one fault."""
+        alike: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            if row.broken and row.is_dispatched:
-                alike.setdefault((row.kernel, row.broken), []).append(row)
+            for fault in row.broken if row.is_dispatched else ():
+                alike.setdefault((row.kernel, fault), []).append(row)
         lines = []
-        for (_, faults), rows in alike.items():
-            others = f" and {len(rows) - 1} more forms" if len(rows) > 1 else ""
-            lines.append(f"{rows[0].label}{others}: {', '.join(faults)}")
+        for (kernel, fault), rows in alike.items():
+            others = f", and {len(rows) - 1} more forms" if len(rows) > 1 else ""
+            lines.append(f"{kernel}: {fault}\n    {rows[0].label}{others}")
         return lines
 
     @property
@@ -119,15 +140,6 @@ class _Job:
         return launch.kernel.cache_key, launch.signature, launch.constants, launch.aligned, launch.options, self.arch
 
 
-def audit_package() -> Audit:
-    """All cases of the package, which must between them reach every kernel and every entry of the launch table."""
-    audit, lookups = audit_cases(cases())
-    launched = {row.kernel for row in audit.rows if row.is_dispatched}
-    audit.uncovered = [f"{name}: no case launches it" for name in all_kernels() if name not in launched]
-    audit.idle = list(_idle_entries(lookups))
-    return audit
-
-
 def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audit, set[Lookup]]:
     """Record, compile and judge; every form of a kernel once. With what was asked of the launch table.
 
@@ -153,7 +165,7 @@ def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audi
                 jobs.setdefault(job.form, job)
     rows = dict(zip(jobs, _compile_all(list(jobs.values()), workers or os.cpu_count() or 1), strict=True))
     silent = [
-        f"sm_{arch} {case.op} {stage}, {case.shape}: {reason}"
+        f"{case.op}: {reason}\n    {stage} on sm_{arch}, {case.shape}, {case.dtype}"
         for (case, stage, arch), of_stage in forms.items()
         for reason in _silent(case, arch, [rows[form] for form in of_stage])
     ]
@@ -256,33 +268,3 @@ def _moves_much(ttir: str, what: str, launch: Launch) -> bool:
         if count * sizes[kind] >= 16 * threads:
             return True
     return False
-
-
-def _idle_entries(lookups: set[Lookup]) -> Iterable[str]:
-    """Entries that nobody asks for, or that their module does not offer."""
-    asked = {(lookup.kernel, lookup.key): lookup for lookup in lookups}
-    for kernel, entries in read_table().items():
-        for key, entry in entries.items():
-            lookup = asked.get((kernel, key))
-            if lookup is None:
-                yield f"launches.json: no case asks for {kernel}, {key}"
-            elif entry not in lookup.candidates():
-                yield f"launches.json: {kernel}, {key} is not among the candidates of {lookup.module}"
-
-
-def all_kernels() -> dict[str, triton.JITFunction]:
-    """Every Triton function of the package that no other calls, by name."""
-    found: dict[str, triton.JITFunction] = {}
-    names = (module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels."))
-    for module in [importlib.import_module(name) for name in names if not name.endswith("__main__")]:
-        for value in vars(module).values():
-            while hasattr(value, "fn") and not isinstance(value, triton.JITFunction):
-                value = value.fn
-            if isinstance(value, triton.JITFunction) and value.__module__.startswith("kernels."):
-                found[value.__name__] = value
-    called = {name for name in found for other in found.values() if re.search(rf"\b{name}\b", _body(other))}
-    return {name: kernel for name, kernel in found.items() if name not in called}
-
-
-def _body(kernel: triton.JITFunction) -> str:
-    return kernel.src.split("\n", 1)[1]

@@ -7,7 +7,6 @@ training. What differs only in the number of rows launches the same kernels and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,8 +22,9 @@ from kernels.gae import gae
 from kernels.grad_norm import grad_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
+from kernels.offline.audit import ON_TENSOR_CORES, Case
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary import rotary
+from kernels.rotary import rotary, split_rotary
 from kernels.sample import sample
 from kernels.swiglu import swiglu
 
@@ -33,31 +33,6 @@ DTYPES = (BF16, FP16, FP32)
 # Tokens of a pack, and vocabularies: ours, one that no power of two above 8 divides, and Qwen's.
 TOKENS = 8192
 VOCABULARIES = (39424, 50264, 151936)
-# Matrix instructions of 16-bit products.
-ON_TENSOR_CORES = {80: "mma", 90: "wgmma"}
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One call of an op, and its backward where inputs require a gradient.
-
-    shape: in words. width: columns of a row, or entries of a head. arguments: makes those of the call.
-    is_wide: rows begin at multiples of 16 bytes, so that 16 bytes can be moved at once.
-    products: the instruction that 16-bit matrix products should become, for each architecture.
-    is_model: candidates of the launch table are tried on this case; they would do the same on its like.
-    work: the least that each pass must move and compute, where that is worth a line in the report.
-    """
-
-    op: str
-    shape: str
-    dtype: torch.dtype
-    width: int
-    call: Callable[..., Any]
-    arguments: Callable[[], tuple[Any, ...]]
-    is_wide: bool = True
-    products: dict[int, str] | None = None
-    is_model: bool = False
-    work: work.Works | None = None
 
 
 def cases() -> Iterator[Case]:
@@ -117,17 +92,24 @@ def _head_norms() -> Iterator[Case]:
 
 
 def _rotary() -> Iterator[Case]:
-    H, K = 32, 8
+    """Queries and keys by themselves, and out of the projection that also holds the values."""
+    T, H, K = TOKENS, 32, 8
 
-    def arguments(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        q, k = (_empty(TOKENS, heads, width, dtype=dtype, grad=True) for heads in (H, K))
-        return q, k, _empty(TOKENS, dtype=torch.int64), *(_empty(TOKENS, width // 2, dtype=FP32) for _ in range(2))
+    def tables(width: int) -> tuple[Tensor, ...]:
+        return _empty(T, dtype=torch.int64), *(_empty(T, width // 2, dtype=FP32) for _ in range(2))
+
+    def apart(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return *(_empty(T, heads, width, dtype=dtype, grad=True) for heads in (H, K)), *tables(width)
+
+    def joined(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return _empty(T, H + 2 * K, width, dtype=dtype, grad=True), H, K, *tables(width)
 
     for width in (64, 80, 96, 128, 256):
         for dtype in DTYPES if width == 128 else (BF16,):
-            shape = f"T {TOKENS}, H {H}/{K}, h {width}"
-            least = work.rotary_work(TOKENS, H + K, width, TOKENS, 2) if width == 128 and dtype == BF16 else None
-            yield Case("rotary", shape, dtype, width, rotary, partial(arguments, width, dtype), work=least)
+            shape = f"T {T}, H {H}/{K}, h {width}"
+            least = work.rotary_work(T, H + K, width, T, 2) if width == 128 and dtype == BF16 else None
+            yield Case("rotary", shape, dtype, width, rotary, partial(apart, width, dtype), work=least)
+            yield Case("split_rotary", shape, dtype, width, split_rotary, partial(joined, width, dtype))
 
 
 def _swiglu() -> Iterator[Case]:

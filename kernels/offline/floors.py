@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kernels.bench.workload import Work
-from kernels.offline.cases import Case
+from kernels.offline.audit import Case
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ multiplied back: `cdiv(n, 64) * 64` has the units of n.
 
 The bounds are the least that satisfy the equations between values, loops and branches included. A number that grows
 by a constant in every turn of a loop is bounded by whatever ends the loop, so it has one unit; one that grows by a
-number with units (a stride) is a product in disguise. `tl.assume(stride < 2**23)` bounds an argument.
+number with units (a stride) is a product in disguise. `tl.assume(stride < 2**23)` bounds a value.
 
 A fault counts when an address is made from it, directly or after it was widened to 64 bits: widened too late.
 """
@@ -59,20 +59,20 @@ Equation = tuple[str, list[str], Callable[..., Size], bool]
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Addresses that depend on a 32-bit product without bound: `file.py:12: ...`, each place once.
+    """What went wrong with addresses, a line for each: which arithmetic, and where an address was made of it.
 
     Args:
         ttir: text of a kernel, as the compiler prints it.
     """
     module = read(ttir)
     sizes = _solve(list(_Equations(module).collect()))
-    faults = []
+    faults: dict[str, list[str]] = {}
     for operation in module.walk():
         for value in _address_parts(operation):
             assert value in sizes, f"{operation.place}: nothing is known of {value}"
-            if sizes[value].fault is not None:
-                faults.append(f"{operation.place}: address from {sizes[value].fault}")
-    return list(dict.fromkeys(faults))
+            if (fault := sizes[value].fault) is not None:
+                faults.setdefault(fault, []).append(operation.place)
+    return [f"{fault} is part of an address ({places[0]})" for fault, places in faults.items()]
 
 
 def _address_parts(operation: Operation) -> list[str]:
@@ -122,11 +122,16 @@ class _Equations:
     def collect(self) -> Iterator[Equation]:
         for function in self.functions.values():
             limits = _assumed(function)
+            for name, size in limits.items():
+                yield name, [], partial(_any, size), False
             if "public" in function.text:
                 for name, _ in signature(function)[1]:
-                    yield name, [], partial(_any, limits.get(name, ARGUMENT)), False
+                    if name not in limits:
+                        yield name, [], partial(_any, ARGUMENT), False
             for region in function.regions:
-                yield from self._region(region, function)
+                for equation in self._region(region, function):
+                    if equation[0] not in limits:
+                        yield equation
 
     def _region(self, region: list[Block], parent: Operation) -> Iterator[Equation]:
         labels = {block.label: [name for name, _ in block.arguments] for block in region}
@@ -242,7 +247,7 @@ def _any(*sizes: Size) -> Size:
 def _sum(a: Size, b: Size, bits: int, place: str) -> Size:
     units, bound, fault = a.units + b.units, a.bound + b.bound, a.fault or b.fault
     if bits <= 32 and units >= _CEILING:
-        fault = fault or f"a 32-bit sum that grows by a run-time step in a loop ({place})"
+        fault = fault or f"a 32-bit sum that grows by a run-time step in a loop, {place},"
     return Size(min(units, Fraction(_CEILING)), min(bound, _CEILING), fault)
 
 
@@ -250,7 +255,7 @@ def _product(a: Size, b: Size, bits: int, place: str) -> Size:
     units = a.units * b.bound + b.units * a.bound + (_CEILING if a.units and b.units else 0)
     bound, fault = a.bound * b.bound, a.fault or b.fault
     if bits <= 32 and (units > _MOST_UNITS or bound >= 1 << 31):
-        fault = fault or f"a 32-bit product without bound ({place})"
+        fault = fault or f"a 32-bit product without bound, {place},"
     return Size(min(units, Fraction(_CEILING)), min(bound, _CEILING), fault)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from kernels.offline.audit import Audit, Row
@@ -15,7 +15,8 @@ _FLOOR_HEAD = ("op", "pass", "shape", "dtype", "MB", "GFLOP", *(f"{sheet.name}, 
 
 EXPLANATION = """\
 Registers and spilled bytes are a thread's, shared memory is a program's in bytes, load and store are the bytes of
-the widest access. No GPU took part: these are properties of the machine code, not measurements."""
+the widest access; `32/34` is 32 on the first chip and 34 on the second. No GPU took part: these are properties of
+the machine code, not measurements."""
 
 FLOORS_EXPLANATION = """\
 What no version can beat: the bytes that must move at the bandwidth, or the operations at the 16-bit peak, of NVIDIA's
@@ -34,13 +35,9 @@ def text(audit: Audit, floors: Sequence[Floor]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def page(audit: Audit, floors: Sequence[Floor], date: str, command: str, versions: str) -> str:
-    """The same in Markdown."""
-    parts = [
-        "# Kernels as compiled",
-        f"`{command}`, {date}, {versions}.",
-        EXPLANATION,
-    ]
+def page(audit: Audit, floors: Sequence[Floor], facts: Mapping[str, str]) -> str:
+    """The same in Markdown. facts: what the figures depend on, by name."""
+    parts = ["# Kernels as compiled", ", ".join(f"{name} {fact}" for name, fact in facts.items()) + ".", EXPLANATION]
     for op, rows in _by_op(audit):
         parts += [f"## {op}", _piped(_KERNEL_HEAD, [_kernel_cells(row) for row in rows])]
     parts += ["## Limits", "\n".join(f"- {line}" for line in [*_tally(audit), *audit.failures])]
@@ -48,20 +45,28 @@ def page(audit: Audit, floors: Sequence[Floor], date: str, command: str, version
     return "\n\n".join(parts) + "\n"
 
 
-def _by_op(audit: Audit) -> Iterator[tuple[str, list[Row]]]:
-    """What ops dispatch, in the order of cases, both chips of a form under each other."""
-    dispatched = [row for row in audit.rows if row.is_dispatched]
-    order = {op: place for place, op in enumerate(dict.fromkeys(row.op for row in dispatched))}
-    kernels = {name: place for place, name in enumerate(dict.fromkeys(row.kernel for row in dispatched))}
-    dispatched.sort(key=lambda row: (order[row.op], kernels[row.kernel]))
-    for op, rows in groupby(dispatched, key=lambda row: row.op):
-        yield op, list(rows)
+def _by_op(audit: Audit) -> Iterator[tuple[str, list[tuple[Row, ...]]]]:
+    """What ops dispatch, in the order of cases, forms that both chips share together."""
+    forms: dict[tuple[str, ...], list[Row]] = {}
+    for row in audit.rows:
+        if row.is_dispatched:
+            forms.setdefault((row.op, row.kernel, row.stage, row.case, row.dtype, row.options), []).append(row)
+    ops = {op: place for place, (op, *_) in reversed(list(enumerate(forms)))}
+    kernels = {kernel: place for place, (_, kernel, *_) in reversed(list(enumerate(forms)))}
+    order = sorted(forms, key=lambda form: (ops[form[0]], kernels[form[1]]))
+    for op, names in groupby(order, key=lambda form: form[0]):
+        yield op, [tuple(forms[name]) for name in names]
 
 
-def _kernel_cells(row: Row) -> tuple[str, ...]:
-    figures = (row.registers, row.spilled, row.shared, row.loads, row.stores)
-    cells = row.kernel.removeprefix("_"), f"{row.stage}, {row.case}", _short(row.dtype), f"sm_{row.arch}", row.options
-    return *cells, *map(str, figures), row.products or "-"
+def _kernel_cells(rows: tuple[Row, ...]) -> tuple[str, ...]:
+    """Figures that differ between chips as `32/34`."""
+    one = rows[0]
+    figures = zip(
+        *((x.registers, x.spilled, x.shared, x.loads, x.stores, x.products or "-") for x in rows), strict=True
+    )
+    chips = ", ".join(f"sm_{row.arch}" for row in rows)
+    cells = one.kernel.removeprefix("_"), f"{one.stage}, {one.case}", _short(one.dtype), chips, one.options
+    return *cells, *("/".join(dict.fromkeys(map(str, figure))) for figure in figures)
 
 
 def _floor_cells(floor: Floor) -> tuple[str, ...]:
@@ -94,5 +99,5 @@ def _piped(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cells(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
     """Numbers to the right."""
     for cell, width in zip(row, widths, strict=True):
-        is_number = cell.replace(",", "").replace(".", "").isdigit() or cell == "-"
+        is_number = all(character in "0123456789,./-" for character in cell)
         yield cell.rjust(width) if is_number else cell.ljust(width)
