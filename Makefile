@@ -26,7 +26,7 @@ test: $(READY)
 
 # The kernels' own tests too: on a GPU they run compiled, and in bf16. One process, for one GPU.
 test-gpu: $(READY)
-	$(BIN)/pytest tests/gpu tests/kernels
+	$(BIN)/pytest tests/gpu tests/kernels tests/engine/test_training_curve.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
