@@ -16,28 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
-
-
-def philox_reference(seed: int, place: Tensor, step: Tensor) -> Tensor:
-    """The first word of Philox-4x32-10, key `seed`, counter (place, step).
-
-    Args:
-        seed: 64 bits.
-        place: int64, any shape; takes the lower two words of the counter.
-        step: int64 scalar, below 2^32; takes the third.
-    Returns:
-        int64, shape of place, from 0 to 2^32 - 1.
-    """
-    key0, key1 = seed & _WORD, seed >> 32 & _WORD
-    c0, c1, c2, c3 = place & _WORD, place >> 32 & _WORD, step, torch.zeros_like(step)
-    for _ in range(10):
-        # The product of two words is right in int64 but for its sign, which the masks take away.
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (second >> 32 & _WORD) ^ c1 ^ key0, second & _WORD
-        c2, c3 = (first >> 32 & _WORD) ^ c3 ^ key1, first & _WORD
-        key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
-    return c0
+from kernels.philox import philox, words
 
 
 def stochastic_bfloat16_reference(x: Tensor, seed: int, first: int, step: Tensor) -> Tensor:
@@ -47,12 +26,13 @@ def stochastic_bfloat16_reference(x: Tensor, seed: int, first: int, step: Tensor
         x: fp32, any shape.
         seed: below 2^63.
         first: place of the first number of x; the others follow.
-        step: integer scalar.
+        step: integer scalar, below 2^32.
     Returns:
         bf16, shape of x: one of its two neighbours in bf16, itself where it is one; infinities and NaN stay.
     """
     place = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
-    noise = philox_reference(seed, place, step.long()) >> 16
+    step = step.long()
+    noise = philox((*words(place), step, torch.zeros_like(step)), words(seed))[0] >> 16
     upper = (x.contiguous().view(torch.int32) + noise.int()) >> 16
     return torch.where(x.isnan(), x.bfloat16(), upper.to(torch.int16).view(torch.bfloat16))
 

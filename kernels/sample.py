@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.philox import philox, words
 
 # Columns of a group. It decides which token a seed draws, so it is no tuning knob. Near the square root of a
 # vocabulary of 150000, it keeps both heats short: noise for 512 places a row.
@@ -42,23 +43,6 @@ GROUPS_PER_PROGRAM = 8
 _SMALLEST = tl.constexpr(2.0**-126)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
-_WORD = 0xFFFFFFFF
-
-
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox 4x32-10: four random words for a counter of four and a key of two; 32-bit words in int64 tensors.
-
-    A product of two words may wrap around; its 64 bits are right all the same.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1 & _WORD
-        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
-
 
 def exponential(high: Tensor, low: Tensor) -> Tensor:
     """Exp(1) in fp64 from two random words, 20 bits of the second."""
@@ -68,8 +52,8 @@ def exponential(high: Tensor, low: Tensor) -> Tensor:
 def _noise(seeds: Tensor, step: Tensor, places: int) -> tuple[Tensor, Tensor]:
     """Exp(1) for groups and for columns, each [B, places]."""
     seeds, step = seeds.unsqueeze(1), step.unsqueeze(1)
-    counter = torch.arange(places, device=seeds.device), torch.zeros_like(step), step & _WORD, step >> 32 & _WORD
-    word0, word1, word2, word3 = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
+    counter = torch.arange(places, device=seeds.device), torch.zeros_like(step), *words(step)
+    word0, word1, word2, word3 = philox(counter, words(seeds))
     return exponential(word0, word1), exponential(word2, word3)
 
 
