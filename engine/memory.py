@@ -294,8 +294,9 @@ class _Planner:
             "input": row * config.hidden_size,  # the residual stream
             "norms' results": 2 * row * config.hidden_size,  # read by qkv_proj and gate_up_proj
             "norms' scales": FP32 * tokens * (2 + (heads + kv_heads if config.qk_norm else 0)),
-            "queries, keys, values": row * (heads + 2 * kv_heads) * width,  # attention keeps the values, a view
-            "rotated queries, keys": row * (heads + kv_heads) * width,
+            "qkv_proj": row * (heads + 2 * kv_heads) * width,
+            # For attention, which keeps them; the norms of queries and keys keep the product, and the values in it.
+            "queries, keys, values": row * (heads + (1 if config.qk_norm else 2) * kv_heads) * width,
             "attention": row * heads * width,
             "attention's log-sum-exp": FP32 * tokens * heads,
             "o_proj": row * config.hidden_size,
@@ -312,7 +313,7 @@ class _Planner:
             return tensors["input"]
         if self.setup.recompute == "selective":
             products = (
-                "queries, keys, values",
+                "qkv_proj",
                 "attention",
                 "attention's log-sum-exp",
                 "o_proj",
@@ -320,7 +321,11 @@ class _Planner:
                 "down_proj",
             )
             return tensors["input"] + sum(tensors[name] for name in products)
-        return sum(tensors.values()) - tensors["o_proj"] - tensors["down_proj"]
+        return sum(tensors.values()) - sum(tensors[name] for name in self._passed_on())
+
+    def _passed_on(self) -> tuple[str, ...]:
+        """What the backward pass does not ask for: sums, and a product that has been laid out anew."""
+        return ("o_proj", "down_proj") if self.config.qk_norm else ("o_proj", "down_proj", "qkv_proj")
 
     def _kept(self, blocks: int) -> int:
         return blocks * self._kept_by_block()
@@ -331,7 +336,7 @@ class _Planner:
     def _block_at_work(self) -> int:
         """A block whose backward pass has reached its activation function."""
         tensors = self._block_tensors()
-        kept = sum(tensors.values()) - tensors["o_proj"] - tensors["down_proj"] - tensors["activation"]
+        kept = sum(tensors.values()) - sum(tensors[name] for name in self._passed_on()) - tensors["activation"]
         is_torch_product = self.setup.device == "cuda" or self.b < FP32
         if self.setup.recompute == "selective" and is_torch_product:
             kept += tensors["down_proj"]  # kept like every product; recomputing ends before it would be taken

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.rotary import rotary
+from kernels.rotary import rotary, split_rotary
 from model.config import ModelConfig, RopeScaling
 
 
@@ -27,6 +27,10 @@ class Rotation:
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, h] and k [T, K, h]."""
         return rotary(q, k, self.positions, self.cos, self.sin)
+
+    def split(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values out of their fused product [T, H + 2K, h], the former two rotated."""
+        return split_rotary(qkv, heads, kv_heads, self.positions, self.cos, self.sin)
 
 
 class RotaryTable(nn.Module):

@@ -28,10 +28,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
         """[T, d] -> [T, d]"""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.width))  # [T, H + 2K, h]
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotation(q, k)
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = rotation.split(qkv, self.heads, self.kv_heads)
+        else:
+            # The norms keep the product for their backward anyway, so the values may stay a view of it.
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            q, k = rotation(self.q_norm(q), self.k_norm(k))
         bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_q, layout.max_k
         out = attention(q, k, v, *bounds, window=self.window)  # [T, H, h]
         return self.o_proj(out.flatten(1))
