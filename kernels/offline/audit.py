@@ -2,7 +2,7 @@
 
     spills      none
     memory      shared memory within what one program may have
-    accesses    the widest load and the widest store move 16 bytes, where rows begin at multiples of that
+    accesses    most bytes are loaded and stored 16 at a time, where rows begin at multiples of that
     products    16-bit matrix products become `wgmma` on Hopper and `mma` on Ampere
     offsets     no address is made with a product that can leave 32 bits
 
@@ -37,6 +37,7 @@ class Case:
 
     shape: in words. width: columns of a row, or entries of a head. arguments: makes those of the call.
     is_wide: rows begin at multiples of 16 bytes, so that 16 bytes can be moved at once.
+    wide_share: of the bytes in the code that must; less where a way for tensors that begin anywhere stands beside.
     products: the instruction that 16-bit matrix products should become, for each architecture.
     is_model: candidates of the launch table are tried on this case; they would do the same on its like.
     work: the least that each pass must move and compute, where that is worth a line in the report.
@@ -49,6 +50,7 @@ class Case:
     call: Callable[..., Any]
     arguments: Callable[[], tuple[Any, ...]]
     is_wide: bool = True
+    wide_share: float = 0.5
     products: dict[int, str] | None = None
     is_model: bool = False
     work: Works | None = None
@@ -249,9 +251,9 @@ def _broken(case: Case, launch: Launch, found: Compiled) -> Iterable[str]:
     if found.shared > SHARED_MEMORY[found.arch]:
         yield f"needs {found.shared} bytes of shared memory, the chip has {SHARED_MEMORY[found.arch]}"
     if case.is_wide and launch.has_aligned_pointers:
-        for what, widest in (("load", found.loads), ("store", found.stores)):
-            if 0 < widest < 16 and _moves_much(found.ttir, what, launch):
-                yield f"its widest {what} moves {widest} bytes"
+        for what, share in (("load", found.wide_loads), ("store", found.wide_stores)):
+            if share < case.wide_share and _moves_much(found.ttir, what, launch):
+                yield f"only {share:.0%} of the bytes it {what}s go 16 at a time"
     if case.products is not None and "tt.dot " in found.ttir and found.products != case.products[found.arch]:
         yield f"its products are {found.products}, not {case.products[found.arch]}"
     yield from narrow_offsets(found.ttir)

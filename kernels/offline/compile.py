@@ -25,6 +25,7 @@ class Compiled:
 
     registers: a thread; spilled and shared: bytes, a thread and a program.
     loads, stores: widest access to global memory, bytes a thread; asynchronous copies count as loads.
+    wide_loads, wide_stores: share of the bytes that accesses of 16 bytes move, every instruction counted once.
     products: the matrix instruction, `wgmma` or `mma`, or none.
     ttir: Triton's intermediate representation, for what has to be read off the source's meaning.
     """
@@ -35,6 +36,8 @@ class Compiled:
     shared: int
     loads: int
     stores: int
+    wide_loads: float
+    wide_stores: float
     products: str | None
     ttir: str
 
@@ -55,9 +58,9 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     ptx = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"])
     products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else None
-    loads = max(_widest(r"ld\.global\S*", ptx), _widest_copy(ptx))
-    stores = _widest(r"st\.global\S*", ptx)
-    return Compiled(arch, registers, spilled, compiled.metadata.shared, loads, stores, products, compiled.asm["ttir"])
+    loads, stores = _widths("ld", ptx) + _copy_widths(ptx), _widths("st", ptx)
+    accesses = max(loads, default=0), max(stores, default=0), _wide_share(loads), _wide_share(stores)
+    return Compiled(arch, registers, spilled, compiled.metadata.shared, *accesses, products, compiled.asm["ttir"])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -71,18 +74,22 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def _widest(instruction: str, ptx: str) -> int:
-    """Bytes a thread moves in the widest of some instructions."""
-    widest = 0
-    for text in re.findall(instruction, ptx):
+def _widths(instruction: str, ptx: str) -> list[int]:
+    """Bytes a thread moves in each `ld.global` or `st.global`."""
+    widths = []
+    for text in re.findall(rf"{instruction}\.global\S*", ptx):
         vector = re.search(r"\.v([248])\b", text)
         width = re.search(r"\.[bufs](\d+)", text)
         if width:
-            widest = max(widest, int(width[1]) // 8 * (int(vector[1]) if vector else 1))
-    return widest
+            widths.append(int(width[1]) // 8 * (int(vector[1]) if vector else 1))
+    return widths
 
 
-def _widest_copy(ptx: str) -> int:
+def _copy_widths(ptx: str) -> list[int]:
     """The same of asynchronous copies; the bulk copies of Hopper count as 16."""
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
-    return max([*(int(size, 0) for size in copies), 16 if "cp.async.bulk" in ptx else 0], default=0)
+    return [int(size, 0) for size in copies] + [16] * ptx.count("cp.async.bulk.tensor")
+
+
+def _wide_share(widths: list[int]) -> float:
+    return sum(width for width in widths if width >= 16) / max(1, sum(widths))

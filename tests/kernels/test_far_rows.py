@@ -20,7 +20,6 @@ from kernels.cross_entropy import cross_entropy
 from kernels.rms_norm import rms_norm
 from kernels.rotary import rotary
 from kernels.sample import sample
-from kernels.swiglu import swiglu
 from tests.kernels.faces import DEVICE
 from tests.kernels.oracle import random
 
@@ -79,7 +78,6 @@ def _sample(logits: Tensor) -> tuple[Tensor, Tensor]:
 # Of each op: the shape of what has far rows, how many such tensors there are, and the call.
 CALLS = {
     "rms_norm": ((2, 64), 1, lambda x: rms_norm(x, random(64, seed=1, dtype=x.dtype), 1e-6)),
-    "swiglu": ((64,), 1, swiglu),
     "rotary": ((2, 32), 2, _rotary),
     "cross_entropy": ((77,), 1, partial(cross_entropy, targets=torch.tensor([3, 76, 0], device=DEVICE))),
     "attention": ((2, 32), 3, _attention),
