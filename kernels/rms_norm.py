@@ -21,6 +21,8 @@ a program owns a piece; it reads the other pieces too, from the L2 cache mostly,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -174,6 +176,7 @@ def _sum_rows_kernel(x_ptr, sum_ptr, rows, COLUMNS: tl.constexpr, BLOCK: tl.cons
     tl.store(sum_ptr + column, tl.sum(total, axis=0), mask=column < COLUMNS)
 
 
+@functools.cache
 def _fwd_options(columns: int) -> dict[str, int]:
     """How the forward is launched: by the width alone, so that a row's sum is taken in the same order anywhere."""
     block = next_power_of_2(columns)
@@ -182,6 +185,7 @@ def _fwd_options(columns: int) -> dict[str, int]:
     return {"COLUMNS": columns, "BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
 
 
+@functools.cache
 def _bwd_options(columns: int, x_bytes: int, weight_bytes: int, streams: int, arch: int) -> tuple[dict[str, int], int]:
     """How the backward is launched, and how many of its programs a multiprocessor holds at once.
 

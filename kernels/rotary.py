@@ -16,12 +16,15 @@ caches keep for all heads of a token.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, next_power_of_2, register_op, use_reference
 
 
 def rotary_reference(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,13 +55,15 @@ def _turn(
     tokens,
     x_stride,
     y_stride,
+    X_FIRST: tl.constexpr,
+    Y_FIRST: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SIGN: tl.constexpr,
 ):
-    """A tile of heads of one tensor. SIGN is that of the angle; 0 copies. Without an x, y is zero."""
+    """A tile of the heads that begin at X_FIRST. SIGN is that of the angle; 0 copies. Without an x, y is zero."""
     HALF: tl.constexpr = WIDTH // 2
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = row // HEADS, row % HEADS
@@ -68,7 +73,7 @@ def _turn(
         a = tl.zeros((ROWS, BLOCK), tl.float32)
         b = a
     else:
-        x_row = x_ptr + (token * x_stride + head * WIDTH)
+        x_row = x_ptr + (token * x_stride + (X_FIRST + head) * WIDTH)
         a = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(x_row + HALF + column, mask=inside, other=0.0).to(tl.float32)
         if SIGN != 0:
@@ -76,7 +81,7 @@ def _turn(
             cos = tl.load(cos_ptr + position * HALF + column, mask=inside, other=0.0)
             sin = tl.load(sin_ptr + position * HALF + column, mask=inside, other=0.0) * SIGN
             a, b = a * cos - b * sin, b * cos + a * sin
-    y_row = y_ptr + (token * y_stride + head * WIDTH)
+    y_row = y_ptr + (token * y_stride + (Y_FIRST + head) * WIDTH)
     tl.store(y_row + column, a, mask=inside)
     tl.store(y_row + HALF + column, b, mask=inside)
 
@@ -101,30 +106,43 @@ def _rotary_kernel(
     v_out_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    FROM_JOINED: tl.constexpr,
+    TO_JOINED: tl.constexpr,
+    SIGN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    SIGN: tl.constexpr,
 ):
-    """First the programs of q's tiles, then those of k's, then v's. Strides are from token to token."""
+    """First the programs of q's tiles, then those of k's, then v's. Strides are from token to token.
+
+    FROM_JOINED: q, k, v are one tensor, where the heads of k follow those of q, and v's k's. TO_JOINED: so are results.
+    """
+    K_IN: tl.constexpr = HEADS if FROM_JOINED else 0
+    V_IN: tl.constexpr = HEADS + KV_HEADS if FROM_JOINED else 0
+    K_OUT: tl.constexpr = HEADS if TO_JOINED else 0
+    V_OUT: tl.constexpr = HEADS + KV_HEADS if TO_JOINED else 0
     tile = tl.program_id(0).to(tl.int64)
     k_tile = tile - tl.cdiv(tokens.to(tl.int64) * HEADS, ROWS)
     v_tile = k_tile - tl.cdiv(tokens.to(tl.int64) * KV_HEADS, ROWS)
     tables = positions_ptr, cos_ptr, sin_ptr
     if k_tile < 0:
-        _turn(q_ptr, q_out_ptr, *tables, tile, tokens, q_stride, q_out_stride, HEADS, WIDTH, BLOCK, ROWS, SIGN)
+        strides = q_stride, q_out_stride
+        _turn(q_ptr, q_out_ptr, *tables, tile, tokens, *strides, 0, 0, HEADS, WIDTH, BLOCK, ROWS, SIGN)
     elif v_tile < 0:
-        _turn(k_ptr, k_out_ptr, *tables, k_tile, tokens, k_stride, k_out_stride, KV_HEADS, WIDTH, BLOCK, ROWS, SIGN)
+        strides = k_stride, k_out_stride
+        _turn(k_ptr, k_out_ptr, *tables, k_tile, tokens, *strides, K_IN, K_OUT, KV_HEADS, WIDTH, BLOCK, ROWS, SIGN)
     elif v_out_ptr is not None:
-        _turn(v_ptr, v_out_ptr, *tables, v_tile, tokens, v_stride, v_out_stride, KV_HEADS, WIDTH, BLOCK, ROWS, 0)
+        strides = v_stride, v_out_stride
+        _turn(v_ptr, v_out_ptr, *tables, v_tile, tokens, *strides, V_IN, V_OUT, KV_HEADS, WIDTH, BLOCK, ROWS, 0)
 
 
+@functools.cache
 def _options(width: int) -> dict[str, int]:
     """How the kernel is launched."""
     # 8 pairs a thread: of 16 bits one load of 16 bytes from either half. A program waits twice, for its positions and
     # then for heads and tables, some 2 microseconds in all, and moves 8 KB: to use 4.3 TB/s / 132 a multiprocessor must
     # hold 8. With 128 threads and at most 48 registers it holds ten.
-    block = triton.next_power_of_2(width // 2)
+    block = next_power_of_2(width // 2)
     return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, 1024 // block), "num_warps": 4}
 
 
@@ -138,33 +156,45 @@ def _by_token(x: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _launch(
-    sources: tuple[Tensor | None, ...],
-    targets: tuple[Tensor | None, ...],
+    sources: tuple[Tensor | None, ...] | Tensor,
+    targets: tuple[Tensor | None, ...] | Tensor,
+    heads: int,
+    kv_heads: int,
     positions: Tensor,
     cos: Tensor,
     sin: Tensor,
     conjugate: bool,
 ) -> None:
-    """Turn queries and keys, and copy values where there is a target for them; zeros where there is no source."""
-    q_out, k_out, v_out = targets
-    assert q_out is not None and k_out is not None
-    (tokens, heads, width), kv_heads = q_out.shape, k_out.shape[1]
-    (q, q_stride), (k, k_stride), (v, v_stride) = map(_by_token, sources)
-    strides = q_stride, k_stride, v_stride, *(0 if x is None else x.stride(0) for x in targets)
+    """Turn queries and keys, and copy values where there is a target for them; zeros where there is no source.
+
+    Args:
+        sources, targets: of q, k, v; one tensor where they are joined.
+    """
+    constants: dict[str, Any] = {"FROM_JOINED": isinstance(sources, Tensor), "TO_JOINED": isinstance(targets, Tensor)}
+    if isinstance(sources, Tensor):
+        laid = (_by_token(sources),) * 3
+    else:
+        q, k, v = sources
+        laid = _by_token(q), _by_token(k), _by_token(v)
+    outs = (targets,) * 3 if isinstance(targets, Tensor) else targets
+    assert outs[0] is not None
+    (tokens, _, width), kv_tensors = outs[0].shape, 1 if outs[2] is None else 2
     options = _options(width)
-    tiles = (triton.cdiv(tokens * n, options["ROWS"]) for n in (heads, kv_heads, 0 if v_out is None else kv_heads))
+    tiles = cdiv(tokens * heads, options["ROWS"]) + kv_tensors * cdiv(tokens * kv_heads, options["ROWS"])
+    (q, q_stride), (k, k_stride), (v, v_stride) = laid
+    strides = q_stride, k_stride, v_stride, *[0 if x is None else x.stride(0) for x in outs]
     tables = positions.contiguous(), cos.contiguous(), sin.contiguous()
-    arguments = q, k, v, q_out, k_out, v_out, *tables, tokens, *strides
     # Without a head of keys there are no programs for them, but the kernel is compiled with a division by their number.
-    constants = {"HEADS": heads, "KV_HEADS": max(1, kv_heads), "SIGN": -1 if conjugate else 1}
-    launch(_rotary_kernel, (sum(tiles),), *arguments, **constants, **options)
+    constants |= {"HEADS": heads, "KV_HEADS": max(1, kv_heads), "SIGN": -1 if conjugate else 1}
+    launch(_rotary_kernel, (tiles,), q, k, v, *outs, *tables, tokens, *strides, **constants, **options)
 
 
 def _rotary_triton(
     q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    _launch((q, k, None), (q_out, k_out, None), positions, cos, sin, conjugate)
+    sources, targets = (q, k, None), (q_out, k_out, None)
+    _launch(sources, targets, q.shape[1], k.shape[1], positions, cos, sin, conjugate)
     return q_out, k_out
 
 
@@ -172,7 +202,7 @@ def _split_rotary_triton(
     qkv: Tensor, heads: int, kv_heads: int, positions: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     targets = _fake_split(qkv, heads, kv_heads)
-    _launch(qkv.split((heads, kv_heads, kv_heads), dim=1), targets, positions, cos, sin, False)
+    _launch(qkv, targets, heads, kv_heads, positions, cos, sin, False)
     return targets
 
 
@@ -187,7 +217,7 @@ def _split_rotary_bwd_triton(
     sin: Tensor,
 ) -> Tensor:
     dqkv = _fake_split_bwd(dq, dk, dv, heads, kv_heads)
-    _launch((dq, dk, dv), dqkv.split((heads, kv_heads, kv_heads), dim=1), positions, cos, sin, True)
+    _launch((dq, dk, dv), dqkv, heads, kv_heads, positions, cos, sin, True)
     return dqkv
 
 
@@ -243,8 +273,8 @@ def _split_rotary_bwd(
 
 def _fake_split(qkv: Tensor, heads: int, kv_heads: int, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, width = qkv.shape
-    q, k, v = (qkv.new_empty((tokens, n, width)) for n in (heads, kv_heads, kv_heads))
-    return q, k, v
+    key = tokens, kv_heads, width
+    return qkv.new_empty((tokens, heads, width)), qkv.new_empty(key), qkv.new_empty(key)
 
 
 def _fake_split_bwd(

@@ -11,13 +11,15 @@ Only gate_up is kept: the backward computes the activation again. Traffic for T 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, next_power_of_2, register_op, use_reference
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -58,16 +60,17 @@ def _swiglu_bwd_kernel(
     tl.store(dgate_up_ptr + gate_place + COLUMNS, dy * silu, mask=inside)
 
 
+@functools.cache
 def _options(columns: int) -> dict[str, int]:
     """How both kernels are launched."""
     # 8 numbers a thread: of 16 bits one load of 16 bytes each of gate, up and dy. 128 threads with at most 40 registers
     # let 12 programs onto a multiprocessor, whose loads in flight, 48 KB and more, are enough to hide their latency.
-    block = min(1024, triton.next_power_of_2(columns))
+    block = min(1024, next_power_of_2(columns))
     return {"COLUMNS": columns, "BLOCK": block, "ROWS": 1024 // block, "num_warps": 4}
 
 
 def _grid(rows: int, options: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(options["COLUMNS"], options["BLOCK"]),)
+    return (cdiv(rows, options["ROWS"]) * cdiv(options["COLUMNS"], options["BLOCK"]),)
 
 
 def _swiglu_fwd_triton(gate_up: Tensor) -> Tensor:
