@@ -65,7 +65,7 @@ class Block(nn.Module):
         attended = self.self_attn(self.input_layernorm(hidden), rotation, layout)
         normed, hidden = self.post_attention_layernorm.after_add(attended, hidden)
         # The next block's norm could take this sum in, too, and save the traffic of three [T, d]: by arithmetic a
-        # thousandth or two of a step. But then blocks would pass two tensors on, and full recomputation would keep both.
+        # thousandth or two of a step. But blocks would then pass two tensors on, and full recomputation keep both.
         return hidden + self.mlp(normed)
 
 
