@@ -91,7 +91,8 @@ def _pages(table_ptr, begin, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     return page
 
 
-@triton.jit
+# Numbers that change as rows come and go: known to be 1 or multiples of 16 they would ask for kernels of their own.
+@triton.jit(do_not_specialize=["rows", "splits", "table_stride"])
 def _decode_attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -179,7 +180,7 @@ def _decode_attention_fwd_kernel(
     tl.store(out_ptr + (head * WIDTH)[:, None] + column[None, :], out, mask=is_member[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode_attention_sum_kernel(
     partial_ptr,
     lse_ptr,
