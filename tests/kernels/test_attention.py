@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 
 from kernels.attention import attention, attention_reference
 from tests.kernels import oracle
+from tests.kernels.faces import DEVICE
 from tests.kernels.oracle import random
 
 # The gradients of queries and keys are sums of P (dP - mean dP): with few keys they all but cancel.
@@ -21,7 +22,7 @@ assert_faithful = partial(oracle.assert_faithful, cancels=True)
 
 
 def bounds(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
 
 
 def qkv(

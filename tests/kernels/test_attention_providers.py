@@ -63,7 +63,8 @@ def windowed_attention(
         rows, keys = slice(int(cu_q[d]), int(cu_q[d + 1])), slice(int(cu_k[d]), int(cu_k[d + 1]))
         group = q.shape[1] // k.shape[1]
         query, key, value = q[rows], k[keys].repeat_interleave(group, 1), v[keys].repeat_interleave(group, 1)
-        ahead = torch.arange(len(key))[None, :] - torch.arange(len(query))[:, None] - (len(key) - len(query))
+        places = torch.arange(max(len(key), len(query)), device=q.device)
+        ahead = places[: len(key)] - places[: len(query), None] - (len(key) - len(query))
         seen = torch.ones_like(ahead, dtype=torch.bool)
         if left is not None and left >= 0:
             seen &= ahead >= -left

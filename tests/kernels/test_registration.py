@@ -21,10 +21,12 @@ from kernels.linear_logprob import linear_logprob
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
+from tests.kernels.faces import DEVICE
 from tests.kernels.oracle import random
 
-CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-TARGETS = torch.tensor([0, 4, -100, 2, 1, -100, 6, 3])
+CU = torch.tensor([0, 3, 3, 8], dtype=torch.int32, device=DEVICE)
+TARGETS = torch.tensor([0, 4, -100, 2, 1, -100, 6, 3], device=DEVICE)
+POSITIONS = torch.arange(8, device=DEVICE)
 TABLE = random(8, 8, seed=9)
 
 
@@ -39,8 +41,8 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
         ("add_rms_norm", lambda: (leaf(8, 16), leaf(8, 16, seed=2), leaf(16, seed=1), 1e-6)),
         ("swiglu", lambda: (leaf(8, 16),)),
         ("matmul_nt", lambda: (leaf(8, 16), leaf(5, 16, seed=1))),
-        ("rotary", lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), torch.arange(8), TABLE, TABLE, False)),
-        ("split_rotary", lambda: (leaf(8, 8, 16), 4, 2, torch.arange(8), TABLE, TABLE)),
+        ("rotary", lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), POSITIONS, TABLE, TABLE, False)),
+        ("split_rotary", lambda: (leaf(8, 8, 16), 4, 2, POSITIONS, TABLE, TABLE)),
         (
             "attention",
             lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), leaf(8, 2, 16, seed=2), CU, CU, 8, 8, 0.25, None, None),
@@ -61,7 +63,7 @@ def block(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
     """Every op of a layer, and both ops of the head."""
     y, x = add_rms_norm(rms_norm(x, norm, 1e-6), x, norm, 1e-6)
     heads = linear(y, weight).unflatten(1, (4, 16))
-    q, k = rotary(heads, heads, torch.arange(8), TABLE, TABLE)
+    q, k = rotary(heads, heads, POSITIONS, TABLE, TABLE)
     y = x + attention(q, k, heads, CU, CU, 8, 8).flatten(1)
     y = torch.cat((swiglu(y), x[:, :32]), dim=1)
     nll, z = linear_cross_entropy(y, weight, TARGETS, z_loss=0.1)
@@ -78,7 +80,8 @@ def gradients(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 def test_fake_tensors_run_forward_and_backward_without_data() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [torch.empty(8, 64, requires_grad=True), torch.empty(64, 64, requires_grad=True), torch.empty(64)]
+        shapes = (8, 64), (64, 64), (64,)
+        inputs = [torch.empty(shape, device=DEVICE, requires_grad=True) for shape in shapes]
         grads = gradients(block(*inputs), inputs[:2])
     assert [grad.shape for grad in grads] == [(8, 64), (64, 64)]
 
