@@ -11,15 +11,18 @@ Candidates of the launch table are compiled too. They may break limits, as long 
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from kernels.bench.work import Works
 from kernels.launches import ARCHITECTURES, Lookup, observed_table
@@ -213,6 +216,7 @@ def _trials(case: Case, arch: int) -> Iterable[_Job]:
                     yield _Job(case, stage, launch, arch, is_trial=True)
 
 
+_FITS = "# fits 32 bits: "
 _jobs: list[_Job] = []
 
 
@@ -256,7 +260,21 @@ def _broken(case: Case, launch: Launch, found: Compiled) -> Iterable[str]:
                 yield f"only {share:.0%} of the bytes it {what}s go 16 at a time"
     if case.products is not None and "tt.dot " in found.ttir and found.products != case.products[found.arch]:
         yield f"its products are {found.products}, not {case.products[found.arch]}"
-    yield from narrow_offsets(found.ttir)
+    yield from narrow_offsets(found.ttir, set(_fitting_lines(launch.kernel, set())))
+
+
+def _fitting_lines(kernel: triton.JITFunction, seen: set[str]) -> Iterable[str]:
+    """Lines of a kernel, and of what it calls, that say `fits 32 bits`, as `file.py:12`; said by the decorator, all."""
+    seen.add(kernel.__name__)
+    lines, first = inspect.getsourcelines(kernel.fn)
+    name = Path(inspect.getfile(kernel.fn)).name
+    for number, line in enumerate(lines, first):
+        if _FITS in line or _FITS in lines[0]:
+            yield f"{name}:{number}"
+    for word in set(re.findall(r"\w+", kernel.src)) - seen:
+        other = kernel.fn.__globals__.get(word)
+        if isinstance(other, triton.JITFunction):
+            yield from _fitting_lines(other, seen)
 
 
 def _moves_much(ttir: str, what: str, launch: Launch) -> bool:

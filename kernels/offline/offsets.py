@@ -12,16 +12,17 @@ multiplied back: `cdiv(n, 64) * 64` has the units of n.
 
 The bounds are the least that satisfy the equations between values, loops and branches included. A number that grows
 by a constant in every turn of a loop is bounded by whatever ends the loop, so it has one unit; one that grows by a
-number with units (a stride) is a product in disguise. `tl.assume(stride < 2**23)` bounds a value.
+number with units (a stride) is a product in disguise.
 
-A fault counts when an address is made from it, directly or after it was widened to 64 bits: widened too late.
+A fault counts when an address is made from it, directly or after it was widened to 64 bits: widened too late. Where
+the author knows better, the line says so and why: `first = tile * BLOCK  # fits 32 bits: a position in a document`.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial, reduce
@@ -58,14 +59,15 @@ ARGUMENT = Size(Fraction(1, 4))
 Equation = tuple[str, list[str], Callable[..., Size], bool]
 
 
-def narrow_offsets(ttir: str) -> list[str]:
+def narrow_offsets(ttir: str, fitting: Collection[str] = ()) -> list[str]:
     """What went wrong with addresses, a line for each: which arithmetic, and where an address was made of it.
 
     Args:
         ttir: text of a kernel, as the compiler prints it.
+        fitting: lines, as `file.py:12`, whose products are known to fit.
     """
     module = read(ttir)
-    sizes = _solve(list(_Equations(module).collect()))
+    sizes = _solve(list(_Equations(module, fitting).collect()))
     faults: dict[str, list[str]] = {}
     for operation in module.walk():
         for value in _address_parts(operation):
@@ -116,22 +118,17 @@ def _widened(before: Size, now: Size) -> Size:
 class _Equations:
     """What every value is made of: (target, sources, rule, whether it closes a loop)."""
 
-    def __init__(self, module: Operation) -> None:
+    def __init__(self, module: Operation, fitting: Collection[str]) -> None:
+        self.fitting = fitting
         self.functions = {signature(op)[0]: op for op in module.walk() if op.name == "tt.func"}
 
     def collect(self) -> Iterator[Equation]:
         for function in self.functions.values():
-            limits = _assumed(function)
-            for name, size in limits.items():
-                yield name, [], partial(_any, size), False
             if "public" in function.text:
                 for name, _ in signature(function)[1]:
-                    if name not in limits:
-                        yield name, [], partial(_any, ARGUMENT), False
+                    yield name, [], lambda: ARGUMENT, False
             for region in function.regions:
-                for equation in self._region(region, function):
-                    if equation[0] not in limits:
-                        yield equation
+                yield from self._region(region, function)
 
     def _region(self, region: list[Block], parent: Operation) -> Iterator[Equation]:
         labels = {block.label: [name for name, _ in block.arguments] for block in region}
@@ -165,8 +162,9 @@ class _Equations:
         elif op.name in ("tt.reduce", "tt.scan"):
             yield from self._reduce(op)
         elif op.name != "scf.if":
+            rule = _fits(_rule(op)) if op.place in self.fitting else _rule(op)
             for result in op.results:
-                yield result, op.values, _rule(op), False
+                yield result, op.values, rule, False
 
     def _for(self, op: Operation) -> Iterator[Equation]:
         counter, lower, upper, _step, *carried = op.values
@@ -179,25 +177,8 @@ class _Equations:
         operands = VALUE.findall(op.text.split(")")[0])
         terms = max(prod(int(n) for n in shape.split("x")) for shape in re.findall(r"tensor<((?:\d+x)*\d+)x", op.text))
         for result, operand in zip(op.results, operands, strict=True):
-            if "arith.addi" in names:
-                yield result, [operand], lambda x: _product(x, Size(bound=terms), 32, op.place), False
-            else:
-                yield result, [operand], lambda x: x, False
-
-
-def _assumed(function: Operation) -> dict[str, Size]:
-    """What `tl.assume` says of values: that they are below a constant."""
-    definitions = {result: inner for inner in function.walk() for result in inner.results}
-    limits = {}
-    for inner in function.walk():
-        if inner.name == "llvm.intr.assume":
-            comparison = definitions[inner.values[0]]
-            if comparison.name == "arith.cmpi" and comparison.text.startswith(("slt", "sle", "ult", "ule")):
-                value, limit = comparison.values
-                constant = definitions.get(limit)
-                if constant is not None and constant.name == "arith.constant":
-                    limits[value] = replace(_rule(constant)(), is_exact=False)
-    return limits
+            count = terms if "arith.addi" in names else 1
+            yield result, [operand], partial(_repeated, count), False
 
 
 def _loop_arguments(op: Operation) -> list[str]:
@@ -237,6 +218,17 @@ def _rule(op: Operation) -> Callable[..., Size]:
     return rules.get(kind, _any if op.name in _MOVES else lambda *_: UNKNOWN)  # loads, program ids, from floats
 
 
+def _fits(rule: Callable[..., Size]) -> Callable[..., Size]:
+    """The rule of a line that is known to fit: its results are numbers like any other."""
+
+    def fitting_rule(*operands: Size) -> Size:
+        size = rule(*(replace(operand, fault=None) for operand in operands))
+        fault = next((operand.fault for operand in operands if operand.fault), None)
+        return replace(size, units=min(size.units, UNKNOWN.units), fault=fault)
+
+    return fitting_rule
+
+
 _MOVES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "tt.join", "tt.split", "tt.cat")
 
 
@@ -257,6 +249,11 @@ def _product(a: Size, b: Size, bits: int, place: str) -> Size:
     if bits <= 32 and (units > _MOST_UNITS or bound >= 1 << 31):
         fault = fault or f"a 32-bit product without bound, {place},"
     return Size(min(units, Fraction(_CEILING)), min(bound, _CEILING), fault)
+
+
+def _repeated(count: int, a: Size) -> Size:
+    """A sum of so many; of numbers with units, parts of one whole, the whole is no larger than such a number."""
+    return Size(a.units, min(count * a.bound, _CEILING), a.fault)
 
 
 def _quotient(a: Size, b: Size) -> Size:
