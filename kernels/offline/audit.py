@@ -1,33 +1,23 @@
-"""Every launch of every case, compiled for both chips and held to limits.
-
-    spills      none
-    memory      shared memory within what one program may have
-    accesses    most bytes are loaded and stored 16 at a time, where rows begin at multiples of that
-    products    16-bit matrix products become `wgmma` on Hopper and `mma` on Ampere
-    offsets     no address is made with a product that can leave 32 bits
+"""Every launch of every case, compiled for both chips and held to the limits.
 
 Candidates of the launch table are compiled too. They may break limits, as long as they are not dispatched.
 """
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from kernels.bench.work import Works
 from kernels.launches import ARCHITECTURES, Lookup, observed_table
-from kernels.offline.compile import SHARED_MEMORY, Compiled, compile_launch
-from kernels.offline.offsets import narrow_offsets
+from kernels.offline.compile import compile_launch
+from kernels.offline.limits import broken_limits
 from kernels.offline.record import Launch, record
 
 # Matrix instructions of 16-bit products.
@@ -39,8 +29,7 @@ class Case:
     """One call of an op, and its backward where inputs require a gradient.
 
     shape: in words. width: columns of a row, or entries of a head. arguments: makes those of the call.
-    is_wide: rows begin at multiples of 16 bytes, so that 16 bytes can be moved at once.
-    wide_share: of the bytes in the code that must; less where a way for tensors that begin anywhere stands beside.
+    wide_share: how much of what the code loads and stores must go 16 bytes at a time; 0 where rows begin anywhere.
     products: the instruction that 16-bit matrix products should become, for each architecture.
     is_model: candidates of the launch table are tried on this case; they would do the same on its like.
     work: the least that each pass must move and compute, where that is worth a line in the report.
@@ -52,7 +41,6 @@ class Case:
     width: int
     call: Callable[..., Any]
     arguments: Callable[[], tuple[Any, ...]]
-    is_wide: bool = True
     wide_share: float = 0.5
     products: dict[int, str] | None = None
     is_model: bool = False
@@ -65,7 +53,7 @@ class Row:
 
     case: the first that launches it, in words. is_dispatched: by the ops; else it is a candidate of the tuner.
     registers: a thread; spilled, shared: bytes, a thread and a program; loads, stores: bytes of the widest access.
-    broken: which limits it breaks, in words. error: the compiler's, with the figures left at zero.
+    broken: which limits it breaks, in words; a kernel that does not compile has no figures.
     """
 
     op: str
@@ -216,7 +204,6 @@ def _trials(case: Case, arch: int) -> Iterable[_Job]:
                     yield _Job(case, stage, launch, arch, is_trial=True)
 
 
-_FITS = "# fits 32 bits: "
 _jobs: list[_Job] = []
 
 
@@ -240,51 +227,11 @@ def _compile_one(index: int) -> Row:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return Row(*row, broken=(f"does not compile: {reason[-1]}",))
     figures = found.registers, found.spilled, found.shared, found.loads, found.stores, found.products
-    return Row(*row, *figures, broken=tuple(_broken(case, launch, found)))
+    products = None if case.products is None else case.products[job.arch]
+    return Row(*row, *figures, broken=tuple(broken_limits(launch, found, case.wide_share, products)))
 
 
 def _telling(launch: Launch) -> list[tuple[str, object]]:
     """Blocks, warps and stages."""
     blocks = [(name, value) for name, value in launch.constants if name.startswith("BLOCK")]
     return blocks + [(name.removeprefix("num_"), value) for name, value in launch.options]
-
-
-def _broken(case: Case, launch: Launch, found: Compiled) -> Iterable[str]:
-    if found.spilled:
-        yield f"spills {found.spilled} bytes a thread"
-    if found.shared > SHARED_MEMORY[found.arch]:
-        yield f"needs {found.shared} bytes of shared memory, the chip has {SHARED_MEMORY[found.arch]}"
-    if case.is_wide and launch.has_aligned_pointers:
-        for what, share in (("load", found.wide_loads), ("store", found.wide_stores)):
-            if share < case.wide_share and _moves_much(found.ttir, what, launch):
-                yield f"only {share:.0%} of the bytes it {what}s go 16 at a time"
-    if case.products is not None and "tt.dot " in found.ttir and found.products != case.products[found.arch]:
-        yield f"its products are {found.products}, not {case.products[found.arch]}"
-    yield from narrow_offsets(found.ttir, set(_fitting_lines(launch.kernel, set())))
-
-
-def _fitting_lines(kernel: triton.JITFunction, seen: set[str]) -> Iterable[str]:
-    """Lines of a kernel, and of what it calls, that say `fits 32 bits`, as `file.py:12`; said by the decorator, all."""
-    seen.add(kernel.__name__)
-    lines, first = inspect.getsourcelines(kernel.fn)
-    name = Path(inspect.getfile(kernel.fn)).name
-    for number, line in enumerate(lines, first):
-        if _FITS in line or _FITS in lines[0]:
-            yield f"{name}:{number}"
-    for word in set(re.findall(r"\w+", kernel.src)) - seen:
-        other = kernel.fn.__globals__.get(word)
-        if isinstance(other, triton.JITFunction):
-            yield from _fitting_lines(other, seen)
-
-
-def _moves_much(ttir: str, what: str, launch: Launch) -> bool:
-    """Whether one access of the program has 16 bytes for each of its threads."""
-    sizes = {"f64": 8, "f32": 4, "i64": 8, "i32": 4, "f16": 2, "bf16": 2, "i16": 2, "i8": 1}
-    threads = 32 * dict(launch.options).get("num_warps", 4)
-    for shape, kind in re.findall(rf"tt\.{what} .*tensor<((?:\d+x)+)!tt\.ptr<(\w+)>>", ttir):
-        count = 1
-        for extent in shape.rstrip("x").split("x"):
-            count *= int(extent)
-        if count * sizes[kind] >= 16 * threads:
-            return True
-    return False

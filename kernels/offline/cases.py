@@ -73,7 +73,9 @@ def _norms() -> Iterator[Case]:
                 width,
                 op,
                 partial(arguments, arrays, width, dtype),
-                is_wide=width % 16 == 0,  # Triton sees whether an argument is a multiple of 16, and of nothing less
+                wide_share=0.5
+                if width % 16 == 0
+                else 0,  # Triton sees multiples of 16 among arguments, and of nothing less
                 work=work.norm_work(TOKENS, width, 2, arrays == 2) if dtype == BF16 and width in (4096, 8192) else None,
             )
 
@@ -124,7 +126,7 @@ def _swiglu() -> Iterator[Case]:
             columns,
             swiglu,
             partial(arguments, columns, dtype),
-            is_wide=columns * dtype.itemsize % 16 == 0,
+            wide_share=0.5 if columns % 16 == 0 else 0,
             work=work.swiglu_work(TOKENS, columns, 2) if (columns, dtype) == (14336, BF16) else None,
         )
 
@@ -148,7 +150,9 @@ def _attention() -> Iterator[Case]:
         shape = f"T {T}, H {H}/{K}, h {h}" + ", pages" * paged + f", window {window}" * bool(window)
         products = ON_TENSOR_CORES if dtype != FP32 else None
         op, inputs = partial(call, window=window), partial(arguments, H, K, h, dtype, paged)
-        return Case("attention", shape, dtype, h, op, inputs, is_wide=h >= 64, products=products, **keywords)
+        return Case(
+            "attention", shape, dtype, h, op, inputs, wide_share=0.5 if h >= 64 else 0, products=products, **keywords
+        )
 
     for h in (64, 80, 96, 128, 256):
         least = work.attention_work([T], 32, 8, h, 2) if h in (64, 128) else None
@@ -288,4 +292,4 @@ def _advantages() -> Iterator[Case]:
     for dtype, with_bootstrap in ((FP32, False), (FP32, True), (BF16, True)):
         shape = f"T {T}, D {D}" + ", bootstrap" * with_bootstrap
         least = work.gae_work(T) if not with_bootstrap else None
-        yield Case("gae", shape, dtype, 0, gae, partial(arguments, dtype, with_bootstrap), is_wide=False, work=least)
+        yield Case("gae", shape, dtype, 0, gae, partial(arguments, dtype, with_bootstrap), wide_share=0, work=least)

@@ -81,7 +81,7 @@ def _address_parts(operation: Operation) -> list[str]:
     """Integers that an operation makes an address of."""
     if operation.name == "tt.addptr":
         return operation.values[1:2]
-    if operation.name.startswith("tt.descriptor_") or operation.name == "tt.make_tensor_descriptor":
+    if "descriptor" in operation.name:
         return VALUE.findall("".join(re.findall(r"\[[^\]]*\]", operation.text)))
     return []
 
@@ -212,7 +212,8 @@ def _rule(op: Operation) -> Callable[..., Size]:
         "select": lambda _, a, b: a | b,
         **dict.fromkeys(("divsi", "divui", "ceildivsi", "floordivsi"), _quotient),
         **dict.fromkeys(("remsi", "remui", "minsi", "minui", "andi"), _smaller),
-        **dict.fromkeys(("ori", "xori", "maxsi", "maxui", "extsi", "extui", "trunci", "index_cast"), _any),
+        "trunci": lambda a: _cut(a, bits, place),
+        **dict.fromkeys(("ori", "xori", "maxsi", "maxui", "extsi", "extui", "index_cast"), _any),
         **dict.fromkeys(("cmpi", "cmpf"), lambda *_: Size(bound=1)),
     }
     return rules.get(kind, _any if op.name in _MOVES else lambda *_: UNKNOWN)  # loads, program ids, from floats
@@ -249,6 +250,12 @@ def _product(a: Size, b: Size, bits: int, place: str) -> Size:
     if bits <= 32 and (units > _MOST_UNITS or bound >= 1 << 31):
         fault = fault or f"a 32-bit product without bound, {place},"
     return Size(min(units, Fraction(_CEILING)), min(bound, _CEILING), fault)
+
+
+def _cut(a: Size, bits: int, place: str) -> Size:
+    if bits > 32 or (a.units <= _MOST_UNITS and a.bound < 1 << 31):
+        return a
+    return replace(UNKNOWN, fault=a.fault or f"a number cut to 32 bits, {place},")
 
 
 def _repeated(count: int, a: Size) -> Size:
