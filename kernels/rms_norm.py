@@ -202,10 +202,10 @@ def _bwd_options(columns: int, x_bytes: int, weight_bytes: int, streams: int, ar
         pieces, rows, warps = cdiv(columns, block), 1, 32 if x_bytes == 2 else 8
     else:
         block = next_power_of_2(columns)
-        # Of 5120 columns the tail spares a block of 8192, and with it a third of the instructions, which matter in 16
-        # bits. With more than 20 columns a thread registers would spill.
-        if x_bytes == 2 and 1024 < columns <= 5 * block // 8:
-            block, tail = block // 2, next_power_of_2(columns - block // 2)
+        # 4096 to 5120 columns: the tail spares a block of 8192, a third of the instructions and half the registers, so
+        # that two programs fit. Masked columns of other widths, and of fp32, cost less than their memory traffic.
+        if x_bytes == 2 and 4096 < columns <= 5120:
+            block, tail = 4096, next_power_of_2(columns - 4096)
         rows, warps = max(1, 4096 // block), max(8, block // 512)  # 16 columns a thread
         # Two programs fill each other's waits for a row's mean. The registers hold only one of 16 warps, or of numbers
         # that are not loaded in pairs: fp32, and rows that start at any byte.
