@@ -82,9 +82,9 @@ def _short(dtype: str) -> str:
 def _tally(audit: Audit) -> Iterator[str]:
     dispatched = [row for row in audit.rows if row.is_dispatched]
     names = {row.kernel for row in dispatched}
-    yield f"{len(names)} kernels in {len(dispatched)} forms that ops launch; {len(audit.failures)} failures."
+    yield f"Kernels that ops launch: {len(names)}, in {len(dispatched)} forms; failures: {len(audit.failures)}."
     candidates = len(audit.rows) - len(dispatched)
-    yield f"{candidates} more forms that the tuner may try; {len(audit.dropped)} of them break a limit and are dropped."
+    yield f"Forms that only the tuner may try: {candidates}; dropped, because they break a limit: {len(audit.dropped)}."
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
