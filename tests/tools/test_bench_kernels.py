@@ -13,6 +13,7 @@ import torch
 
 from engine.launch import EXIT_GATE
 from kernels.offline.audit import Audit, Row
+from model.errors import InputError
 from tools import bench_kernels
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_kernels.py"
@@ -20,14 +21,10 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_kernels.py"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the benchmark measures")
 
 
-def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=120)
-
-
 def test_the_audit_is_printed_and_kept(tmp_path: Path) -> None:
-    done = run("--ops", "gae", "--out", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(TOOL), "--ops", "gae", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "kernels-compiled.md").read_text()
     for text in (done.stdout, page):
@@ -35,11 +32,13 @@ def test_the_audit_is_printed_and_kept(tmp_path: Path) -> None:
         assert "H200, µs" in text and "failures: 0" in text
 
 
-def test_ops_that_do_not_exist_and_interpreted_kernels_are_refused() -> None:
-    unknown = run("--ops", "gea")
-    assert unknown.returncode == 2 and unknown.stderr.startswith("--ops: there is no gea. There are adamw, ")
-    interpreted = run("--ops", "gae", TRITON_INTERPRET="1")
-    assert interpreted.returncode == 2 and interpreted.stderr.startswith("TRITON_INTERPRET is set")
+def test_ops_that_do_not_exist_and_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
+        bench_kernels.audit(bench_kernels.BenchConfig(ops=["gae"]))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="--ops: there is no gea. There are adamw, "):
+        bench_kernels.audit(bench_kernels.BenchConfig(ops=["gea"]))
 
 
 def test_a_broken_limit_is_named_and_is_exit_code_4(
