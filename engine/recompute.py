@@ -8,13 +8,20 @@ full       only each block's input is kept; the block's forward runs twice
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
+_COSTLY = re.compile(
+    r"aten::(mm|addmm|bmm)"
+    r"|chimed::(matmul_nt|attention)"
+    r"|aten::_scaled_dot_product_(?!\w*backward)\w+"
+    r"|torch_attn::_varlen_attn"
+    r"|flash_attn\w*::\w*(fwd|forward)"
+)
 
 
 def apply_recompute(blocks: nn.ModuleList, mode: Recompute) -> None:
@@ -29,18 +36,13 @@ def apply_recompute(blocks: nn.ModuleList, mode: Recompute) -> None:
 
 
 def _keep_the_costly(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _costly_ops() else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_costly(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache
-def _costly_ops() -> frozenset[Any]:
-    """Ops whose time is worth their bytes: matrix products and attention, ours and torch's."""
-    aten = torch.ops.aten
-    found = {aten.mm.default, aten.addmm.default, aten.bmm.default}
-    for name in dir(aten):
-        if name.startswith("_scaled_dot_product_") and not name.endswith("_backward"):
-            found.add(getattr(aten, name).default)
-    for library, names in {"chimed": ("attention", "matmul_nt"), "torch_attn": ("_varlen_attn",)}.items():
-        ops = getattr(torch.ops, library)
-        found |= {getattr(ops, name).default for name in names if hasattr(ops, name)}
-    return frozenset(found)
+def _is_costly(op: Any) -> bool:
+    """Whether an op's time is worth its bytes: matrix products and attention, by every provider that is an op.
+
+    Told by name: flash-attn's are registered when it is first imported. Its version 4 is no op, and is computed again.
+    """
+    return _COSTLY.fullmatch(op._schema.name) is not None

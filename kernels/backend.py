@@ -38,6 +38,7 @@ def _chosen_face() -> str:
 
 FACE = _chosen_face()
 _library = torch.library.Library("chimed", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def use_reference() -> bool:
@@ -75,7 +76,9 @@ class Op:
             self._apply = _autograd_function(registered._opname, face, setup_context, backward).apply
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        # Of a DTensor, a kernel would see no memory; the dispatcher knows what it is, or refuses it.
+        if is_watched or (type(args[0]) not in _PLAIN and isinstance(args[0], Tensor)):
             return self.registered(*args)
         if self._apply is not None and torch.is_grad_enabled():
             return self._apply(*args)
@@ -194,11 +197,11 @@ def next_power_of_2(number: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start a Triton kernel on the current device: the only place where one is started.
+    """Start a Triton kernel where its tensors are: the only place where one is started.
 
     Args:
         grid: number of programs; an empty grid is no work.
-        args: run-time arguments, in order.
+        args: run-time arguments, in order, at least one of them a tensor.
         options: compile-time constants, num_warps, num_stages.
     """
     if 0 in grid:
@@ -206,7 +209,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if _observer is not None:
         _observer(kernel, grid, args, options)
         return
-    kernel[grid](*args, **options)
+    device = next(x for x in args if isinstance(x, Tensor)).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton takes the current one, which is the first one in a new thread
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def _linear_logprob_fwd_triton(
     parts = runs(len(hidden), most(workspace(device), FP32 * padded(vocabulary)))
     logits = buffer(parts[0].stop, vocabulary, torch.float32, device)
     targets, temperature = targets.contiguous(), None if temperature is None else temperature.contiguous()
-    results = tuple(torch.empty(len(hidden), device=device) for _ in range(5))
+    results = tuple(torch.empty(len(hidden), dtype=torch.float32, device=device) for _ in range(5))
     options = row_options(vocabulary, torch.float32)
     for part in parts:
         x = logits[: part.stop - part.start]
@@ -192,7 +192,7 @@ def _linear_logprob_bwd_triton(
     logits = buffer(parts[0].stop, slices[0].stop, torch.float32, device)
     dlogits = buffer(tokens, slices[0].stop, dtype, device)
     dhidden, dweight = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-    total = dhidden if len(slices) == 1 else torch.empty(hidden.shape, device=device)
+    total = dhidden if len(slices) == 1 else torch.empty(hidden.shape, dtype=torch.float32, device=device)
     hidden = without_ignored(hidden, targets)
 
     for piece in slices:

@@ -126,6 +126,28 @@ def test_references_alone_give_the_same_block(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
+class Guarded(Tensor):
+    """A subclass that has its own word on every op, as DTensor does."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"asked about {func}")
+
+
+def test_a_subclass_of_tensor_meets_the_dispatcher_and_not_a_kernel() -> None:
+    x = random(4, 16).as_subclass(Guarded)
+    with pytest.raises(NotImplementedError, match=r"asked about chimed\.rms_norm"):
+        rms_norm(x, random(16, seed=1), 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_start_where_their_tensors_are() -> None:
+    x, weight = random(4, 16), random(16, seed=1)
+    elsewhere = rms_norm(x.to("cuda:1"), weight.to("cuda:1"), 1e-6)
+    assert torch.equal(elsewhere.to(x.device), rms_norm(x, weight, 1e-6))
+
+
 def test_an_unknown_face_is_refused_with_the_known_ones() -> None:
     environment = {**os.environ, "CHIMED_KERNELS": "fast"}
     done = subprocess.run(

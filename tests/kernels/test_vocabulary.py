@@ -175,6 +175,14 @@ def test_different_gradients_of_the_two_sums_are_refused(face: str) -> None:
 
 
 @each_face
+def test_an_upstream_gradient_of_nan_is_passed_on_for_the_guard_to_see(face: str) -> None:
+    hidden, weight = (x.requires_grad_() for x in head(6, 4, 9))
+    nll, z = linear_cross_entropy(hidden, weight, labels(6, 9), z_loss=0.1)
+    ((nll + z) * float("nan")).backward()
+    assert hidden.grad is not None and hidden.grad.isnan().all()
+
+
+@each_face
 def test_backward_twice_and_all_over_again_is_bitwise_the_same(face: str) -> None:
     hidden, weight = (x.requires_grad_() for x in head(6, 4, 9))
 
