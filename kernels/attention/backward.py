@@ -36,5 +36,5 @@ def attention_bwd_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = cu_seqlens_q, cu_seqlens_k
     dout, q, k, v, out = dout.contiguous(), strided(q), strided(k), strided(v), out.contiguous()
-    dq, delta = dq_triton(dout, q, k, v, out, lse, *bounds, max_q, scale, window)
-    return dq, *dkdv_triton(dout, q, k, v, lse, delta, *bounds, max_k, scale, window)
+    dq, statistics = dq_triton(dout, q, k, v, out, lse, *bounds, max_q, scale, window)
+    return dq, *dkdv_triton(dout, q, k, v, statistics, *bounds, max_k, scale, window)

@@ -5,6 +5,7 @@ The queries are those of every head that shares the keys, one head after the oth
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,63 +25,58 @@ def _fold_queries(
     dv,
     k,
     v,
-    q_ptr,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
+    q_ptr,
+    statistics_ptr,
+    start_q,
+    first_head,
     q_stride: tl.constexpr,
     q_head_stride,
-    out_stride: tl.constexpr,
     tokens,
-    first,
     begin,
-    lead,
-    skip,
     end,
     n_q,
-    n_k,
+    offset,
     scale,
     window,
-    MASKED: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Let blocks of queries begin..end of GROUPS heads go by, leaving out `skip` blocks from `lead` on.
+    """Let blocks of queries begin..end of GROUPS heads go by. offset: of the first key.
 
     Scores are [keys, queries]: so weights and their gradients come out of one product as the next one takes them.
+    Two sums of the size of the tile leave few registers. So all blocks are masked, by one loop, where two would do
+    without most masks; addresses are made from the start in each step; and dp starts from -delta, not from zero.
     """
-    for step in range(0, (end - begin) * GROUPS):
-        head = 0
+    for step in tl.range(0, (end - begin) * GROUPS, disable_licm=True):
+        head, block = first_head, begin + step
         if GROUPS > 1:
-            head = step // (end - begin)
-        block = begin + step - head * (end - begin)
-        if MASKED:
-            block = tl.where(block < lead, block, block + skip)
-        place = block * BLOCK_M
+            head += step // (end - begin)
+            block = begin + step % (end - begin)
+        first = block * BLOCK_M  # fits 32 bits: a position in a document
+        head, place, rows = head.to(tl.int64), (start_q + first).to(tl.int64), n_q - first
+        tile_ptr = q_ptr + place * q_stride + head * q_head_stride
+        q = load_rows(tile_ptr, q_stride, rows, BLOCK_M, COLUMNS, WIDTH, False)
+        tile_ptr = dout_ptr + place * OUT_STRIDE + head * WIDTH
+        dout = load_rows(tile_ptr, OUT_STRIDE, rows, BLOCK_M, COLUMNS, WIDTH, False)
         row = tl.arange(0, BLOCK_M)
-        head = tl.full((), head, tl.int64)
-        row_place = head * tokens + place
-        q = load_rows(q_ptr + head * q_head_stride, q_stride, place, n_q, BLOCK_M, COLUMNS, WIDTH, not MASKED)
-        dout = load_rows(dout_ptr + head * WIDTH, out_stride, place, n_q, BLOCK_M, COLUMNS, WIDTH, not MASKED)
-        if MASKED:
-            lse = tl.load(lse_ptr + row_place + row, mask=place + row < n_q, other=0.0)
-            delta = tl.load(delta_ptr + row_place + row, mask=place + row < n_q, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + row_place + row)
-            delta = tl.load(delta_ptr + row_place + row)
+        row_ptr = statistics_ptr + head * 2 * tokens + place + row
+        lse = tl.load(row_ptr, mask=row < rows, other=0.0)
+        minus_delta = tl.load(row_ptr + tokens, mask=row < rows, other=0.0)
+
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(s * scale - (lse * _LOG2_E)[None, :])
-        if MASKED:
-            key = first + tl.arange(0, BLOCK_N)
-            p = tl.where(sees((place + row)[None, :], key[:, None], n_k - n_q, window, HAS_WINDOW), p, 0.0)
+        query, key = first + row, tl.arange(0, BLOCK_N)
+        is_seen = sees(query[None, :], key[:, None], offset, window, HAS_WINDOW)
+        p = tl.where(is_seen, tl.exp2(s * scale - lse[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dp = tl.broadcast_to(minus_delta[None, :], (BLOCK_N, BLOCK_M))
+        dp = tl.dot(v, tl.trans(dout), dp, input_precision="ieee")
+        dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -90,8 +86,7 @@ def _attention_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     dk_ptr,
     dv_ptr,
     list_ptr,
@@ -101,8 +96,6 @@ def _attention_bwd_dkdv_kernel(
     k_head_stride,
     v_stride: tl.constexpr,
     v_head_stride,
-    out_stride: tl.constexpr,
-    dk_stride: tl.constexpr,
     tokens,
     kv_heads,
     section,
@@ -112,40 +105,51 @@ def _attention_bwd_dkdv_kernel(
     HAS_WINDOW: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    count = tl.load(list_ptr)
-    for item in range(tl.program_id(0), count * kv_heads, tl.num_programs(0)):
-        head, _, tile, start_q, n_q, start_k, n_k = take(list_ptr, item, count, kv_heads, section, 1, FIELDS)
-        first = tile * BLOCK_N
-        head, start_q, start_k = head.to(tl.int64), start_q.to(tl.int64), start_k.to(tl.int64)
-        k_head_ptr = k_ptr + start_k * k_stride + head * k_head_stride
-        v_head_ptr = v_ptr + start_k * v_stride + head * v_head_stride
-        k = load_rows(k_head_ptr, k_stride, first, n_k, BLOCK_N, COLUMNS, WIDTH, False)
-        v = load_rows(v_head_ptr, v_stride, first, n_k, BLOCK_N, COLUMNS, WIDTH, False)
-        q_head_ptr = q_ptr + start_q * q_stride + head * GROUPS * q_head_stride
-        dout_head_ptr = dout_ptr + start_q * out_stride + head * GROUPS * WIDTH
-        rows = head * GROUPS * tokens + start_q
+    items = tl.load(list_ptr) * kv_heads  # fits 32 bits: tiles times heads
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        head, _, tile, start_q, n_q, start_k, n_k = take(list_ptr, item, kv_heads, section, 1, FIELDS)
+        first = tile * BLOCK_N  # fits 32 bits: a position in a document
+        rows, offset, first_head = n_k - first, n_k - n_q - first, head * GROUPS  # fits 32 bits: a head
+        head, place = head.to(tl.int64), start_k.to(tl.int64) + first
+        tile_ptr = k_ptr + place * k_stride + head * k_head_stride
+        k = load_rows(tile_ptr, k_stride, rows, BLOCK_N, COLUMNS, WIDTH, False)
+        tile_ptr = v_ptr + place * v_stride + head * v_head_stride
+        v = load_rows(tile_ptr, v_stride, rows, BLOCK_N, COLUMNS, WIDTH, False)
 
         dk = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
         dv = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
-        begin, whole, end_whole, end = query_blocks(first, n_q, n_k, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
-        skip = end_whole - whole
+        begin, end = query_blocks(first, n_q, n_k, window, HAS_WINDOW, BLOCK_M, BLOCK_N)
         dk, dv = _fold_queries(
-            dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + rows, delta_ptr + rows,
-            q_stride, q_head_stride, out_stride, tokens, first, begin, whole, skip, end - skip, n_q, n_k,
-            scale * _LOG2_E, window, True, GROUPS, HAS_WINDOW, WIDTH, COLUMNS, BLOCK_M, BLOCK_N,
+            dk, dv, k, v, dout_ptr, q_ptr, statistics_ptr, start_q, first_head, q_stride, q_head_stride, tokens,
+            begin, end, n_q, offset, scale * _LOG2_E, window,
+            GROUPS, HAS_WINDOW, WIDTH, COLUMNS, OUT_STRIDE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dk, dv = _fold_queries(
-            dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + rows, delta_ptr + rows,
-            q_stride, q_head_stride, out_stride, tokens, first, whole, 0, 0, end_whole, n_q, n_k,
-            scale * _LOG2_E, window, False, GROUPS, HAS_WINDOW, WIDTH, COLUMNS, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        place = start_k * dk_stride + head * WIDTH
-        store_rows(dk_ptr + place, dk_stride, first, n_k, dk * scale, BLOCK_N, COLUMNS, WIDTH)
-        store_rows(dv_ptr + place, dk_stride, first, n_k, dv, BLOCK_N, COLUMNS, WIDTH)
+        place = place * GRAD_STRIDE + head * WIDTH
+        store_rows(dk_ptr + place, GRAD_STRIDE, rows, dk * scale, BLOCK_N, COLUMNS, WIDTH)
+        store_rows(dv_ptr + place, GRAD_STRIDE, rows, dv, BLOCK_N, COLUMNS, WIDTH)
+
+
+def candidates(arch: int, dtype: torch.dtype, width: int) -> list[dict[str, int]]:
+    """What the tuner may try.
+
+    128 keys take all registers of a multiprocessor for dk and dv at a width of 128. In fp32 see `forward`.
+    """
+    if dtype.itemsize == 4:
+        small = {64: (32, 32, 4, 2), 128: (16, 32, 8, 1) if arch >= 90 else (32, 32, 8, 1), 256: (32, 16, 8, 1)}
+        shapes = [small.get(width, (64, 32, 8, 2))]
+    elif width == 256:
+        shapes = [(32, 64, 8, 2)]
+    elif arch >= 90 or width <= 64:
+        shapes = [(64, 128, 8, 2), (64, 128, 8, 3)] + [(64, 64, 4, 2)] * (width <= 64)
+    else:
+        shapes = [(64, 64, 8, 2), (32, 64, 4, 2)]
+    return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), shape, strict=True)) for shape in shapes]
 
 
 def dkdv_triton(
@@ -153,8 +157,7 @@ def dkdv_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    statistics: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_k: int,
@@ -173,16 +176,13 @@ def dkdv_triton(
         q,
         k,
         v,
-        lse,
-        delta,
+        statistics,
         dk,
         dv,
         tiles,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        heads * width,
-        kv_heads * width,
         tokens,
         kv_heads,
         section_of(kv_heads, 2 * tokens * width * q.element_size() * (heads // kv_heads)),
@@ -192,6 +192,8 @@ def dkdv_triton(
         HAS_WINDOW=window is not None,
         WIDTH=width,
         COLUMNS=columns,
+        OUT_STRIDE=heads * width,
+        GRAD_STRIDE=kv_heads * width,
         FIELDS=FIELDS,
         **blocks,
     )

@@ -29,6 +29,7 @@ from kernels.launches import chosen
 LOG2_E = 1.4426950408889634
 # Where running maxima start. Not -inf: a row that has seen no key yet would be -inf - (-inf).
 _LOWEST = tl.constexpr(-1e38)
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -44,13 +45,12 @@ def _fold(
     k_block_stride,
     v_block_stride,
     table_ptr,
-    first,
     begin,
     lead,
     skip,
     end,
-    n_q,
     n_k,
+    offset,
     scale,
     window,
     MASKED: tl.constexpr,
@@ -61,29 +61,32 @@ def _fold(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Let blocks of keys begin..end go by, leaving out `skip` blocks from `lead` on."""
+    """Let blocks of keys begin..end go by, leaving out `skip` blocks from `lead` on. offset: of the first query."""
     for step in range(begin, end):
         block = step
         if MASKED:
             block = tl.where(step < lead, step, step + skip)
-        place = block * BLOCK_N
+        first = block * BLOCK_N  # fits 32 bits: a position in a document
+        rows = n_k - first
         if PAGE:
-            k = load_paged_rows(k_ptr, k_stride, k_block_stride, table_ptr, place, n_k, PAGE, BLOCK_N, COLUMNS, WIDTH)
+            k = load_paged_rows(k_ptr, k_stride, k_block_stride, table_ptr, first, rows, PAGE, BLOCK_N, COLUMNS, WIDTH)
         else:
-            k = load_rows(k_ptr, k_stride, place, n_k, BLOCK_N, COLUMNS, WIDTH, not MASKED)
+            place_ptr = k_ptr + first.to(tl.int64) * k_stride
+            k = load_rows(place_ptr, k_stride, rows, BLOCK_N, COLUMNS, WIDTH, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            query, key = first + tl.arange(0, BLOCK_M), place + tl.arange(0, BLOCK_N)
-            s = tl.where(sees(query[:, None], key[None, :], n_k - n_q, window, HAS_WINDOW), s, float("-inf"))
+            query, key = tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
+            s = tl.where(sees(query[:, None], key[None, :], offset, window, HAS_WINDOW), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scale)
         p = tl.exp2(s * scale - new_top[:, None])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, axis=1)
         acc = acc * fade[:, None]
         if PAGE:
-            v = load_paged_rows(v_ptr, v_stride, v_block_stride, table_ptr, place, n_k, PAGE, BLOCK_N, COLUMNS, WIDTH)
+            v = load_paged_rows(v_ptr, v_stride, v_block_stride, table_ptr, first, rows, PAGE, BLOCK_N, COLUMNS, WIDTH)
         else:
-            v = load_rows(v_ptr, v_stride, place, n_k, BLOCK_N, COLUMNS, WIDTH, not MASKED)
+            place_ptr = v_ptr + first.to(tl.int64) * v_stride
+            v = load_rows(place_ptr, v_stride, rows, BLOCK_N, COLUMNS, WIDTH, not MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         top = new_top
     return acc, total, top
@@ -117,26 +120,27 @@ def _attention_fwd_kernel(
     HAS_WINDOW: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    heads = kv_heads * GROUPS
-    count = tl.load(list_ptr)
-    for item in range(tl.program_id(0), count * heads, tl.num_programs(0)):
-        head, document, tile, start_q, n_q, start_k, n_k = take(
-            list_ptr, item, count, kv_heads, section, GROUPS, FIELDS
-        )
-        first = tile * BLOCK_M
-        head, start_q, start_k = head.to(tl.int64), start_q.to(tl.int64), start_k.to(tl.int64)
+    # What does not change from tile to tile is made again for each: it would fill the registers of the inner loops.
+    items = tl.load(list_ptr) * kv_heads * GROUPS  # fits 32 bits: tiles times heads
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        head, document, tile, start_q, n_q, start_k, n_k = take(list_ptr, item, kv_heads, section, GROUPS, FIELDS)
+        first = tile * BLOCK_M  # fits 32 bits: a position in a document
+        rows, offset = n_q - first, n_k - n_q + first
+        head = head.to(tl.int64)
+        place = start_q.to(tl.int64) + first
         k_head_ptr = k_ptr + head // GROUPS * k_head_stride
         v_head_ptr = v_ptr + head // GROUPS * v_head_stride
         table_row_ptr = table_ptr + document.to(tl.int64) * table_stride
         if PAGE == 0:
-            k_head_ptr += start_k * k_stride
-            v_head_ptr += start_k * v_stride
-        q_head_ptr = q_ptr + start_q * q_stride + head * q_head_stride
-        q = load_rows(q_head_ptr, q_stride, first, n_q, BLOCK_M, COLUMNS, WIDTH, False)
+            k_head_ptr += start_k.to(tl.int64) * k_stride
+            v_head_ptr += start_k.to(tl.int64) * v_stride
+        tile_ptr = q_ptr + place * q_stride + head * q_head_stride
+        q = load_rows(tile_ptr, q_stride, rows, BLOCK_M, COLUMNS, WIDTH, False)
 
         acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -145,22 +149,44 @@ def _attention_fwd_kernel(
         skip = end_whole - whole
         acc, total, top = _fold(
             acc, total, top, q, k_head_ptr, v_head_ptr, k_stride, v_stride, k_block_stride, v_block_stride,
-            table_row_ptr, first, begin, whole, skip, end - skip, n_q, n_k, scale, window,
+            table_row_ptr, begin, whole, skip, end - skip, n_k, offset, scale, window,
             True, HAS_WINDOW, PAGE, WIDTH, COLUMNS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc, total, top = _fold(
             acc, total, top, q, k_head_ptr, v_head_ptr, k_stride, v_stride, k_block_stride, v_block_stride,
-            table_row_ptr, first, whole, 0, 0, end_whole, n_q, n_k, scale, window,
+            table_row_ptr, whole, 0, 0, end_whole, n_k, offset, scale, window,
             False, HAS_WINDOW, PAGE, WIDTH, COLUMNS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
         is_blind = total == 0.0
         total = tl.where(is_blind, 1.0, total)
-        lse = tl.where(is_blind, 0.0, (top + tl.log2(total)) * 0.6931471805599453)
-        query = first + tl.arange(0, BLOCK_M)
-        tl.store(lse_ptr + head * tokens + start_q + query, lse, mask=query < n_q)
-        out_head_ptr = out_ptr + (start_q * heads + head) * WIDTH
-        store_rows(out_head_ptr, heads * WIDTH, first, n_q, acc / total[:, None], BLOCK_M, COLUMNS, WIDTH)
+        lse = tl.where(is_blind, 0.0, (top + tl.log2(total)) * _LN_2)
+        query = tl.arange(0, BLOCK_M)
+        tl.store(lse_ptr + head * tokens + place + query, lse, mask=query < rows)
+        tile_ptr = out_ptr + place * OUT_STRIDE + head * WIDTH
+        store_rows(tile_ptr, OUT_STRIDE, rows, acc / total[:, None], BLOCK_M, COLUMNS, WIDTH)
+
+
+def candidates(arch: int, dtype: torch.dtype, width: int) -> list[dict[str, int]]:
+    """What the tuner may try.
+
+    For 16-bit numbers tiles of 128 queries, where they fit in registers: a block of keys is then read from L2 once
+    for 128 of them, half of what L2 can bring in that time. In fp32 products are made without matrix instructions,
+    and larger blocks spill.
+    """
+    narrow = width <= 64
+    if dtype.itemsize == 4:
+        small = {64: (32, 32, 4, 2), 128: (32, 32, 8, 1) if arch >= 90 else (64, 32, 8, 2), 256: (16, 32, 8, 1)}
+        shapes = [small.get(width, (64, 32, 8, 2))]
+    elif arch >= 90:
+        wide = [(128, 64, 8, 2), (128, 32, 8, 3)]
+        shapes = wide if width == 256 else [(128, 128, 8, 2), *wide[:1], (128, 64, 8, 3)]
+        shapes += [(128, 64, 4, 3), (64, 128, 4, 3)] * narrow
+    else:
+        wide = [(64, 64, 8, 2), (64, 32, 8, 2)]
+        shapes = wide if width == 256 else [(128, 32, 8, 3), (64, 64, 4, 2)]
+        shapes += [(128, 64, 4, 3), (128, 64, 8, 3)] * narrow
+    return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), shape, strict=True)) for shape in shapes]
 
 
 def attention_fwd_triton(
@@ -212,6 +238,7 @@ def attention_fwd_triton(
         HAS_WINDOW=window is not None,
         WIDTH=width,
         COLUMNS=columns,
+        OUT_STRIDE=heads * width,
         FIELDS=FIELDS,
         **blocks,
     )

@@ -69,7 +69,7 @@ def _schedule_kernel(
     DOCUMENTS: tl.constexpr,
 ):
     # Tiles are handed to programs document by document: find the document of each of ours.
-    number = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    number = tl.program_id(0) * TILES + tl.arange(0, TILES)  # fits 32 bits: a tile
     document = tl.zeros((TILES,), tl.int32)
     first = tl.zeros((TILES,), tl.int32)  # number of the document's first tile
     count = tl.program_id(0) * 0
@@ -80,7 +80,7 @@ def _schedule_kernel(
         is_before = end[None, :] <= number[:, None]
         document += tl.sum(is_before.to(tl.int32), axis=1)
         first = tl.maximum(first, tl.max(tl.where(is_before, end[None, :], 0), axis=1))
-        count += tl.sum(tiles, axis=0)
+        count += tl.sum(tiles, axis=0)  # fits 32 bits: tiles
     if tl.program_id(0) == 0:
         tl.store(list_ptr, count)
 
@@ -89,7 +89,7 @@ def _schedule_kernel(
             cu_q_ptr, cu_k_ptr, document, documents, reach, OVER_KEYS, BLOCK
         )
         r = number - first
-        work = tl.minimum(ceiling, top - r * BLOCK)
+        work = tl.minimum(ceiling, top - r * BLOCK)  # fits 32 bits: keys or queries of a document
         place = r
         for begin in range(0, documents, DOCUMENTS):
             other = begin + tl.arange(0, DOCUMENTS)
@@ -100,9 +100,9 @@ def _schedule_kernel(
             bar = work[:, None] - (other[None, :] < document[:, None]).to(tl.int32)
             ahead = tl.minimum(tl.cdiv(tl.maximum(their_top[None, :] - bar, 0), BLOCK), their_tiles[None, :])
             ahead = tl.where((their_ceiling[None, :] > bar) & (other[None, :] != document[:, None]), ahead, 0)
-            place += tl.sum(ahead, axis=1)
+            place += tl.sum(ahead, axis=1)  # fits 32 bits: a place in the list
         tile = r if OVER_KEYS else tiles - 1 - r
-        row_ptr = list_ptr + (1 + place) * FIELDS
+        row_ptr = list_ptr + (1 + place).to(tl.int64) * FIELDS
         is_tile = number < count
         tl.store(row_ptr, document, mask=is_tile)
         tl.store(row_ptr + 1, tile, mask=is_tile)
@@ -113,19 +113,20 @@ def _schedule_kernel(
 
 
 @triton.jit
-def take(list_ptr, item, count, kv_heads, section, GROUPS: tl.constexpr, FIELDS: tl.constexpr):
-    """The item-th piece of work, of count * kv_heads * GROUPS: a head and a tile.
+def take(list_ptr, item, kv_heads, section, GROUPS: tl.constexpr, FIELDS: tl.constexpr):
+    """The item-th piece of work, of as many as there are tiles times kv_heads * GROUPS: a head and a tile.
 
     Key-value heads go by sections whose data fits in L2, within a section the longest tiles go first, and the GROUPS
     heads that share keys stand side by side.
 
     Returns: head (of kv_heads * GROUPS), document, tile, start_q, n_q, start_k, n_k.
     """
-    skipped = item // (count * section * GROUPS) * section  # key-value heads in earlier sections
-    heads = tl.minimum(section, kv_heads - skipped) * GROUPS
-    item -= count * skipped * GROUPS
-    row_ptr = list_ptr + (1 + item // heads) * FIELDS
-    head = skipped * GROUPS + item % heads
+    count = tl.load(list_ptr)  # again, rather than a register held from tile to tile
+    skipped = item // (count * section * GROUPS) * section  # fits 32 bits: key-value heads in earlier sections
+    heads = tl.minimum(section, kv_heads - skipped) * GROUPS  # fits 32 bits: heads of this one
+    item -= count * skipped * GROUPS  # fits 32 bits: tiles times heads
+    row_ptr = list_ptr + (1 + item // heads).to(tl.int64) * FIELDS
+    head = skipped * GROUPS + item % heads  # fits 32 bits: a head
     document, tile = tl.load(row_ptr), tl.load(row_ptr + 1)
     start_q, n_q = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     start_k, n_k = tl.load(row_ptr + 4), tl.load(row_ptr + 5)

@@ -6,7 +6,7 @@ In a document of n_q queries and n_k keys, with offset = n_k - n_q and a window 
 
 A tile of queries meets a run of blocks of keys, and a tile of keys a run of blocks of queries. Along the run the
 blocks at either end may hold pairs that do not see each other, or rows past the document; those in between do not,
-and need no mask at all. Four block numbers bound the three parts: begin <= whole <= end_whole <= end.
+and need no mask at all. For keys four block numbers bound the three parts: begin <= whole <= end_whole <= end.
 
 Offsets are int64 from the first row of a block on; within a block they are int32.
 """
@@ -34,23 +34,17 @@ def key_blocks(first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.co
 
 @triton.jit
 def query_blocks(first, n_q, n_k, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Blocks of BLOCK_M queries for the keys first..first+BLOCK_N of a document: begin, whole, end_whole, end."""
+    """Blocks of BLOCK_M queries for the keys first..first+BLOCK_N of a document: begin, end."""
     lowest = first - (n_k - n_q)  # first query that sees the first key
-    highest = lowest + BLOCK_N - 1  # and the last key
     end = tl.cdiv(n_q, BLOCK_M)
-    end_whole = n_q // BLOCK_M
     if HAS_WINDOW:
-        end = tl.minimum(end, tl.cdiv(tl.maximum(highest + window, 0), BLOCK_M))
-        end_whole = tl.minimum(end_whole, tl.maximum(lowest + window, 0) // BLOCK_M)
-    begin = tl.minimum(tl.maximum(lowest, 0) // BLOCK_M, end)
-    end_whole = tl.maximum(end_whole, begin)
-    whole = tl.minimum(tl.cdiv(tl.maximum(highest, 0), BLOCK_M), end_whole)
-    return begin, whole, end_whole, end
+        end = tl.minimum(end, tl.cdiv(tl.maximum(lowest + BLOCK_N - 1 + window, 0), BLOCK_M))
+    return tl.minimum(tl.maximum(lowest, 0) // BLOCK_M, end), end
 
 
 @triton.jit
 def sees(query, key, offset, window, HAS_WINDOW: tl.constexpr):
-    """Whether queries see keys; both count from the start of the document, and broadcast."""
+    """Whether queries see keys; shapes broadcast."""
     visible = key <= query + offset
     if HAS_WINDOW:
         visible = visible & (key > query + offset - window)
@@ -71,31 +65,24 @@ def _pointers(ptr, stride: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def load_rows(
-    head_ptr,
-    stride: tl.constexpr,
-    first,
-    rows,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ptr, stride: tl.constexpr, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """[ROWS, COLUMNS] from the row `first` of a document's head on; zeros past WIDTH and, unless WHOLE, past `rows`.
+    """[ROWS, COLUMNS] from ptr on; zeros past WIDTH columns and, unless the tile is WHOLE, past the `rows` there are.
 
     Zeros, not what lies there: the next document may be full of NaN, which no mask on scores would stop.
     """
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    pointers = _pointers(head_ptr + first.to(tl.int64) * stride, stride, ROWS, COLUMNS)
+    pointers = _pointers(ptr, stride, ROWS, COLUMNS)
     if WHOLE and WIDTH == COLUMNS:
         return tl.load(pointers)
     if WHOLE:
         return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
-    return tl.load(pointers, mask=(first + row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tl.load(pointers, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def load_paged_rows(
-    head_ptr,
+    ptr,
     stride: tl.constexpr,
     block_stride,
     table_ptr,
@@ -106,27 +93,16 @@ def load_paged_rows(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The same where row j lies in block table[j // PAGE], at j % PAGE."""
+    """The same of rows first, first + 1, ..., where row j lies in block table[j // PAGE] of ptr, at j % PAGE."""
     row, column = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = row < rows
+    inside = row < first + rows
     block = tl.load(table_ptr + row // PAGE, mask=inside, other=0).to(tl.int64)
-    pointers = head_ptr + (block * block_stride + row % PAGE * stride)[:, None] + column[None, :]
+    pointers = ptr + (block * block_stride + row % PAGE * stride)[:, None] + column[None, :]
     return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(
-    head_ptr,
-    stride: tl.constexpr,
-    first,
-    rows,
-    values,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Write [ROWS, COLUMNS] from the row `first` of a document's head on, as far as there are rows and columns."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    pointers = _pointers(head_ptr + first.to(tl.int64) * stride, stride, ROWS, COLUMNS)
-    inside = (first + row < rows)[:, None] & (column < WIDTH)[None, :]
-    tl.store(pointers, values.to(head_ptr.dtype.element_ty), mask=inside)
+def store_rows(ptr, stride: tl.constexpr, rows, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write [ROWS, COLUMNS] from ptr on, as far as there are rows and columns."""
+    inside = (tl.arange(0, ROWS) < rows)[:, None] & (tl.arange(0, COLUMNS) < WIDTH)[None, :]
+    tl.store(_pointers(ptr, stride, ROWS, COLUMNS), values.to(ptr.dtype.element_ty), mask=inside)
