@@ -37,7 +37,7 @@ def test_ops_that_do_not_exist_and_interpreted_kernels_are_refused(monkeypatch: 
     with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
         bench_kernels.audit(bench_kernels.BenchConfig(ops=["gae"]))
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(InputError, match="--ops: there is no gea. There are adamw, "):
+    with pytest.raises(InputError, match="--ops: there is no gea"):
         bench_kernels.audit(bench_kernels.BenchConfig(ops=["gea"]))
 
 
