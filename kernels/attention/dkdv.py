@@ -80,7 +80,7 @@ def _fold_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "section"])
 def _attention_bwd_dkdv_kernel(
     dout_ptr,
     q_ptr,

@@ -65,7 +65,7 @@ def _fold_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "section"])
 def _attention_bwd_dq_kernel(
     dout_ptr,
     q_ptr,

@@ -92,7 +92,8 @@ def _fold(
     return acc, total, top
 
 
-@triton.jit
+# Numbers that change from batch to batch are not specialised, or a ragged one would be compiled for.
+@triton.jit(do_not_specialize=["tokens", "section", "table_stride"])
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,

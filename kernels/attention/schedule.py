@@ -31,8 +31,8 @@ from kernels.backend import launch
 FIELDS = 6
 # Bytes of what a section's programs read again and again; a section should stay in L2 (40 MB on A100, 50 on H100).
 SECTION_BYTES = 32 * 2**20
-# Tiles that a program of the schedule places, and documents that it looks at in one step.
-TILES, DOCUMENTS = 8, 1024
+# Tiles that a program of the schedule places, and documents that it looks at in one step: a few, or many.
+TILES, FEW, MANY = 8, 64, 1024
 _NO_LIMIT = 2**31 - 1
 
 
@@ -55,7 +55,7 @@ def _extent(cu_q_ptr, cu_k_ptr, document, documents, reach, OVER_KEYS: tl.conste
     return start_q, n_q, start_k, n_k, tiles, top, ceiling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["documents"])
 def _schedule_kernel(
     cu_q_ptr,
     cu_k_ptr,
@@ -76,7 +76,7 @@ def _schedule_kernel(
     for begin in range(0, documents, DOCUMENTS):
         other = begin + tl.arange(0, DOCUMENTS)
         _, _, _, _, tiles, _, _ = _extent(cu_q_ptr, cu_k_ptr, other, documents, reach, OVER_KEYS, BLOCK)
-        end = count + tl.cumsum(tiles, axis=0)
+        end = count + tl.cumsum(tiles, axis=0)  # fits 32 bits: tiles
         is_before = end[None, :] <= number[:, None]
         document += tl.sum(is_before.to(tl.int32), axis=1)
         first = tl.maximum(first, tl.max(tl.where(is_before, end[None, :], 0), axis=1))
@@ -161,7 +161,7 @@ def make_schedule(
         BLOCK=block,
         FIELDS=FIELDS,
         TILES=TILES,
-        DOCUMENTS=min(DOCUMENTS, max(16, triton.next_power_of_2(documents))),
+        DOCUMENTS=FEW if documents <= FEW else MANY,
         num_warps=4,
     )
     return tiles

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.attention import decode_attention
+from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
 from kernels.offline.record import record
@@ -32,6 +32,16 @@ def decode(rows: int, pages: int) -> None:
     decode_attention(q, *(empty(rows, 4096, 8, 128) for _ in range(2)), lengths)
     table = empty(rows, pages, dtype=torch.int32)
     decode_attention(q, *(empty(9000, 16, 8, 128) for _ in range(2)), lengths, block_table=table)
+
+
+def attend(tokens: int, documents: int) -> None:
+    """Packs of any size in training, prompts of any length behind a cache of pages."""
+    q, k, v = (empty(tokens, heads, 128, grad=True) for heads in (32, 8, 8))
+    bounds = empty(documents + 1, dtype=torch.int32)
+    attention(q, k, v, bounds, bounds, 4096, 4096, provider="triton").backward(empty(*q.shape))
+    cache, table = (empty(9000, 16, 8, 128) for _ in range(2)), empty(documents, 1 + tokens // 16, dtype=torch.int32)
+    with torch.no_grad():
+        attention(q, *cache, bounds, bounds, 4096, 4096, block_table=table, provider="triton")
 
 
 def draw(rows: int, _: int) -> None:
@@ -60,4 +70,4 @@ if __name__ == "__main__":
     chance = random.Random(0)
     rows = [(n, chance.choice([1, 16 * n, 3000 // n])) for n in (1, 2, 7, 16, 33, 64, 100, 128, 200, 256)]
     packs = [(chance.choice([n, 16 * n]), n) for n in (1, 2, 16, 33, 100, 256, 1000)]
-    print(json.dumps({**forms(decode, rows), **forms(draw, rows), **forms(score, packs)}))
+    print(json.dumps({**forms(decode, rows), **forms(attend, packs), **forms(draw, rows), **forms(score, packs)}))

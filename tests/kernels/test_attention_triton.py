@@ -112,7 +112,7 @@ def test_kernels_are_faithful_for_every_width_and_grouping_with_blocks_of_the_ta
     assert_faithful(ours(lengths_q, lengths_k, 100), reference(lengths_q, lengths_k, 100), inputs)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     documents=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=3),
     groups=st.sampled_from([(1, 1), (3, 1), (2, 2)]),
@@ -157,12 +157,12 @@ def test_the_log_sum_exp_is_that_of_the_scores_and_zero_without_keys(window: int
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.usefixtures("small_blocks")
 def test_a_document_alone_and_packed_is_bitwise_the_same(window: int | None, face: str, dtype: torch.dtype) -> None:
-    lengths_q, lengths_k = [17, 50, 3], [17, 70, 3]
+    lengths_q, lengths_k = [9, 34, 3], [9, 50, 3]
     inputs = qkv(lengths_q, lengths_k, 2, 1, 16, dtype)
-    upstream = random(70, 2, 16, seed=7, dtype=dtype)
+    upstream = random(46, 2, 16, seed=7, dtype=dtype)
     packed = results(ours(lengths_q, lengths_k, window), inputs, upstream)
-    queries, keys = slice(17, 67), slice(17, 87)
-    alone = results(ours([50], [70], window), [inputs[0][queries], *(x[keys] for x in inputs[1:])], upstream[queries])
+    queries, keys = slice(9, 43), slice(9, 59)
+    alone = results(ours([34], [50], window), [inputs[0][queries], *(x[keys] for x in inputs[1:])], upstream[queries])
     for single, among, rows in zip(alone, packed, (queries, queries, keys, keys), strict=True):
         assert torch.equal(single, among[rows])
 
@@ -171,15 +171,15 @@ def test_a_document_alone_and_packed_is_bitwise_the_same(window: int | None, fac
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's, for the very rows that are meant to be NaN
 @pytest.mark.usefixtures("small_blocks")
 def test_a_document_of_nan_reaches_no_other(face: str, dtype: torch.dtype) -> None:
-    lengths = [20, 40, 21]
+    lengths = [20, 30, 17]
     inputs = qkv(lengths, lengths, 2, 1, 16, dtype)
-    upstream = random(81, 2, 16, seed=7, dtype=dtype)
+    upstream = random(67, 2, 16, seed=7, dtype=dtype)
     before = results(ours(lengths, lengths), inputs, upstream)
     for x in (*inputs, upstream):
-        x[20:60] = float("nan")
+        x[20:50] = float("nan")
     for clean, spoilt in zip(before, results(ours(lengths, lengths), inputs, upstream), strict=True):
-        assert torch.equal(clean[:20], spoilt[:20]) and torch.equal(clean[60:], spoilt[60:])
-        assert spoilt[20:60].isnan().all()
+        assert torch.equal(clean[:20], spoilt[:20]) and torch.equal(clean[50:], spoilt[50:])
+        assert spoilt[20:50].isnan().all()
 
 
 @triton_face
@@ -317,5 +317,6 @@ def test_the_schedule_names_every_tile_once_in_order_of_falling_work(
     looked_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "FACE", "triton")
-    monkeypatch.setattr(schedule, "DOCUMENTS", looked_at)  # 16: more documents than one step looks at
+    monkeypatch.setattr(schedule, "FEW", 0)
+    monkeypatch.setattr(schedule, "MANY", looked_at)  # 16: more documents than one step looks at
     check_order()

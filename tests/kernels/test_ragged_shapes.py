@@ -19,6 +19,10 @@ def test_ragged_work_asks_for_few_forms_of_each_kernel() -> None:
     assert json.loads(done.stdout) == {
         "_decode_attention_fwd_kernel": 3,  # a plain cache; pages, in one stretch or in several
         "_decode_attention_sum_kernel": 6,  # from 2 to 64 stretches, a power of two
+        "_schedule_kernel": 4,  # over queries or keys, of few documents or many
+        "_attention_fwd_kernel": 2,  # of packed keys, or of pages
+        "_attention_bwd_dq_kernel": 1,
+        "_attention_bwd_dkdv_kernel": 1,
         "_sample_groups_kernel": 1,
         "_sample_draw_kernel": 1,
         "_linear_logprob_fwd_kernel": 1,
