@@ -1,12 +1,13 @@
 """Calls of every op that between them launch every kernel in every form that a run may need.
 
 Tensors are of the meta device: they have shapes, strides and alignment, and no memory, so sizes are those of real
-training. What differs only in the number of rows launches the same kernels and is listed once.
+training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,29 +37,29 @@ VOCABULARIES = (39424, 50264, 151936)
 
 
 def cases() -> Iterator[Case]:
-    for of_op in (
-        _norms,
-        _head_norms,
-        _rotary,
-        _swiglu,
-        _attention,
-        _decoding,
-        _cross_entropy,
-        _heads_of_models,
-        _updates,
-        _sampling,
-        _advantages,
-    ):
-        yield from of_op()
+    """All cases; then all again with a row, a token or a document less, so with counts that are no multiple of 16.
+
+    Those launch nothing new where kernels are not specialised for the number of rows, and are audited where they are.
+    """
+    ops = (
+        _norms, _head_norms, _rotary, _swiglu, _attention, _decoding, _cross_entropy, _heads_of_models, _updates,
+        _sampling, _advantages,
+    )  # fmt: skip
+    for of_op in ops:
+        yield from of_op(0)
+    for of_op in ops:
+        yield from (replace(case, is_model=False, work=None) for case in of_op(1))
 
 
 def _empty(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-def _norms() -> Iterator[Case]:
+def _norms(less: int) -> Iterator[Case]:
+    T = TOKENS - less
+
     def arguments(arrays: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        x = (_empty(TOKENS, width, dtype=dtype, grad=True) for _ in range(arrays))
+        x = (_empty(T, width, dtype=dtype, grad=True) for _ in range(arrays))
         return *x, _empty(width, dtype=dtype, grad=True), 1e-6
 
     ops: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
@@ -68,34 +69,33 @@ def _norms() -> Iterator[Case]:
         for arrays, (name, op) in enumerate(ops.items(), start=1):
             yield Case(
                 name,
-                f"T {TOKENS}, N {width}",
+                f"T {T}, N {width}",
                 dtype,
                 width,
                 op,
                 partial(arguments, arrays, width, dtype),
-                wide_share=0.5
-                if width % 16 == 0
-                else 0,  # Triton sees multiples of 16 among arguments, and of nothing less
-                work=work.norm_work(TOKENS, width, 2, arrays == 2) if dtype == BF16 and width in (4096, 8192) else None,
+                wide_share=0.5 if width % 16 == 0 else 0,  # of arguments, Triton sees only multiples of 16
+                work=work.norm_work(T, width, 2, arrays == 2) if dtype == BF16 and width in (4096, 8192) else None,
             )
 
 
-def _head_norms() -> Iterator[Case]:
+def _head_norms(less: int) -> Iterator[Case]:
     """Queries out of a fused projection of 40 query heads, and 8 of keys and of values."""
+    T = TOKENS - less
 
     def arguments(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        projection = _empty(TOKENS, 56, width, dtype=dtype, grad=True)
+        projection = _empty(T, 56, width, dtype=dtype, grad=True)
         return projection[:, :40], _empty(width, dtype=dtype, grad=True), 1e-6
 
     for width in (64, 128):
         for dtype in (BF16, FP32):
-            shape = f"T {TOKENS}, 40 heads of {width}"
+            shape = f"T {T}, 40 heads of {width}"
             yield Case("rms_norm", shape, dtype, width, rms_norm, partial(arguments, width, dtype))
 
 
-def _rotary() -> Iterator[Case]:
+def _rotary(less: int) -> Iterator[Case]:
     """Queries and keys by themselves, and out of the projection that also holds the values."""
-    T, H, K = TOKENS, 32, 8
+    T, H, K = TOKENS - less, 32, 8
 
     def tables(width: int) -> tuple[Tensor, ...]:
         return _empty(T, dtype=torch.int64), *(_empty(T, width // 2, dtype=FP32) for _ in range(2))
@@ -114,25 +114,27 @@ def _rotary() -> Iterator[Case]:
             yield Case("split_rotary", shape, dtype, width, split_rotary, partial(joined, width, dtype))
 
 
-def _swiglu() -> Iterator[Case]:
+def _swiglu(less: int) -> Iterator[Case]:
+    T = TOKENS - less
+
     def arguments(columns: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (_empty(TOKENS, 2 * columns, dtype=dtype, grad=True),)
+        return (_empty(T, 2 * columns, dtype=dtype, grad=True),)
 
     for columns, dtype in ((14336, BF16), (13824, BF16), (1376, BF16), (1377, BF16), (14336, FP16), (14336, FP32)):
         yield Case(
             "swiglu",
-            f"T {TOKENS}, F {columns}",
+            f"T {T}, F {columns}",
             dtype,
             columns,
             swiglu,
             partial(arguments, columns, dtype),
             wide_share=0.5 if columns % 16 == 0 else 0,
-            work=work.swiglu_work(TOKENS, columns, 2) if (columns, dtype) == (14336, BF16) else None,
+            work=work.swiglu_work(T, columns, 2) if (columns, dtype) == (14336, BF16) else None,
         )
 
 
-def _attention() -> Iterator[Case]:
-    D, T, page = 8, 16384, 256
+def _attention(less: int) -> Iterator[Case]:
+    D, T, page = 8 - less, 16384 - less, 256
 
     def arguments(H: int, K: int, h: int, dtype: torch.dtype, paged: bool) -> tuple[Any, ...]:
         keys = (T // page, page, K, h) if paged else (T, K, h)
@@ -170,8 +172,8 @@ def _attention() -> Iterator[Case]:
             yield case(4, 2, h, dtype)
 
 
-def _decoding() -> Iterator[Case]:
-    B, S, page = 64, 4096, 256
+def _decoding(less: int) -> Iterator[Case]:
+    B, S, page = 64 - less, 4096, 256
 
     def arguments(H: int, K: int, h: int, dtype: torch.dtype, paged: bool) -> tuple[Any, ...]:
         cache = (B * S // page, page, K, h) if paged else (B, S, K, h)
@@ -207,19 +209,21 @@ def _decoding() -> Iterator[Case]:
             yield case(4, 2, h, dtype)
 
 
-def _cross_entropy() -> Iterator[Case]:
+def _cross_entropy(less: int) -> Iterator[Case]:
+    T = TOKENS - less
+
     def arguments(V: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        return _empty(TOKENS, V, dtype=dtype, grad=True), _empty(TOKENS, dtype=torch.int64), 1e-4
+        return _empty(T, V, dtype=dtype, grad=True), _empty(T, dtype=torch.int64), 1e-4
 
     for V in VOCABULARIES:
         for dtype in DTYPES if VOCABULARIES[0] == V else (BF16,):
-            shape = f"T {TOKENS}, V {V}"
-            least = work.cross_entropy_work(TOKENS, V, 2) if dtype == BF16 else None
+            shape = f"T {T}, V {V}"
+            least = work.cross_entropy_work(T, V, 2) if dtype == BF16 else None
             yield Case("cross_entropy", shape, dtype, V, cross_entropy, partial(arguments, V, dtype), work=least)
 
 
-def _heads_of_models() -> Iterator[Case]:
-    T, d = TOKENS, 4096
+def _heads_of_models(less: int) -> Iterator[Case]:
+    T, d = TOKENS - less, 4096
 
     def arguments(V: int, dtype: torch.dtype) -> tuple[Any, ...]:
         hidden, weight = (_empty(rows, d, dtype=dtype, grad=True) for rows in (T, V))
@@ -238,8 +242,8 @@ def _heads_of_models() -> Iterator[Case]:
             yield Case("linear_logprob", entropy, dtype, V, heated, inputs)
 
 
-def _updates() -> Iterator[Case]:
-    sizes = ((5120, 5120), (13824, 5120), (5120,), (37,))
+def _updates(less: int) -> Iterator[Case]:
+    sizes = ((5120, 5120 - less), (13824, 5120), (5120,), (37,))
 
     def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(_empty(*size, dtype=dtype) for size in sizes)
@@ -267,8 +271,8 @@ def _updates() -> Iterator[Case]:
         yield Case("grad_norm", shape, dtype, 0, of_all, partial(tensors, dtype), wide_share=0.25, work=least)
 
 
-def _sampling() -> Iterator[Case]:
-    B = 64
+def _sampling(less: int) -> Iterator[Case]:
+    B = 64 - less
 
     def arguments(V: int, dtype: torch.dtype, ragged: bool) -> tuple[Any, ...]:
         seeds, heat = _empty(B, dtype=torch.int64), _empty(B, dtype=FP32) if ragged else 0.7
@@ -281,8 +285,8 @@ def _sampling() -> Iterator[Case]:
             yield Case("sample", shape, dtype, V, sample, partial(arguments, V, dtype, ragged), work=least)
 
 
-def _advantages() -> Iterator[Case]:
-    D, T = 512, 262144
+def _advantages(less: int) -> Iterator[Case]:
+    D, T = 512 - less, 262144 - less
 
     def arguments(dtype: torch.dtype, with_bootstrap: bool) -> tuple[Any, ...]:
         rewards, values = (_empty(T, dtype=dtype) for _ in range(2))

@@ -56,9 +56,9 @@ def _moves_much(ttir: str, what: str, launch: Launch) -> bool:
 def _fitting_lines(kernel: triton.JITFunction, seen: set[str]) -> Iterator[str]:
     """Lines of a kernel, and of what it calls, that say `fits 32 bits`, as `file.py:12`."""
     seen.add(kernel.__name__)
-    lines, first = inspect.getsourcelines(kernel.fn)
     file = Path(inspect.getfile(kernel.fn)).name
-    yield from (f"{file}:{number}" for number, line in enumerate(lines, first) if _FITS in line)
+    lines = enumerate(kernel.raw_src, kernel.starting_line_number)
+    yield from (f"{file}:{number}" for number, line in lines if _FITS in line)
     for word in set(re.findall(r"\w+", kernel.src)) - seen:
         other = kernel.fn.__globals__.get(word)
         if isinstance(other, triton.JITFunction):
