@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, register_op, use_reference
 from kernels.logits import gradient, row_options, row_statistics, rows_side_by_side, target_logit, tile_options
 from kernels.vocabulary import IGNORE, log_softmax_
 
@@ -103,7 +103,7 @@ def _cross_entropy_bwd_triton(
     x, dx = rows_side_by_side(logits), logits.new_empty(logits.shape)
     arguments = dloss.contiguous(), x, targets.contiguous(), peak, log_sum, dx, z_loss
     options = tile_options(x.shape[1]) | {"IGNORE": IGNORE, "COLUMNS": x.shape[1], "STRIDE": x.stride(0)}
-    grid = (len(targets) * triton.cdiv(x.shape[1], options["BLOCK"]),)
+    grid = (len(targets) * cdiv(x.shape[1], options["BLOCK"]),)
     launch(_cross_entropy_bwd_kernel, grid, *arguments, **options)
     return dx
 

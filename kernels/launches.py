@@ -26,6 +26,7 @@ PATH = Path(__file__).with_name("launches.json")
 ARCHITECTURES = (80, 90)
 
 
+@functools.cache
 def table_key(arch: int, dtype: torch.dtype, width: int) -> str:
     """What an entry is found by: `sm_90 16-bit 128`. bf16 and fp16 share their entries."""
     return f"sm_{90 if arch >= 90 else 80} {8 * dtype.itemsize}-bit {width}"

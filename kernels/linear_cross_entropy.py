@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, register_op, use_reference
 from kernels.logits import gradient, row_options, row_statistics, target_logit
 from kernels.vocabulary import (
     IGNORE,
@@ -224,7 +224,7 @@ def _scaled_triton(x: Tensor, factor: Tensor) -> Tensor:
     """torch would round a factor on a GPU to the dtype of x: in bf16, all gradients would be off by up to 0.2%."""
     x, y = x.contiguous(), x.new_empty(x.shape)
     block = 8192  # 32 numbers a thread, for four loads of 16 bytes
-    launch(_scaled_kernel, (triton.cdiv(x.numel(), block),), x, factor, y, x.numel(), BLOCK=block, num_warps=8)
+    launch(_scaled_kernel, (cdiv(x.numel(), block),), x, factor, y, x.numel(), BLOCK=block, num_warps=8)
     return y
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, register_op, use_reference
 from kernels.logits import gradient, row_options, row_statistics, target_logit, tile_options
 from kernels.vocabulary import (
     IGNORE,
@@ -205,7 +205,7 @@ def _linear_logprob_bwd_triton(
             multiply(hidden[part], weight[piece].t(), out=x)
             rows = (None if of_row is None else of_row[part] for of_row in of_rows)
             arguments = x, dx, *rows, piece.start, columns, x.stride(0), dx.stride(0)
-            grid = (len(x) * triton.cdiv(columns, options["BLOCK"]),)
+            grid = (len(x) * cdiv(columns, options["BLOCK"]),)
             launch(_linear_logprob_bwd_kernel, grid, *arguments, IGNORE=IGNORE, **options)
         dx = dlogits[:, :width]
         multiply(dx.t(), hidden, out=dweight[piece])

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import next_power_of_2
+
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
 # Below any logit, yet finite, so that differences with it are numbers.
@@ -103,7 +105,7 @@ def row_options(columns: int, dtype: torch.dtype) -> dict[str, int]:
     at 4.3 TB/s and a microsecond of latency, 33 KB are needed. Short rows get fewer warps.
     """
     vector = 16 // dtype.itemsize
-    covered = triton.next_power_of_2(columns)
+    covered = next_power_of_2(columns)
     warps = min(8, max(1, covered // (32 * vector)))
     lanes = 32 * vector * warps
     rounds = min(4, max(1, covered // lanes))
@@ -112,7 +114,7 @@ def row_options(columns: int, dtype: torch.dtype) -> dict[str, int]:
 
 def tile_options(columns: int) -> dict[str, int]:
     """Block and warps for programs that each take one tile of a row: 32 columns a thread, all on their way at once."""
-    block = min(8192, triton.next_power_of_2(columns))
+    block = min(8192, next_power_of_2(columns))
     return {"BLOCK": block, "num_warps": max(1, block // 1024)}
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.backend import accumulation_dtype, launch, register_op, use_reference
+from kernels.backend import accumulation_dtype, cdiv, launch, next_power_of_2, register_op, use_reference
 from kernels.philox import philox, words
 
 # Columns of a group. It decides which token a seed draws, so it is no tuning knob. Near the square root of a
@@ -170,7 +170,7 @@ def _sample_triton(
     rows, columns = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    programs = triton.cdiv(columns, GROUP * GROUPS_PER_PROGRAM)
+    programs = cdiv(columns, GROUP * GROUPS_PER_PROGRAM)
     groups = programs * GROUPS_PER_PROGRAM  # those past the end can never be drawn from
     statistics = logits.new_empty((rows, 2, groups), dtype=torch.float32)
     token, logprob = torch.empty_like(seeds), logits.new_empty(rows, dtype=torch.float32)
@@ -178,7 +178,7 @@ def _sample_triton(
     shape = {"COLUMNS": columns, "STRIDE": logits.stride(0), "GROUPS": groups, "WIDTH": GROUP, "num_warps": 4}
     source = logits, temperatures, temperature, statistics
     launch(_sample_groups_kernel, (rows * programs,), *source, PER_PROGRAM=GROUPS_PER_PROGRAM, **shape)
-    shape |= {"STEP_STRIDE": step.stride(0), "BLOCK": max(GROUP, triton.next_power_of_2(groups))}
+    shape |= {"STEP_STRIDE": step.stride(0), "BLOCK": max(GROUP, next_power_of_2(groups))}
     launch(_sample_draw_kernel, (rows,), *source, seeds, step, token, logprob, **shape)
     return token, logprob
 

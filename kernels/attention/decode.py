@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention.reference import attention_reference
-from kernels.backend import chip, launch, register_op, use_reference
+from kernels.backend import cdiv, chip, launch, next_power_of_2, register_op, use_reference
 from kernels.launches import chosen
 
 MAX_WIDTH = 256
@@ -239,14 +239,10 @@ def _split_length(capacity: int, programs: int, multiprocessors: int) -> int:
         capacity: most keys a row can see.
         programs: programs there are for every stretch.
     """
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, programs))
-    share = triton.next_power_of_2(capacity // wanted + 1) // 2
-    fewest = triton.next_power_of_2(triton.cdiv(capacity, MAX_SPLITS))
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, programs))
+    share = next_power_of_2(capacity // wanted + 1) // 2
+    fewest = next_power_of_2(cdiv(capacity, MAX_SPLITS))
     return max(fewest, min(max(share, SHORTEST), LONGEST))
-
-
-# Cached, as triton's own take a microsecond or two each, at every layer and token.
-_next_power_of_2 = functools.cache(triton.next_power_of_2)
 
 
 def _decode_attention_triton(
@@ -270,7 +266,7 @@ def _decode_attention_triton(
     if block_table is not None:
         block_table = block_table.contiguous()
         capacity *= block_table.shape[1]
-    width_block = max(16, _next_power_of_2(width))
+    width_block = max(16, next_power_of_2(width))
     here = chip(q.device)
     blocks = chosen("decode_attention", here, q.dtype, width_block)
     if window is not None:
@@ -301,7 +297,7 @@ def _decode_attention_triton(
         **blocks,
     )
     if splits > 1:
-        size = _next_power_of_2(splits)
+        size = next_power_of_2(splits)
         launch(
             _decode_attention_sum_kernel,
             (rows * heads,),
@@ -322,7 +318,7 @@ def _cached(cache: Tensor, row: int, keys: slice, block_table: Tensor | None) ->
         return cache[row, keys]
     page = cache.shape[1]
     first = keys.start // page
-    pages = block_table[row, first : triton.cdiv(keys.stop, page)]
+    pages = block_table[row, first : cdiv(keys.stop, page)]
     return cache[pages].flatten(0, 1)[keys.start - first * page : keys.stop - first * page]
 
 

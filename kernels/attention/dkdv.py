@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.attention.forward import LOG2_E
 from kernels.attention.schedule import FIELDS, make_schedule, programs, section_of, take
 from kernels.attention.tiles import load_rows, query_blocks, sees, store_rows
-from kernels.backend import chip, launch
+from kernels.backend import chip, launch, next_power_of_2
 from kernels.launches import chosen
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -165,7 +165,7 @@ def dkdv_triton(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     (tokens, heads, width), (keys, kv_heads, _) = q.shape, k.shape
-    columns = max(16, triton.next_power_of_2(width))
+    columns = max(16, next_power_of_2(width))
     blocks = chosen("attention_bwd_dkdv", chip(q.device), q.dtype, columns)
     tiles = make_schedule(cu_seqlens_q, cu_seqlens_k, keys, blocks["BLOCK_N"], window, over_keys=True)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.attention.forward import LOG2_E
 from kernels.attention.schedule import FIELDS, make_schedule, programs, section_of, take
 from kernels.attention.tiles import key_blocks, load_rows, sees, store_rows
-from kernels.backend import chip, launch
+from kernels.backend import chip, launch, next_power_of_2
 from kernels.launches import chosen
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -163,7 +163,7 @@ def dq_triton(
 ) -> tuple[Tensor, Tensor]:
     """(dq, statistics [H, 2, Tq] in fp32: of each query log2(e) lse, and -delta)"""
     (tokens, heads, width), (keys, kv_heads, _) = q.shape, k.shape
-    columns = max(16, triton.next_power_of_2(width))
+    columns = max(16, next_power_of_2(width))
     blocks = chosen("attention_bwd_dq", chip(q.device), q.dtype, columns)
     tiles = make_schedule(cu_seqlens_q, cu_seqlens_k, tokens, blocks["BLOCK_M"], window, over_keys=False)
     dq, statistics = q.new_empty(q.shape), lse.new_empty((heads, 2, tokens))

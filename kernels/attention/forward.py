@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.attention.schedule import FIELDS, make_schedule, programs, section_of, take
 from kernels.attention.tiles import key_blocks, load_paged_rows, load_rows, sees, store_rows
-from kernels.backend import chip, launch
+from kernels.backend import chip, launch, next_power_of_2
 from kernels.launches import chosen
 
 LOG2_E = 1.4426950408889634
@@ -203,7 +203,7 @@ def attention_fwd_triton(
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (tokens, heads, width), kv_heads = q.shape, k.shape[-2]
-    columns = max(16, triton.next_power_of_2(width))
+    columns = max(16, next_power_of_2(width))
     blocks = chosen("attention_fwd", chip(q.device), q.dtype, columns)
     out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
     tiles = make_schedule(cu_seqlens_q, cu_seqlens_k, tokens, blocks["BLOCK_M"], window, over_keys=False)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import launch
+from kernels.backend import cdiv, launch
 
 # A row of the list: document, tile within it, start and number of the document's queries, and of its keys.
 # Row 0 is the header: the number of tiles in the rows after it.
@@ -151,7 +151,7 @@ def make_schedule(
     reach = _NO_LIMIT if window is None else window + block - 1
     launch(
         _schedule_kernel,
-        (triton.cdiv(most, TILES),),
+        (cdiv(most, TILES),),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
         tiles,
@@ -173,7 +173,7 @@ def programs(documents: int, rows: int, block: int, longest: int) -> int:
     The list has room for every document, but most documents of a batch are padding without tiles. Unless documents
     are shorter than a tile on average, twice as many tiles as would cover the rows is enough for all.
     """
-    return min(rows // block + documents, 2 * triton.cdiv(rows, block), documents * max(1, triton.cdiv(longest, block)))
+    return min(rows // block + documents, 2 * cdiv(rows, block), documents * max(1, cdiv(longest, block)))
 
 
 def section_of(kv_heads: int, head_bytes: int) -> int:
