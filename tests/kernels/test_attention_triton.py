@@ -78,6 +78,13 @@ def results(run: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tens
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
+@pytest.mark.parametrize("face", ["triton"], indirect=True)
+@pytest.mark.parametrize("length", [1023, 1024, 1025])
+def test_long_documents_are_faithful_with_the_blocks_of_the_table(length: int, face: str) -> None:
+    inputs = qkv([length], [length], 1, 1, 64, torch.float16)
+    assert_faithful(ours([length], [length]), reference([length], [length]), inputs)
+
+
 @triton_face
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(
