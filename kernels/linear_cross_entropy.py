@@ -212,7 +212,6 @@ def _save(ctx, inputs, output) -> None:
     _, _, dhidden, dweight = output
     ctx.has_z_loss = inputs[4] != 0
     ctx.mark_non_differentiable(dhidden, dweight)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight)
 
 
