@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from engine.corpora import DataConfig
+from engine.job import TrainConfig
 from engine.loggers import LogConfig, read_rows
 from engine.loop import CheckpointConfig, EvalConfig
 from engine.optim import OptimConfig
-from engine.pretraining import PretrainConfig, TrainConfig, pretrain
+from engine.pretraining import PretrainConfig, pretrain
 from tests.ranks import start_ranks
 from tests.small_base import write_small_base, write_small_data
 
