@@ -164,6 +164,12 @@ class Tokenizer:
         return self._backend.get_added_tokens_decoder()
 
     @property
+    def decoder(self) -> dict[str, Any]:
+        """How pieces become text: the `decoder` of tokenizer.json, {} where there is none."""
+        decoder = self._backend.decoder
+        return {} if decoder is None else json.loads(decoder.__getstate__())
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows for a model over this vocabulary: the next multiple of 64, for the matrix units."""
         return -(-self.vocab_size // 64) * 64
@@ -218,7 +224,7 @@ class Tokenizer:
     @cached_property
     def _token_bytes(self) -> list[bytes]:
         added = {index: token.content.encode() for index, token in self.added_tokens.items()}
-        byte_level = _byte_level_alphabet() if "ByteLevel" in str(self._backend.decoder) else None
+        byte_level = byte_level_alphabet() if "ByteLevel" in str(self._backend.decoder) else None
         table = [b""] * self.vocab_size
         for piece, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in added:
@@ -322,7 +328,7 @@ def _add_tokens(
             backend.add_special_tokens([AddedToken(special_token, special=True, normalized=False)])
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's stand-ins: printable bytes stand for themselves, the others for characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
