@@ -14,6 +14,7 @@ CORE = [
     "tokenizers",
     "jsonargparse[signatures]",
     "PyYAML",
+    "jinja2>=3.1.6",  # chat templates; older sandboxes have holes
 ]
 
 EXTRAS = {

@@ -22,6 +22,7 @@ from model.errors import InputError
 from model.tokenizer_sentencepiece import SPACE, read_sentencepiece, to_tokenizers
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_NAMEABLE = (*_NAMED, "sep_token", "cls_token", "mask_token")
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,12 +46,15 @@ class Tokenizer:
         config: `tokenizer_config.json`, with what transformers needs to agree; a chat template may be put into it
             before `save`.
         files: name -> bytes of the directory's other files, saved as they are.
+        source: the directory it was read from, for messages.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], files: dict[str, bytes], source: Path):
         """Use `load` or `from_sentencepiece`. `config` names the special tokens; `files` are saved as they are."""
         self.config = config
         self.files = files
+        self.source = source
+        self._variants: dict[tuple[bool, bool, frozenset[str]], tokenizers.Tokenizer] = {}
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -136,11 +140,34 @@ class Tokenizer:
             allow_special: read the names of special tokens in the text as those tokens. For templates that the
                 program wrote; in a user's text "</s>" stays text.
         """
-        return self._encode_batch([text], allow_special)[0]
+        return self.encode_batch([text], allow_special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts, on all cores where the environment allows it (TOKENIZERS_PARALLELISM)."""
-        return self._encode_batch(texts, allow_special=False)
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        allow_special: bool = False,
+        *,
+        is_continuation: bool = False,
+        text_only: frozenset[str] = frozenset(),
+    ) -> list[list[int]]:
+        """`encode` for many texts, on all cores where the environment allows it (TOKENIZERS_PARALLELISM).
+
+        Args:
+            is_continuation: the texts go on behind other tokens, so that none gets SentencePiece's space before it.
+            text_only: names of added tokens that stay text although they are not special (Ziya's `<human>`).
+        """
+        backend = self._variant(allow_special, is_continuation, frozenset() if allow_special else text_only)
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                if not isinstance(text, str):
+                    raise
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    where = f"{text[:30]!r}"
+                    raise InputError(f"text {where}: holds half a surrogate pair. Mend or drop the record.") from None
+            raise
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -157,6 +184,12 @@ class Tokenizer:
     def split(self, piece: str) -> list[int]:
         """Ids of a text in the vocabulary's own writing, with nothing put before it."""
         return [token.id for token in self._backend.model.tokenize(piece)]
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """What chat templates may name: bos_token, eos_token and their kind, where the base has them."""
+        named = {name: _content(self.config.get(name)) for name in _NAMEABLE}
+        return {name: content for name, content in named.items() if content is not None}
 
     @cached_property
     def added_tokens(self) -> dict[int, AddedToken]:
@@ -208,18 +241,30 @@ class Tokenizer:
             raise InputError(f"{directory}: cannot write the tokenizer ({error.strerror}). Choose another.") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_template_backend"}
+        return {**vars(self), "_variants": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._backend.encode_special_tokens = True  # the library's own pickle forgets it
 
-    @cached_property
-    def _template_backend(self) -> tokenizers.Tokenizer:
-        """A second copy, because how special tokens are read is a switch inside the object."""
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.encode_special_tokens = False
-        return backend
+    def _variant(self, allow_special: bool, is_continuation: bool, text_only: frozenset[str]) -> tokenizers.Tokenizer:
+        """Another copy of the library's object: how it reads is set by switches and rules inside it."""
+        key = (allow_special, is_continuation, text_only)
+        if key not in self._variants:
+            table = json.loads(self._backend.to_str())
+            before = json.dumps(table)
+            if is_continuation:
+                table["normalizer"] = _without_prefix(table["normalizer"])
+                table["pre_tokenizer"] = _without_prefix(table["pre_tokenizer"])
+            for token in table["added_tokens"]:
+                token["special"] |= token["content"] in text_only
+            after = json.dumps(table)
+            if after == before and not allow_special:
+                self._variants[key] = self._backend
+            else:
+                self._variants[key] = tokenizers.Tokenizer.from_str(after)
+                self._variants[key].encode_special_tokens = not allow_special
+        return self._variants[key]
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
@@ -237,26 +282,27 @@ class Tokenizer:
                 table[index] = piece.replace(SPACE, " ").encode()
         return table
 
-    def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]:
-        backend = self._template_backend if allow_special else self._backend
-        try:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:
-            for text in texts:
-                if not isinstance(text, str):
-                    raise
-                if any("\ud800" <= character <= "\udfff" for character in text):
-                    where = f"{text[:30]!r}"
-                    raise InputError(f"text {where}: holds half a surrogate pair. Mend or drop the record.") from None
-            raise
-        return [encoding.ids for encoding in encodings]
-
     def _id_of(self, name: str) -> int | None:
         content = _content(self.config.get(name))
         return None if content is None else self._backend.token_to_id(content)
 
     def _json_adds_bos(self) -> bool:
         return self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normaliser or pre-tokeniser of tokenizer.json that puts no space before a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    step = dict(step)
+    if step["type"] == "Metaspace":
+        step["prepend_scheme"] = "never"
+    if step["type"] == "ByteLevel":
+        step["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            step[name] = [kept for part in step[name] if (kept := _without_prefix(part)) is not None]
+    return step
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

@@ -1,0 +1,137 @@
+"""Chat templates as programs: Jinja in a sandbox, set up as transformers sets it up, so that strings agree.
+
+A template comes with a downloaded base, so it is somebody else's program. It gets no access to Python, and a budget
+of steps (loop rounds and calls) and of sizes, so that it cannot hold up a job for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, ClassVar
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.errors import InputError
+
+_MAX_STEPS = 1_000_000  # a conversation of ten thousand messages takes some fifty thousand
+_MAX_SIZE = 10_000_000  # of what * and ** may make: characters, elements, digits
+
+
+class TemplateProgram:
+    """A compiled template and the names it knows.
+
+    Args:
+        source: the Jinja text.
+        variables: name -> value beside the messages; transformers passes bos_token, eos_token and their kind.
+        where: what messages call it, such as its directory.
+    Raises:
+        InputError: the source is no Jinja template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str], where: str) -> None:
+        self._where = where
+        self._environment = _Environment()
+        try:
+            template = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(
+                f"{where}, line {error.lineno}: the chat template is not Jinja ({error.message}). Mend it, or name "
+                "another with --chat.template."
+            ) from None
+        self._template = template
+        self._variables = {**variables, "tools": None, "documents": None}
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What transformers' `apply_chat_template(tokenize=False)` returns.
+
+        Args:
+            messages: each with "role" and "content".
+        Raises:
+            InputError: the template refuses these messages, fails on them, or spends its budget.
+        """
+        self._environment.steps = 0
+        try:
+            return self._template.render(
+                self._variables, messages=messages, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # whatever somebody else's program does
+            roles = ", ".join(message["role"] for message in messages[:6]) + ", …" * (len(messages) > 6)
+            raise InputError(
+                f"{self._where}: the chat template refuses a conversation of {roles} "
+                f"({type(error).__name__}: {error}). Leave out what it does not take, or name another template with "
+                "--chat.template."
+            ) from None
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}`, with which some templates mark answers, renders as its content."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["*", "**"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+        self.steps = 0
+        self.filters["tojson"] = _to_json
+        self.filters["counted rounds"] = self._count_rounds  # a name that no template can write
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "counted rounds", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def _count_rounds(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._spend()
+            yield value
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __self._spend()
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        size = max(len(side) if hasattr(side, "__len__") else 1 for side in (left, right))
+        factor = max((abs(side) for side in (left, right) if isinstance(side, int)), default=1)
+        if (operator == "**" or size > 1) and size * factor > _MAX_SIZE:
+            raise jinja2.TemplateError(f"{operator} with {factor} makes too much")
+        return super().call_binop(context, operator, left, right)
+
+    def _spend(self) -> None:
+        self.steps += 1
+        if self.steps > _MAX_STEPS:
+            raise jinja2.TemplateError(f"not done after {_MAX_STEPS:,} steps")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes `<` and `>` for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
