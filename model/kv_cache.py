@@ -1,0 +1,166 @@
+"""Keys and values of the tokens of running sequences, in pages.
+
+A sequence holds as many pages of PAGE tokens as it has begun to fill, anywhere in one pool, and a table says which
+(Kwon et al. 2023). Pages and not one slot of the longest length a sequence: a token of a 13B model takes 800 KB, so
+64 slots of 4096 tokens would take 210 GB, while answers of 500 tokens fit in 26 GB of pages; and the full pages of a
+prompt are shared by all of its samples.
+
+PAGE = 64: a multiple of the blocks that `decode_attention` reads for heads of 64 and more, so a block lies in one
+page; and on average half a page of every sequence is empty, 32 tokens. Page 0 belongs to nobody: the rows that fill
+up a batch of fixed size write there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, decode_attention
+from kernels.backend import cdiv
+from model.batch import Layout
+from model.config import ModelConfig
+from model.errors import InputError
+
+PAGE = 64
+# Share of the memory that the cache takes at most where no budget is given: activations and graphs need the rest.
+SHARE = {"cuda": 0.8, "cpu": 0.5}
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one page, all layers."""
+    return 2 * config.num_layers * PAGE * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def pages_for(tokens: int) -> int:
+    return cdiv(tokens, PAGE)
+
+
+class KVCache:
+    """The memory.
+
+    data: [2L, pages, PAGE, K, h]: keys of layer i at 2i, its values at 2i + 1.
+    """
+
+    def __init__(self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = 2 * config.num_layers, pages, PAGE, config.num_kv_heads, config.head_dim
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+        # What a product with weight 0 reads must not be NaN.
+        self.data[:, 0] = 0
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [pages, PAGE, K, h]."""
+        return self.data[2 * layer], self.data[2 * layer + 1]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """Keep k and v [T, K, h] at places, int64 [T]: PAGE times the page, plus the row in it."""
+        for pages, new in zip(self.layer(layer), (k, v), strict=True):
+            pages.flatten(0, 1).index_copy_(0, places, new)
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        index = torch.tensor((sources, targets), device=self.data.device)
+        self.data[:, index[1]] = self.data[:, index[0]]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A cache as seen by stretches of documents, any number of tokens each: `model.transformer.Cache`.
+
+    places: int64 [T], where the new keys go.
+    layout: bounds of the new tokens, and of all tokens of the same documents up to them.
+    block_table: int32 [D, pages]; None if all documents begin here, and the new keys are all there are.
+    """
+
+    cache: KVCache
+    places: Tensor
+    layout: Layout
+    block_table: Tensor | None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        self.cache.write(layer, k, v, self.places)
+        if self.block_table is not None:
+            k, v = self.cache.layer(layer)
+        layout = self.layout
+        bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_q, layout.max_k
+        return attention(q, k, v, *bounds, window=window, block_table=self.block_table)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A cache as seen by one new token a row: `model.transformer.Cache`.
+
+    places: int64 [B], where the new keys go.
+    lengths: int32 [B], keys of each row, the new one included.
+    block_table: int32 [B, pages].
+    """
+
+    cache: KVCache
+    places: Tensor
+    lengths: Tensor
+    block_table: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        self.cache.write(layer, k, v, self.places)
+        return decode_attention(q, *self.cache.layer(layer), self.lengths, window=window, block_table=self.block_table)
+
+
+class PagePool:
+    """Which pages are free, and how many hold each of the others. No tensors."""
+
+    def __init__(self, pages: int) -> None:
+        self._free = list(range(1, pages))  # a heap: the lowest first, so that what is in use lies together
+        self._holders = [0] * pages
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        pages = [heapq.heappop(self._free) for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder for each."""
+        for page in pages:
+            self._holders[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One holder less for each; pages without any are free."""
+        for page in pages:
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                heapq.heappush(self._free, page)
+
+
+def count_pages(
+    config: ModelConfig, context: int, max_rows: int, device: torch.device, dtype: torch.dtype, cache_bytes: int | None
+) -> int:
+    """How many pages a cache has: what the budget holds, but no more than max_rows sequences can fill.
+
+    Raises:
+        InputError: the budget does not hold one sequence of `context` tokens.
+    """
+    budget = int(SHARE[device.type] * free_memory(device)) if cache_bytes is None else cache_bytes
+    size = page_bytes(config, dtype)
+    pages = min(budget // size, 1 + max_rows * pages_for(context))
+    if pages < 1 + pages_for(context):
+        source = f"{SHARE[device.type]:.0%} of the memory" if cache_bytes is None else "cache_bytes"
+        raise InputError(
+            f"{source}, {budget} bytes, holds {max(0, pages - 1) * PAGE} tokens of this model, but the context is "
+            f"{context}. Give at least {(1 + pages_for(context)) * size} bytes, or a shorter context."
+        )
+    return pages
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a GPU has left, or all that the machine has: on a CPU, pages that are never written take no memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
