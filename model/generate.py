@@ -28,6 +28,7 @@ from model.hf import load_config, read_model
 from model.kv_cache import KVCache, count_pages
 from model.sampling import SamplingOptions, row_seed
 from model.scheduler import Prompt, Row, Scheduler
+from model.scoring import score
 from model.streaming import TextStream
 from model.tokenizer import Tokenizer
 
@@ -257,6 +258,15 @@ class Generator:
         for row in list(self._live.get(request, ())):
             if sample is None or row.sample == sample:
                 self._end(row)
+
+    def score(
+        self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[list[float]]]:
+        """Log-probabilities of the tokens of given continuations, any number for each prefix; `model.scoring`.
+
+        Requests that are running go on undisturbed.
+        """
+        return [[one.logprobs for one in own] for own in score(self.model, prefixes, continuations)]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
