@@ -32,14 +32,38 @@ def small_texts(count: int = 400) -> list[str]:
     return texts
 
 
+def small_conversations(count: int = 300) -> list[list[dict[str, str]]]:
+    """Distinct made-up consultations of one to four turns, as messages of role and content."""
+    conversations = []
+    for number in range(count):
+        subject = SUBJECTS[number % len(SUBJECTS)]
+        messages = [{"role": "system", "content": "你是医生。"}] if number % 5 == 0 else []
+        for turn in range(1 + number % 4):
+            finding, advice = FINDINGS[(number + turn) % len(FINDINGS)], ADVICE[(number * 7 + turn) % len(ADVICE)]
+            question = (
+                f"患者{number}，{finding}{'，还有乏力' * (number % 3)}，怎么办？" if turn == 0 else f"{finding}呢？"
+            )
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": f"可能是{subject}，{advice}。"})
+        conversations.append(messages)
+    return conversations
+
+
+def write_small_conversations(path: Path, count: int = 300) -> Path:
+    """Those consultations as JSON lines."""
+    rows = ({"messages": messages} for messages in small_conversations(count))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
 def write_small_data(path: Path, count: int = 400) -> Path:
     """Those notes as JSON lines."""
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in small_texts(count)))
     return path
 
 
-def small_config(vocab_size: int) -> ModelConfig:
-    """27 thousand parameters and a context of 32."""
+def small_config(vocab_size: int, context: int = 32) -> ModelConfig:
+    """27 thousand parameters."""
     return dataclasses.replace(
         PRESETS["tiny"],
         vocab_size=vocab_size,
@@ -49,16 +73,16 @@ def small_config(vocab_size: int) -> ModelConfig:
         num_heads=2,
         num_kv_heads=1,
         head_dim=8,
-        max_position_embeddings=32,
+        max_position_embeddings=context,
     )
 
 
-def write_small_base(directory: Path) -> Path:
+def write_small_base(directory: Path, context: int = 32) -> Path:
     """A Hugging Face directory with fresh weights in fp32 and its tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_sentencepiece(train_sentencepiece(small_texts(), 400, is_limit_soft=True), {})
     config = dataclasses.replace(
-        small_config(tokenizer.padded_vocab_size),
+        small_config(tokenizer.padded_vocab_size, context),
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,

@@ -1,0 +1,101 @@
+"""Killing a run of any job again and again, at random moments, and comparing it with one that nobody touched."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from engine.job import JobConfig
+from engine.loggers import read_rows
+from tests.ranks import start_ranks
+
+KILLS = 8
+
+
+def check_that_kills_leave_no_trace(
+    job: Callable[..., None], recipe: Callable[[Path], JobConfig], folder: Path, world: int, kills: int = KILLS
+) -> None:
+    """Run a job unbroken and killed, in two directories of `folder`, and compare all that it computed, bit by bit.
+
+    Args:
+        job: takes a recipe; importable.
+        recipe: gives the recipe for an --out, with `train.steps` set and steps quicker than 0.1 s.
+    """
+    unbroken, killed = folder / "unbroken", folder / "killed"
+    steps = recipe(killed).train.steps
+    assert steps is not None
+    _run_to_the_end(start_ranks(job, world, recipe(unbroken)))
+    chance = random.Random(f"{job.__name__} {folder.name} {world}")
+    reached: list[str] = []
+    for _ in range(kills):
+        processes = start_ranks(job, world, recipe(killed))
+        _wait_for_rows(killed, _last_step(killed), chance.randint(1, 9), steps, processes)
+        time.sleep(chance.uniform(0, 0.1))
+        assert any(process.is_alive() for process in processes), "killed too late to prove anything"
+        victim = chance.choice(processes)
+        if chance.random() < 0.5:
+            _kill(victim)
+            time.sleep(chance.uniform(0, 0.1))  # the other ranks go on alone for a moment, then torchrun ends them
+        for process in processes:
+            _kill(process)
+        reached += [_newest_checkpoint(killed)]
+    assert len(set(reached)) >= 3, f"the kills must fall between checkpoints to prove anything: {reached}"
+    _run_to_the_end(start_ranks(job, world, recipe(killed)))
+    _compare(unbroken, killed, steps)
+
+
+def _run_to_the_end(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.join(timeout=100)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def _trace(directory: Path) -> list[tuple]:
+    """What training computed, without what the clock says."""
+    names = ("step", "loss", "grad_norm", "lr", "tokens", "held_out_loss")
+    return [tuple(row.get(name) for name in names) for row in read_rows(directory / "metrics.jsonl")]
+
+
+def _last_step(directory: Path) -> int:
+    rows = _trace(directory) if (directory / "metrics.jsonl").exists() else []
+    return max((row[0] for row in rows), default=0)
+
+
+def _newest_checkpoint(directory: Path) -> str:
+    return max((path.parent.name for path in directory.glob("state/step-*/COMPLETE")), default="none")
+
+
+def _wait_for_rows(directory: Path, beyond: int, count: int, steps: int, processes: list[BaseProcess]) -> None:
+    """Until the run has come `count` steps further than the one before it, or as far as the next save."""
+    goal = min(beyond + count, steps - 2)
+    newest = _newest_checkpoint(directory)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and all(process.is_alive() for process in processes):
+        if _last_step(directory) >= goal and (newest == "none" or _newest_checkpoint(directory) > newest):
+            return
+        time.sleep(0.02)
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.is_alive() and process.pid is not None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _compare(one: Path, other: Path, steps: int) -> None:
+    assert _trace(other) == _trace(one)
+    assert (other / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    last = f"state/step-{steps:08d}"
+    for shard in sorted((one / last).glob("*.safetensors")):
+        # The header lists tensors in no fixed order.
+        expected, found = load_file(shard), load_file(other / last / shard.name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), shard.name
