@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ class _Shortened:
         system = [message for message in self._conversation[:1] if message.role == "system"]
         return [*system, *self._conversation[self._starts[turns] :]]
 
-    def fewest(self, fits: Any) -> int:
+    def fewest(self, fits: Callable[[Conversation], bool]) -> int:
         """The fewest turns to leave out so that `fits(rest)`; all but one where nothing does."""
         low, high = 0, max(len(self._starts) - 1, 0)
         while low < high:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from model.chat_jinja import TemplateProgram
@@ -42,15 +43,13 @@ class ConversationEncoder:
 
     def __init__(self, program: TemplateProgram, tokenizer: Tokenizer, where: str) -> None:
         self._tokenizer = tokenizer
-        self._finder = LayoutFinder(program, _any_of(token.content for token in tokenizer.added_tokens.values()), where)
+        # Runs of spaces and line breaks are added tokens in some vocabularies; they are nobody's markers.
+        tokens = [token for token in tokenizer.added_tokens.values() if not token.content.isspace()]
+        self._finder = LayoutFinder(program, _any_of(token.content for token in tokens), where)
         written = self._finder.literals(["user", "assistant", "user"])
-        self._protected = frozenset(
-            token.content
-            for token in tokenizer.added_tokens.values()
-            if not token.content.isspace() and (token.special or token.content in written)
-        )
-        self._find_protected = _any_of(self._protected)
-        self._rules = {token.content: token for token in tokenizer.added_tokens.values()}
+        self._markers = {token.content: token for token in tokens if token.special or token.content in written}
+        self._marker_names = frozenset(self._markers)
+        self._find_marker = _any_of(self._marker_names)
         [[self.end_id]] = tokenizer.encode_batch([self._finder.end_token], allow_special=True)
         [behind] = tokenizer.encode_batch([self._finder.end_token + "a"], allow_special=True)
         self._has_prefix_behind_token = behind[1:] == tokenizer.encode("a")
@@ -63,7 +62,10 @@ class ConversationEncoder:
             try:
                 _check_characters(conversation)
                 find = self._finder.prompt if is_prompt else self._finder.whole
-                layouts.append(find(conversation))
+                layout = find(conversation)
+                if not (is_prompt or layout.answers):
+                    raise ConversationError("no answer is in it")
+                layouts.append(layout)
             except ConversationError as error:
                 layouts.append(error)
         good = [layout for layout in layouts if isinstance(layout, Layout)]
@@ -71,16 +73,16 @@ class ConversationEncoder:
         answers = [layout.text[answer.start : answer.end] for layout in good for answer in layout.answers]
         continued = iter(self._continue(answers))
         results: list[Encoded | ConversationError] = []
-        for layout in layouts:
-            if isinstance(layout, ConversationError):
-                results.append(layout)
+        for found in layouts:
+            if isinstance(found, ConversationError):
+                results.append(found)
                 continue
             ids: list[int] = []
             trained: list[bool] = []
-            for answer in layout.answers:
+            for answer in found.answers:
                 ids += next(prompts)
                 if answer.start > answer.border:
-                    ids += self._insert(layout.text[answer.border : answer.start])
+                    ids += self._insert(found.text[answer.border : answer.start])
                 trained += [False] * (len(ids) - len(trained))
                 ids += next(continued)
                 ids.append(self.end_id)
@@ -105,17 +107,16 @@ class ConversationEncoder:
         rows = self._tokenizer.encode_batch(texts, allow_special=True)
         results = []
         for (layout, start, end), ids in zip(pieces, rows, strict=True):
-            if self._holds_protected(layout, start, end):
+            if self._holds_marker(layout, start, end):
                 results.append(self._encode_guarded(layout, start, end))
             else:
                 results.append(ids[1:] if start > 0 else ids)
         return results
 
-    def _holds_protected(self, layout: Layout, start: int, end: int) -> bool:
+    def _holds_marker(self, layout: Layout, start: int, end: int) -> bool:
         """Whether the name of a special token is, wholly or partly, in a content."""
-        starts = [content[0] for content in layout.contents]
-        for found in self._find_protected.finditer(layout.text, start, end):
-            before = bisect(starts, found.end() - 1)
+        for found in self._find_marker.finditer(layout.text, start, end):
+            before = bisect(layout.contents, found.end() - 1, key=itemgetter(0))
             if before and layout.contents[before - 1][1] > found.start():
                 return True
         return False
@@ -125,8 +126,8 @@ class ConversationEncoder:
         text, ids, position, written = layout.text, [], start, start
         contents = [content for content in layout.contents if start <= content[0] and content[1] <= end]
         for content_start, content_end in [*contents, (end, end)]:
-            for found in self._find_protected.finditer(text, written, content_start):
-                token = self._rules[found[0]]
+            for found in self._find_marker.finditer(text, written, content_start):
+                token = self._markers[found[0]]
                 stop = len(text[position : found.start()].rstrip()) + position if token.lstrip else found.start()
                 ids += self._encode_text(text[position:stop], is_first=position == 0)
                 ids += self._tokenizer.encode(found[0], allow_special=True)
@@ -138,10 +139,10 @@ class ConversationEncoder:
 
     def _encode_text(self, text: str, is_first: bool) -> list[int]:
         is_continuation = not (is_first or self._has_prefix_behind_token)
-        return self._tokenizer.encode_batch([text], is_continuation=is_continuation, text_only=self._protected)[0]
+        return self._tokenizer.encode_batch([text], is_continuation=is_continuation, text_only=self._marker_names)[0]
 
     def _continue(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer.encode_batch(texts, is_continuation=True, text_only=self._protected)
+        return self._tokenizer.encode_batch(texts, is_continuation=True, text_only=self._marker_names)
 
     def _insert(self, text: str) -> list[int]:
         """What a template puts between the generation prompt and an answer: its own text, not trained."""

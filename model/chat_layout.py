@@ -83,8 +83,8 @@ _STAND_IN = re.compile("(\x1d?)\ue000([0-9]+)\ue001(\x1e?)")
 _MAX_FRAMES = 4096
 
 
-def _stand_in(index: int) -> str:
-    return f"\x1d\ue000{index}\ue001\x1e"
+def _stand_ins(roles: Sequence[Role]) -> list[Message]:
+    return [Message(role, f"\x1d\ue000{index}\ue001\x1e") for index, role in enumerate(roles)]
 
 
 class LayoutFinder:
@@ -105,12 +105,14 @@ class LayoutFinder:
         self._program = program
         self._where = where
         self._frames: dict[tuple[tuple[str, ...], bool], _Frame | None] = {}
-        messages = [Message("user", _stand_in(0)), Message("assistant", _stand_in(1))]
-        parts = _STAND_IN.split(self._render(messages, False))
-        found = None
-        if len(parts) == 9:
-            tail = parts[-1].removeprefix("\x1e")
-            found = tokens.search(tail)
+        parts = _STAND_IN.split(self._render(_stand_ins(["user", "assistant"]), False))
+        if parts[2::4] != ["0", "1"]:
+            raise InputError(
+                f"{where}: the chat template does not write a question and its answer once each, as they are. Mend it, "
+                "or name another with --chat.template."
+            )
+        tail = parts[-1]
+        found = tokens.search(tail)
         if found is None:
             raise InputError(
                 f"{where}: the chat template writes no end token after an answer, so that a model would never learn to "
@@ -133,16 +135,23 @@ class LayoutFinder:
 
     def literals(self, roles: Sequence[Role]) -> str:
         """What the template itself writes in a prompt of these roles."""
-        messages = [Message(role, _stand_in(index)) for index, role in enumerate(roles)]
-        return "\0".join(_STAND_IN.split(self._render(messages, True))[::4])
+        return "\0".join(_STAND_IN.split(self._render(_stand_ins(roles), True))[::4])
 
     def _find(self, conversation: Conversation, is_prompt: bool) -> Layout:
         text = self._render(conversation, is_prompt)
         frame = self._frame(tuple(message.role for message in conversation), is_prompt)
         layout = None if frame is None else self._fill(frame, conversation)
-        if layout is None or layout.text != text:
+        if layout is None or layout.text != text or not self._continues_prompts(layout, conversation):
             layout = self._search(text, conversation, is_prompt)
         return layout
+
+    def _continues_prompts(self, layout: Layout, conversation: Conversation) -> bool:
+        """Whether the prompt before each answer, with these contents, is what the whole begins with."""
+        asked = [conversation[:index] for index, message in enumerate(conversation) if message.role == "assistant"]
+        return all(
+            self._render(prompt, True) == layout.text[: answer.border]
+            for prompt, answer in zip(asked, layout.answers, strict=True)
+        )
 
     def _fill(self, frame: _Frame, conversation: Conversation) -> Layout:
         pieces, contents, position = [], [], 0
@@ -171,7 +180,7 @@ class LayoutFinder:
         return self._frames[key]
 
     def _build_frame(self, roles: tuple[Role, ...], is_prompt: bool) -> _Frame | None:
-        messages = [Message(role, _stand_in(index)) for index, role in enumerate(roles)]
+        messages = _stand_ins(roles)
         parts = _STAND_IN.split(self._render(messages, is_prompt))
         literals = parts[::4]
         slots = [
@@ -217,8 +226,8 @@ class LayoutFinder:
             stand_in += "\ue001"
         contents, answers, last = [], [], 0
         for index, message in enumerate(conversation):
-            if not message.content and message.role != "assistant":
-                continue
+            if message.role != "assistant" and not message.content.strip():
+                continue  # nothing to find, and some templates leave it out with what stands around it
             replaced = [*conversation[:index], Message(message.role, stand_in), *conversation[index + 1 :]]
             left, found, right = self._render(replaced, is_prompt).partition(stand_in)
             start, end = len(left), len(text) - len(right)
