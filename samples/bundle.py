@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from samples.knowledge import load_knowledge
+from samples.dialogues import write_dialogues
+from samples.knowledge import Knowledge, load_knowledge
 from samples.render import write_pretraining
 
 
 def bundled_pretraining(directory: Path) -> tuple[Path, Path]:
-    """Paths of `train.jsonl` and `held_out.jsonl` in a directory, written there unless they are there already.
+    """Paths of documents, `train.jsonl` and `held_out.jsonl`, in a directory, written there unless they are there.
 
     Several processes may call this at once: each file appears whole, and one that is right is left untouched.
     """
+    return _bundle(directory, write_pretraining)
+
+
+def bundled_dialogues(directory: Path) -> tuple[Path, Path]:
+    """The same of conversations: objects with id, kind and messages."""
+    return _bundle(directory, write_dialogues)
+
+
+def _bundle(directory: Path, write: Callable[[Path, Knowledge], dict[str, Any]]) -> tuple[Path, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".rendering-") as beside:
-        for name in write_pretraining(Path(beside), load_knowledge()):
+        for name in write(Path(beside), load_knowledge()):
             fresh, target = Path(beside) / f"{name}.jsonl", directory / f"{name}.jsonl"
             if not target.is_file() or target.read_bytes() != fresh.read_bytes():
                 os.replace(fresh, target)

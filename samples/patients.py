@@ -37,10 +37,9 @@ class Prescription:
     unserved: tuple[str, ...]  # purposes for which every alternative was ruled out
 
 
-def draw_patient(condition: Condition, knowledge: Knowledge, draw: Draw) -> Patient:
-    """A typical patient with this condition, at times with one of its backgrounds."""
-    background = None
-    if condition.backgrounds and draw.chance(BACKGROUND_RATE):
+def draw_patient(condition: Condition, knowledge: Knowledge, draw: Draw, background: Trait | None = None) -> Patient:
+    """A typical patient with this condition: with the given background, or at times with one of the condition's."""
+    if background is None and condition.backgrounds and draw.chance(BACKGROUND_RATE):
         background = knowledge.trait(draw.choice(condition.backgrounds))
     sexes, (youngest, oldest) = condition.sexes, condition.ages
     if background:

@@ -1,6 +1,7 @@
-"""Pre-training documents from the bundled facts.
+"""Pre-training documents, conversations and questions from the bundled facts.
 
-    python samples/render.py OUT_DIR        writes OUT_DIR/train.jsonl and OUT_DIR/held_out.jsonl
+    python samples/render.py OUT_DIR    writes OUT_DIR/{train,held_out}.jsonl, the documents, and
+                                        OUT_DIR/dialogues/{train,held_out,questions}.jsonl
 
 A document is a function of its id alone ("case_form/hypertension/03"): the id seeds every choice and decides the split.
 Held-out documents are combinations of facts, patients and wordings that training never shows; the facts recur.
@@ -15,10 +16,12 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository's root, which holds this package, is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from samples.dialogues import write_dialogues
 from samples.draw import Draw
 from samples.facts import case_facts, condition_facts, drug_facts
 from samples.knowledge import Condition, Knowledge, load_knowledge
 from samples.patients import draw_patient
+from samples.questions import write_questions
 from samples.sheets import Facts, load_sheets
 
 HELD_OUT_FRACTION = 0.045
@@ -98,9 +101,16 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python samples/render.py OUT_DIR", file=sys.stderr)
         return 2
-    for name, documents in write_pretraining(Path(arguments[0]), load_knowledge()).items():
+    directory, knowledge = Path(arguments[0]), load_knowledge()
+    for name, documents in write_pretraining(directory, knowledge).items():
         characters = sum(len(document.text) for document in documents)
         print(f"{name}: {len(documents)} documents, {characters} characters")
+    splits = write_dialogues(directory / "dialogues", knowledge)
+    for name, dialogues in splits.items():
+        characters = sum(len(message.content) for dialogue in dialogues for message in dialogue.messages)
+        print(f"dialogues/{name}: {len(dialogues)} conversations, {characters} characters")
+    questions = write_questions(directory / "dialogues" / "questions.jsonl", splits["held_out"])
+    print(f"dialogues/questions: {len(questions)} questions with keys")
     return 0
 
 

@@ -73,8 +73,13 @@ def load_sheets(directory: Path = DIRECTORY) -> dict[str, Sheet]:
 
 def say(phrases: Sequence[str], facts: Facts, voice: int) -> str:
     """The voice's choice of the phrases that these facts can fill, filled; empty when there is none."""
-    possible = [phrase for phrase in phrases if all(facts.get(name) for name in fact_names(phrase))]
-    return possible[voice % len(possible)].format_map(facts) if possible else ""
+    ready = possible(phrases, facts)
+    return ready[voice % len(ready)].format_map(facts) if ready else ""
+
+
+def possible(phrases: Sequence[str], facts: Facts) -> list[str]:
+    """Those of the phrases whose every fact is known and not empty."""
+    return [phrase for phrase in phrases if all(facts.get(name) for name in fact_names(phrase))]
 
 
 def fact_names(phrase: str) -> set[str]:

@@ -1,20 +1,24 @@
-"""The facts and the documents, made once for all tests of the sample."""
+"""The facts, the documents and the conversations, made once for all tests of the sample."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pytest
 
+from samples.dialogues import Dialogue, render_dialogues
 from samples.knowledge import Knowledge, load_knowledge
 from samples.render import Document, render_pretraining
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
-class Splits:
-    train: list[Document]
-    held_out: list[Document]
+class Splits(Generic[Item]):
+    train: list[Item]
+    held_out: list[Item]
 
     @property
-    def all(self) -> list[Document]:
+    def all(self) -> list[Item]:
         return self.train + self.held_out
 
 
@@ -24,5 +28,10 @@ def knowledge() -> Knowledge:
 
 
 @pytest.fixture(scope="session")
-def splits(knowledge: Knowledge) -> Splits:
+def splits(knowledge: Knowledge) -> Splits[Document]:
     return Splits(*render_pretraining(knowledge))
+
+
+@pytest.fixture(scope="session")
+def dialogues(knowledge: Knowledge) -> Splits[Dialogue]:
+    return Splits(*render_dialogues(knowledge))

@@ -16,7 +16,7 @@ REFUSALS = ("避用", "未用", "不宜用", "禁用于")  # words with which a 
 
 
 @pytest.fixture(scope="module")
-def cases(knowledge: Knowledge, splits: Splits) -> list[tuple[Document, Condition]]:
+def cases(knowledge: Knowledge, splits: Splits[Document]) -> list[tuple[Document, Condition]]:
     documents = [document for document in splits.all if document.kind in CASE_COPIES]
     return [(document, knowledge.condition(document.id.split("/")[1])) for document in documents]
 

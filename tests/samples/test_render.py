@@ -13,7 +13,7 @@ import pytest
 
 from samples.draw import Draw
 from samples.knowledge import Knowledge
-from samples.render import main, plan, render_pretraining
+from samples.render import Document, main, plan, render_pretraining
 from samples.sheets import Facts, Items, fact_names, load_sheets, say
 from tests.samples.conftest import Splits
 
@@ -35,7 +35,7 @@ def test_the_command_writes_the_same_bytes_in_every_process(tmp_path: Path) -> N
 
 
 def test_the_command_writes_what_the_function_returns(
-    splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    splits: Splits[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -50,31 +50,33 @@ def test_the_command_without_a_directory_says_how_to_call_it(capsys: pytest.Capt
     assert "OUT_DIR" in capsys.readouterr().err
 
 
-def test_a_document_does_not_depend_on_the_order_of_the_others(knowledge: Knowledge, splits: Splits) -> None:
+def test_a_document_does_not_depend_on_the_order_of_the_others(knowledge: Knowledge, splits: Splits[Document]) -> None:
     backwards = dataclasses.replace(knowledge, conditions=knowledge.conditions[::-1], drugs=knowledge.drugs[::-1])
     train, held_out = render_pretraining(backwards)
     assert set(train) == set(splits.train)
     assert set(held_out) == set(splits.held_out)
 
 
-def test_there_is_enough_text_to_train_on_and_a_small_part_is_held_out(splits: Splits) -> None:
+def test_there_is_enough_text_to_train_on_and_a_small_part_is_held_out(splits: Splits[Document]) -> None:
     train, held_out = chinese_characters(splits.train), chinese_characters(splits.held_out)
     assert train >= 450_000
     assert 0.035 <= held_out / (train + held_out) <= 0.055
 
 
-def test_no_id_and_no_text_occurs_twice_in_or_across_the_splits(splits: Splits) -> None:
+def test_no_id_and_no_text_occurs_twice_in_or_across_the_splits(splits: Splits[Document]) -> None:
     assert len({document.id for document in splits.all}) == len(splits.all)
     assert len({document.text for document in splits.all}) == len(splits.all)
 
 
-def test_every_held_out_document_is_more_than_lines_that_training_shows(splits: Splits) -> None:
+def test_every_held_out_document_is_more_than_lines_that_training_shows(splits: Splits[Document]) -> None:
     shown = {line for document in splits.train for line in document.text.splitlines()}
     for document in splits.held_out:
         assert set(document.text.splitlines()) - shown, document.id
 
 
-def test_training_names_every_condition_and_drug_and_shows_every_kind(knowledge: Knowledge, splits: Splits) -> None:
+def test_training_names_every_condition_and_drug_and_shows_every_kind(
+    knowledge: Knowledge, splits: Splits[Document]
+) -> None:
     subjects = Counter(document.id.split("/")[1].split(".")[0] for document in splits.train)
     assert {condition.id for condition in knowledge.conditions} <= subjects.keys()
     text = "\n".join(document.text for document in splits.train)
@@ -84,7 +86,7 @@ def test_training_names_every_condition_and_drug_and_shows_every_kind(knowledge:
     assert {document.kind for document in splits.train} == kinds == {document.kind for document in splits.held_out}
 
 
-def test_every_document_is_finished_text(splits: Splits) -> None:
+def test_every_document_is_finished_text(splits: Splits[Document]) -> None:
     unfinished = re.compile(r"[{}]|。。|，。|；。|、。|：。|，，|；；|、、|^\s|\s$|\n\n|None|（）|“”")
     for document in splits.all:
         found = unfinished.search(document.text)

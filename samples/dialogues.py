@@ -1,0 +1,122 @@
+"""Conversations from the bundled facts: what a patient asks, what a doctor answers.
+
+As documents are, a conversation is a function of its id alone ("drug/hypertension.降压/03"): the id seeds every choice.
+What its first question puts together decides the split, so that no question is on both sides. Held-out questions
+combine symptoms, patients and wordings as training never does; the facts that answer them recur there.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from samples.draw import Draw
+from samples.knowledge import Knowledge
+from samples.scripts import Message, load_scripts
+from samples.topics import (
+    Topic,
+    advice_topic,
+    case_topic,
+    choice_topics,
+    department_topic,
+    drug_topic,
+    entity_topic,
+    medicine_topic,
+    sort_drugs,
+    warning_topic,
+)
+
+HELD_OUT_FRACTION = 0.1
+
+# Copies of each kind for each condition, each purpose of its treatment, or each drug.
+CONDITION_COPIES = {"department": 12, "disease": 3, "advice": 3, "urgent": 2, "consultation": 4, "entities": 2}
+CHOICE_COPIES = 1
+PURPOSE_COPIES = {"drug": 6}
+DRUG_COPIES = {"medicine": 3}
+
+_TOPICS = {
+    "department": department_topic,
+    "disease": department_topic,
+    "advice": advice_topic,
+    "urgent": advice_topic,
+    "consultation": case_topic,
+    "entities": entity_topic,
+}
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation: [system] user assistant user assistant ...
+
+    accepted: for department and drug, what a right first answer names: one or more of these, nothing else of its kind.
+    """
+
+    id: str  # kind/subject/copy
+    kind: str
+    messages: tuple[Message, ...]
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> str:
+        """The first user turn."""
+        return next(message.content for message in self.messages if message.role == "user")
+
+
+def render_dialogues(knowledge: Knowledge) -> tuple[list[Dialogue], list[Dialogue]]:
+    """All conversations, (train, held_out), each in the order of the facts; no two are the same."""
+    scripts = load_scripts()
+    train: list[Dialogue] = []
+    held_out: list[Dialogue] = []
+    written: set[tuple[Message, ...]] = set()
+    for dialogue_id, kind, topic in plan(knowledge):
+        dialogue = Dialogue(dialogue_id, kind, scripts[kind].fill(topic.facts, Draw(dialogue_id)), topic.accepted)
+        if not dialogue.messages or dialogue.messages in written:
+            continue
+        written.add(dialogue.messages)
+        is_held_out = Draw(f"split/{topic.combination or dialogue.question}").chance(HELD_OUT_FRACTION)
+        (held_out if is_held_out else train).append(dialogue)
+    return train, held_out
+
+
+def write_dialogues(directory: Path, knowledge: Knowledge) -> dict[str, list[Dialogue]]:
+    """Write `train.jsonl` and `held_out.jsonl`, a line an object with id, kind and messages; returns what they hold."""
+    directory.mkdir(parents=True, exist_ok=True)
+    train, held_out = render_dialogues(knowledge)
+    splits = {"train": train, "held_out": held_out}
+    for name, dialogues in splits.items():
+        (directory / f"{name}.jsonl").write_text("".join(_lines(dialogues)), encoding="utf-8")
+    return splits
+
+
+def plan(knowledge: Knowledge) -> Iterator[tuple[str, str, Topic]]:
+    """Every conversation to write: its id, its kind and what it may say."""
+    for condition in knowledge.conditions:
+        for dialogue_id, kind in _ids(CONDITION_COPIES, condition.id):
+            yield dialogue_id, kind, _TOPICS[kind](condition, knowledge, Draw(f"facts/{dialogue_id}"))
+        for dialogue_id, kind in _ids({"choice": CHOICE_COPIES}, condition.id):
+            for asked, topic in choice_topics(condition, knowledge, Draw(f"facts/{dialogue_id}")):
+                yield f"{dialogue_id}/{asked}", kind, topic
+        for therapy in condition.therapies:
+            subject = f"{condition.id}.{therapy.purpose}"
+            for dialogue_id, kind in _ids(PURPOSE_COPIES, subject):
+                yield dialogue_id, kind, drug_topic(condition, therapy, knowledge, Draw(f"facts/{dialogue_id}"))
+            for trait in (knowledge.trait(trait_id) for trait_id in condition.backgrounds):
+                if sort_drugs(therapy.drugs, (trait,), knowledge)[1]:
+                    dialogue_id = f"warning/{subject}/{trait.id}"
+                    draw = Draw(f"facts/{dialogue_id}")
+                    yield dialogue_id, "warning", warning_topic(condition, therapy, trait, knowledge, draw)
+    for drug in knowledge.drugs:
+        for dialogue_id, kind in _ids(DRUG_COPIES, drug.id):
+            yield dialogue_id, kind, medicine_topic(drug, knowledge, Draw(f"facts/{dialogue_id}"))
+
+
+def _ids(copies: dict[str, int], subject: str) -> Iterator[tuple[str, str]]:
+    for kind, count in copies.items():
+        yield from ((f"{kind}/{subject}/{copy:02d}", kind) for copy in range(count))
+
+
+def _lines(dialogues: Iterable[Dialogue]) -> Iterator[str]:
+    for dialogue in dialogues:
+        messages = [message._asdict() for message in dialogue.messages]
+        record = {"id": dialogue.id, "kind": dialogue.kind, "messages": messages}
+        yield json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,72 @@
+"""A script: one kind of conversation as data, and the few lines that fill it with facts.
+
+`phrases/dialogue/<kind>.yaml` holds, for each kind, the forms that a conversation may take (which exchanges follow
+one another), the exchanges themselves, and at times system prompts. Either side of an exchange is a list of parts that
+are said one after the other; a part is a list of phrases, of which one is said. A phrase is a format string over named
+facts, as in `samples.sheets`, and possible only when every fact it names is known; an empty phrase lets a part be left
+out. An exchange with a part that cannot be said is left out whole. So what is asked and answered follows from the
+facts, and from the draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from samples.draw import Draw
+from samples.sheets import Facts, possible
+
+DIRECTORY = Path(__file__).parent / "phrases" / "dialogue"
+SYSTEM_RATE = 0.12  # how often a conversation begins with one of its kind's system prompts
+
+Parts = Sequence[Sequence[str]]
+
+
+class Message(NamedTuple):
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    user: Parts
+    assistant: Parts
+
+
+@dataclass(frozen=True)
+class Script:
+    forms: Sequence[Sequence[str]]  # names of exchanges, in order
+    exchanges: Mapping[str, Exchange]
+    systems: Sequence[str] = field(default=())
+
+    def fill(self, facts: Facts, draw: Draw) -> tuple[Message, ...]:
+        """One conversation: the exchanges of a form that these facts can fill, after a system prompt or none."""
+        messages = [Message("system", draw.choice(self.systems))] if self.systems and draw.chance(SYSTEM_RATE) else []
+        for name in draw.choice(self.forms):
+            exchange = self.exchanges[name]
+            if can_say(exchange.user, facts) and can_say(exchange.assistant, facts):
+                messages.append(Message("user", say_all(exchange.user, facts, draw)))
+                messages.append(Message("assistant", say_all(exchange.assistant, facts, draw)))
+        return tuple(messages)
+
+
+def load_scripts(directory: Path = DIRECTORY) -> dict[str, Script]:
+    """All kinds of conversations by name."""
+    return {path.stem: _script(path) for path in sorted(directory.glob("*.yaml"))}
+
+
+def can_say(parts: Parts, facts: Facts) -> bool:
+    return all(possible(part, facts) for part in parts)
+
+
+def say_all(parts: Parts, facts: Facts, draw: Draw) -> str:
+    """The parts one after the other, each in a drawn wording."""
+    return "".join(draw.choice(possible(part, facts)).format_map(facts) for part in parts)
+
+
+def _script(path: Path) -> Script:
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    exchanges = {name: Exchange(**exchange) for name, exchange in data.pop("exchanges").items()}
+    return Script(exchanges=exchanges, **data)
