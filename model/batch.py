@@ -36,6 +36,7 @@ class PackedBatch:
     weights:    fp32 [T] or None: a factor for each target's loss
     num_documents: real documents, without the tail
     max_seqlen: the configured bound on a document's length, not the longest one present
+    index: number of the pack among all packs of the run, whatever the number of ranks; -1 for one without documents
     """
 
     tokens: Tensor
@@ -45,6 +46,7 @@ class PackedBatch:
     num_documents: int
     max_seqlen: int
     weights: Tensor | None = None
+    index: int = 0
 
     @property
     def layout(self) -> Layout:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.corpus import Store, open_corpus
+from engine.data.encoders import TextTokenizer
 from engine.data.prepare import Progress
 from engine.data.reading import read_records
 from engine.data.shards import is_prepared, text_hash
-from engine.data.sources import ReadOptions, is_short, list_files, malformed, probe, settle
-from engine.data.worker import TextEncoder
+from engine.data.sources import ReadOptions, list_files, malformed, probe, settle
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class Report:
 
 def check(
     paths: Sequence[str],
-    tokenizer: TextEncoder | None = None,
+    tokenizer: TextTokenizer | None = None,
     options: ReadOptions | None = None,
     held_out: Sequence[str] = (),
     verify: bool = False,
@@ -139,7 +139,7 @@ def _json_lines(path: Path) -> list[dict]:
 
 def _check_raw(
     paths: Sequence[str],
-    tokenizer: TextEncoder | None,
+    tokenizer: TextTokenizer | None,
     options: ReadOptions,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Report, np.ndarray]:
@@ -151,13 +151,13 @@ def _check_raw(
         file = probe(listed, options)
         report.encodings[file.encoding or "utf-8"] += 1
         report.formats[file.format] += 1
-        for record in read_records(file, options.fields, options.max_characters):
+        for record in read_records(file, options.schema):
             record = settle(record, options)
             if record.text is None:
                 if options.on_error == "fail":
                     raise malformed(file.path, record.line, record.reason)
                 report.reject(file.path, record.line, record.reason)
-            elif is_short(record, options):
+            elif options.is_short(record):
                 report.short += 1
             else:
                 report.documents += 1
@@ -174,7 +174,7 @@ def _check_raw(
     return report, found
 
 
-def _length(text: str, report: Report, tokenizer: TextEncoder | None) -> int:
+def _length(text: str, report: Report, tokenizer: TextTokenizer | None) -> int:
     """Tokens of a document, or its characters; adds to the report what is counted by the way."""
     if tokenizer is None:
         report.sample = report.sample or text[:_SAMPLE_CHARACTERS]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from model.errors import InputError
 
 _SCAN = 1 << 20  # hashes looked at in one go
 
+Kind = Literal["texts", "conversations"]
+
 
 class Store:
     """All documents of some prepared directories, by number, with every duplicate still there.
@@ -30,6 +33,7 @@ class Store:
     Attributes:
         sources: the paths that were prepared, in order.
         source_bounds: int64 [S+1]; source s holds the documents from bound s to bound s+1.
+        kind: texts, or conversations, of which some ids are trained.
         fingerprint: over the texts, their order and the tokenizer.
     """
 
@@ -61,7 +65,8 @@ class Store:
         self.tokenizer_fingerprint: str = manifest["tokenizer"]
         self.vocab_size: int = manifest["vocab_size"]
         self.eos_id: int = manifest["eos_id"]
-        self.fingerprint = fingerprint(self.tokenizer_fingerprint, digests)
+        self.kind: Kind = manifest.get("kind", "texts")
+        self.fingerprint = fingerprint(manifest.get("encoder", self.tokenizer_fingerprint), digests)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -182,6 +187,7 @@ class Corpus:
 
     Attributes:
         sources: names of the sources.
+        kind: texts or conversations.
         weights: epochs of each source in one epoch of the mixture.
         num_documents, num_tokens: of the chosen documents, each counted once.
         num_duplicates: documents of the store that repeat an earlier one and are left out.
@@ -197,6 +203,7 @@ class Corpus:
         self.weights = list(weights)
         self.num_duplicates = num_duplicates
         self.sources = store.sources
+        self.kind = store.kind
         self.vocab_size = store.vocab_size
         self.tokenizer_fingerprint = store.tokenizer_fingerprint
 
@@ -233,26 +240,32 @@ class Corpus:
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
         """Documents to train on, and about `fraction` of them held out.
 
-        Whether a document is held out depends on its text alone, so it stays where it is when the corpus grows,
-        is reordered or is prepared in parts. Where there are two documents or more, each side gets one at least.
+        Whether a document is held out depends on its text alone (its first question, for a conversation), so it stays
+        where it is when the corpus grows, is reordered or is prepared in parts. Where there are two texts or
+        questions or more, each side gets one at least.
         """
         assert 0 <= fraction < 1
         held_out = self._below(int(fraction * 2.0**64)) if fraction else np.empty(0, np.int64)
         if fraction and self.num_documents > 1 and not 0 < len(held_out) < self.num_documents:
             every = self.documents()
             keys = np.concatenate([self.store.hashes(document, document + 1)[:, 1] for document in every])
-            order = np.argsort(keys, kind="stable")
-            held_out = np.sort(every[order[: max(1, min(len(held_out), len(every) - 1))]])
+            bound = np.unique(keys)[1:][-1 if len(held_out) else 0 :][:1]
+            held_out = every[keys < bound] if len(bound) else every[:0]
         return self._without(held_out), self._only(held_out)
 
     def without(self, held_out: Corpus) -> tuple[Corpus, int]:
-        """This corpus without the texts of another, and how many documents that costs."""
+        """This corpus without the texts of another (the questions, of conversations), and how many documents that
+        costs."""
         unwanted = held_out.store.hashes(0, len(held_out.store))
+        if self.kind == "conversations":
+            questions = np.unique(unwanted[:, 1])
+            asked = [np.flatnonzero(np.isin(hashes[:, 1], questions)) + first for first, hashes in self._scan()]
+            rest = self._without(np.concatenate(asked))
+            return rest, self.num_documents - rest.num_documents
         halves = np.unique(unwanted[:, 0])
         whole = {row.tobytes() for row in unwanted}
         found: list[int] = []
-        for first in range(0, len(self.store), _SCAN):
-            hashes = self.store.hashes(first, min(len(self.store), first + _SCAN))
+        for first, hashes in self._scan():
             candidates = np.flatnonzero(np.isin(hashes[:, 0], halves))
             found += [first + row for row in candidates.tolist() if hashes[row].tobytes() in whole]
         rest = self._without(np.array(found, np.int64))
@@ -265,11 +278,15 @@ class Corpus:
     def _below(self, threshold: int) -> np.ndarray:
         """Chosen documents whose hash is below a bound, ascending."""
         found = [np.empty(0, np.int64)]
-        for first in range(0, len(self.store), _SCAN):
-            keys = self.store.hashes(first, min(len(self.store), first + _SCAN))[:, 1]
-            found.append(first + np.flatnonzero(keys < np.uint64(threshold)))
+        for first, hashes in self._scan():
+            found.append(first + np.flatnonzero(hashes[:, 1] < np.uint64(threshold)))
         candidates = np.concatenate(found)
         return np.setdiff1d(candidates, self._left_out(candidates), assume_unique=True)
+
+    def _scan(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Hashes of the whole store, run by run, each with the number of its first document."""
+        for first in range(0, len(self.store), _SCAN):
+            yield first, self.store.hashes(first, min(len(self.store), first + _SCAN))
 
     def _left_out(self, documents: np.ndarray) -> np.ndarray:
         """Those of some documents (ascending) that are not chosen."""
@@ -302,6 +319,7 @@ def open_corpus(
     directories: Sequence[str | os.PathLike[str]],
     weights: Sequence[float] | None = None,
     tokenizer_fingerprint: str | None = None,
+    kind: Kind = "texts",
 ) -> Corpus:
     """Open prepared directories as one corpus, without exact duplicates.
 
@@ -310,6 +328,7 @@ def open_corpus(
         weights: epochs of each source in one epoch of the mixture; one number a source, in the order of
             `Corpus.sources`. A source is a path that was given to `prepare`.
         tokenizer_fingerprint: refuse ids of another tokenizer.
+        kind: refuse documents of another kind.
     Raises:
         InputError: not prepared, damaged, listed twice, a part missing, different tokenizers, or no document.
     """
@@ -330,6 +349,7 @@ def open_corpus(
     everything = [prepared for group in groups.values() for prepared in group]
     wanted = tokenizer_fingerprint or everything[0].manifest["tokenizer"]
     for prepared in everything:
+        _check_kind(prepared, kind)
         if prepared.manifest["tokenizer"] != wanted:
             raise InputError(
                 f"{prepared.directory}: its ids are of another tokenizer. Prepare it again with this one, or use "
@@ -347,6 +367,13 @@ def open_corpus(
         for first, last in itertools.pairwise(bounds)
     ]
     return Corpus(store, selections, _weights(weights, store.sources), len(duplicates))
+
+
+def _check_kind(prepared: Prepared, kind: Kind) -> None:
+    found = prepared.manifest.get("kind", "texts")
+    if found != kind:
+        tool = "tools/sft.py" if found == "conversations" else "tools/pretrain.py"
+        raise InputError(f"{prepared.directory}: it holds {found}, not {kind}. Give it to {tool}, or other --data.")
 
 
 def _check_parts(group: Sequence[Prepared]) -> None:

@@ -20,6 +20,7 @@ import torch
 from engine.data.corpus import Corpus
 from engine.data.mixture import Mixture
 from engine.data.packing import Packer, Piece, Position, Window, max_documents
+from engine.data.shards import TRAINED
 from model.batch import IGNORE, PackedBatch
 from model.errors import InputError
 
@@ -61,6 +62,7 @@ class PackLoader:
         packs_per_step: B, over all ranks.
         cursor: a former loader's `cursor`, to go on behind it.
         allow_split: whether documents may be cut where the context does not demand it, to leave no padding.
+            Conversations may not.
     Attributes:
         cursor: JSON state after the last step that was handed out.
         wait_seconds: how long the last `next_step` waited for its data.
@@ -80,6 +82,7 @@ class PackLoader:
         cursor: dict[str, Any] | None = None,
         allow_split: bool = True,
     ) -> None:
+        assert not (allow_split and corpus.kind == "conversations"), "a conversation is trained on whole"
         require_a_step(corpus, packs_per_step * tokens_per_pack)
         start = _restore(cursor, corpus, seed)
         self._corpus = corpus
@@ -109,9 +112,11 @@ class PackLoader:
     def describe(self) -> str:
         """What the packs so far were made of, for whoever reads the log."""
         cursor = self._cursor
+        packs = f"into {cursor.packs:,} packs with {self.padding_share:.2%} padding"
+        if self._corpus.kind == "conversations":
+            return f"Packed {cursor.tokens:,} tokens of whole conversations {packs}."
         return (
-            f"Packed {cursor.tokens:,} tokens into {cursor.packs:,} packs with {self.padding_share:.2%} padding; "
-            f"{cursor.cuts:,} pieces began inside a document, at position 0."
+            f"Packed {cursor.tokens:,} tokens {packs}; {cursor.cuts:,} pieces began inside a document, at position 0."
         )
 
     def next_step(self) -> list[PackedBatch]:
@@ -140,6 +145,7 @@ class PackLoader:
         try:
             window: Window | None = None
             while not self._is_closed.is_set():
+                first = cursor.packs
                 packs: list[list[Piece]] = []
                 while len(packs) < self._packs_per_step:
                     window = window or self._packer.window(cursor.window)
@@ -148,13 +154,13 @@ class PackLoader:
                     if cursor.pack == len(window.packs):
                         cursor = replace(cursor, **window.end._asdict(), pack=0)
                         window = None
-                self._ready.put((self._batches(packs), cursor))
+                self._ready.put((self._batches(packs, first), cursor))
         except BaseException as error:
             self._ready.put(error)
 
-    def _batches(self, packs: list[list[Piece]]) -> list[PackedBatch]:
+    def _batches(self, packs: list[list[Piece]], first: int) -> list[PackedBatch]:
         count = -(-self._packs_per_step // self._world)
-        return _share(self._corpus, packs, count, self._tokens_per_pack, self._context, self._rank, self._world)
+        return _share(self._corpus, packs, first, count, self._tokens_per_pack, self._context, self._rank, self._world)
 
 
 def require_a_step(corpus: Corpus, tokens: int) -> None:
@@ -186,7 +192,7 @@ def evaluation_batches(
     packer = Packer(Mixture(corpus, 0), 0, tokens_per_pack, context, allow_split=False)
     packs = packer.window(Position(), tokens=min(max_tokens or corpus.num_tokens, corpus.num_tokens)).packs
     for first in range(0, len(packs), world):
-        yield from _share(corpus, packs[first : first + world], 1, tokens_per_pack, context, rank, world)
+        yield from _share(corpus, packs[first : first + world], first, 1, tokens_per_pack, context, rank, world)
 
 
 def _restore(cursor: dict[str, Any] | None, corpus: Corpus, seed: int) -> Cursor:
@@ -215,19 +221,31 @@ def _behind(cursor: Cursor, pack: list[Piece]) -> Cursor:
 
 
 def _share(
-    corpus: Corpus, packs: list[list[Piece]], count: int, tokens_per_pack: int, context: int, rank: int, world: int
+    corpus: Corpus,
+    packs: list[list[Piece]],
+    first: int,
+    count: int,
+    tokens_per_pack: int,
+    context: int,
+    rank: int,
+    world: int,
 ) -> list[PackedBatch]:
-    """`count` batches: every `world`-th pack from `rank` on, then batches without targets."""
-    mine = packs[rank::world]
-    mine += [[]] * (count - len(mine))
-    return [build_batch(corpus, pack, tokens_per_pack, context) for pack in mine]
+    """`count` batches: every `world`-th pack from `rank` on, then batches without targets.
+
+    Args:
+        first: number of packs[0] among all packs of the run.
+    """
+    mine = [(first + place, packs[place]) for place in range(rank, len(packs), world)]
+    mine += [(-1, [])] * (count - len(mine))
+    return [build_batch(corpus, pack, tokens_per_pack, context, index) for index, pack in mine]
 
 
-def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context: int) -> PackedBatch:
+def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context: int, index: int = 0) -> PackedBatch:
     """The tokens of a pack, pinned where there is a GPU to copy them to.
 
     Each piece is a segment. The padding behind them is cut into segments no longer than the context, and has no
-    targets; neither has the first token of a document, nor what follows its last one.
+    targets; neither has the first token of a document, nor what follows its last one. In conversations only the tokens
+    that are trained are targets.
     """
     tokens = np.zeros(tokens_per_pack, np.int64)
     targets = np.full(tokens_per_pack, IGNORE, np.int64)
@@ -236,8 +254,12 @@ def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context
         begin, end = bounds[-1], bounds[-1] + piece.length
         # One token more than the piece, where its document goes on: the last target.
         ids = corpus.read(piece.document, piece.start, piece.start + piece.length + 1)
+        following = ids[1:]
+        if corpus.kind == "conversations":
+            is_trained, ids = ids >= TRAINED, (ids % TRAINED).astype(np.int64)
+            following = np.where(is_trained[1:], ids[1:], IGNORE)
         tokens[begin:end] = ids[: piece.length]
-        targets[begin : begin + len(ids) - 1] = ids[1:]
+        targets[begin : begin + len(following)] = following
         bounds.append(end)
     assert bounds[-1] <= tokens_per_pack and len(pack) <= max_documents(tokens_per_pack)
     while bounds[-1] < tokens_per_pack:
@@ -252,6 +274,7 @@ def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context
         targets=_tensor(targets),
         num_documents=len(pack),
         max_seqlen=context,
+        index=index,
     )
 
 

@@ -11,9 +11,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
+from engine.data.encoders import Encoder
 from engine.data.records import SourceFile
 from engine.data.units import Unit
-from engine.data.worker import Setting, TextEncoder, receive, send
+from engine.data.worker import Setting, receive, send
 from model.errors import InputError
 
 Job: TypeAlias = tuple[Unit, dict[int, SourceFile]]
@@ -24,7 +25,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 def run_workers(
     count: int,
     jobs: Iterator[Job],
-    tokenizer: TextEncoder,
+    encoder: Encoder,
     setting: Setting,
     report: Callable[[Unit, dict[str, Any]], None],
 ) -> None:
@@ -43,7 +44,7 @@ def run_workers(
     def drive(process: subprocess.Popen[bytes]) -> None:
         questions, answers = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
         try:
-            send(questions, (setting, tokenizer))
+            send(questions, (setting, encoder))
             while True:
                 with one_at_a_time:
                     job = next(jobs, None)

@@ -18,12 +18,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from engine.data.encoders import Encoder, TextTokenizer, as_encoder
 from engine.data.encodings import count_newlines, open_raw
 from engine.data.pool import Job, run_workers
 from engine.data.shards import FORMAT, MANIFEST, PLAN, committed_units, fingerprint, merge_index, rejects_path
-from engine.data.sources import Listing, ReadOptions, list_files, probe
+from engine.data.sources import FileOptions, Listing, ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
-from engine.data.worker import Setting, TextEncoder, tokenise
+from engine.data.worker import Setting, tokenise
 from engine.files import explain, locked, sync_directory, write_durably
 from model.errors import InputError
 
@@ -60,9 +61,9 @@ class Progress:
 
 def prepare(
     paths: Sequence[str | os.PathLike[str]],
-    tokenizer: TextEncoder,
+    encoder: TextTokenizer | Encoder,
     out_dir: str | os.PathLike[str],
-    options: ReadOptions | None = None,
+    options: FileOptions | None = None,
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -74,6 +75,7 @@ def prepare(
 
     Args:
         paths: files, directories and glob patterns; each is one source, for weights.
+        encoder: a tokenizer, for texts, or what makes ids of other records.
         out_dir: made if missing. With parts, part i writes to `out_dir/part-i-of-n`.
         part: (i, n), i from 1: which of n independent shares of the work this call does.
         workers: processes; by default one a core, fewer for little text. 1 works in this process.
@@ -84,14 +86,14 @@ def prepare(
     Raises:
         InputError: data that cannot be read, a directory that holds other data, or one that cannot be written.
     """
-    options = _plain(options)
+    encoder, options = as_encoder(encoder), (options or ReadOptions()).bare()
     index, parts = part
     if not 1 <= index <= parts:
         raise InputError(f"--part {index}/{parts}: there is no such part. Choose one from 1 to {parts}.")
     listing = list_files(paths)
     directory = Path(out_dir) if parts == 1 else Path(out_dir) / f"part-{index:05d}-of-{parts:05d}"
     size = unit_bytes or unit_size(listing.size)
-    plan = _plan(listing, tokenizer, options, size, part)
+    plan = _plan(listing, encoder, options, size, part)
     try:
         if _is_finished(directory, plan):
             return directory
@@ -101,36 +103,29 @@ def prepare(
             if _is_finished(directory, plan):
                 return directory
             write_durably(directory / PLAN, json.dumps(plan, ensure_ascii=False))
-            _Preparation(directory, plan, listing, tokenizer, options, part, workers, progress, size).run()
+            _Preparation(directory, plan, listing, encoder, options, part, workers, progress, size).run()
     except OSError as error:
         raise InputError(f"{directory}: {explain(error)}") from None
     return directory
 
 
 def preparation_key(
-    paths: Sequence[str | os.PathLike[str]], tokenizer: TextEncoder, options: ReadOptions | None = None
+    paths: Sequence[str | os.PathLike[str]], encoder: TextTokenizer | Encoder, options: FileOptions | None = None
 ) -> str:
-    """128 bits in hex that change with the files (names, sizes, times), the tokenizer and the options.
+    """128 bits in hex that change with the files (names, sizes, times), the encoder and the options.
 
     A directory named after it holds the right data or none.
     """
     listing = list_files(paths)
-    plan = _plan(listing, tokenizer, _plain(options), unit_size(listing.size), (1, 1))
+    bare = (options or ReadOptions()).bare()
+    plan = _plan(listing, as_encoder(encoder), bare, unit_size(listing.size), (1, 1))
     return _digest({"id": plan["id"], "stamp": plan["stamp"]})
 
 
-def _plain(options: ReadOptions | None) -> ReadOptions:
-    """The reading options alone, of whatever recipe they are part: nothing else may change a preparation."""
-    names = [field.name for field in dataclasses.fields(ReadOptions)]
-    return ReadOptions(**{name: getattr(options, name) for name in names}) if options else ReadOptions()
-
-
-def _plan(
-    listing: Listing, tokenizer: TextEncoder, options: ReadOptions, size: int, part: tuple[int, int]
-) -> dict[str, Any]:
+def _plan(listing: Listing, encoder: Encoder, options: FileOptions, size: int, part: tuple[int, int]) -> dict[str, Any]:
     """What a directory is going to hold, by digests: `id` is the same on every machine and for every part."""
     files = [(file.source, file.name, file.size, _beginning(file.path)) for file in listing.files]
-    facts = [FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(options), size]
+    facts = [FORMAT, files, encoder.fingerprint, dataclasses.asdict(options), size]  # type: ignore[call-overload]
     return {"id": _digest(facts), "stamp": _stamp(listing), "part": list(part)}
 
 
@@ -180,8 +175,8 @@ class _Preparation:
         directory: Path,
         plan: dict[str, Any],
         listing: Listing,
-        tokenizer: TextEncoder,
-        options: ReadOptions,
+        encoder: Encoder,
+        options: FileOptions,
         part: tuple[int, int],
         workers: int | None,
         progress: Callable[[Progress], None] | None,
@@ -190,15 +185,14 @@ class _Preparation:
         self.directory = directory
         self.plan = plan
         self.listing = listing
-        self.tokenizer = tokenizer
+        self.encoder = encoder
         self.options = options
         self.part = part
         self.progress = progress
         self.unit_bytes = unit_bytes
         work = listing.size // part[1]
         self.workers = workers or max(1, min(len(os.sched_getaffinity(0)), work // _BYTES_PER_WORKER))
-        largest = max(tokenizer.vocab_size - 1, tokenizer.eos_id, tokenizer.bos_id or 0)
-        self.setting = Setting(directory, options, "<u2" if largest < 1 << 16 else "<u4")
+        self.setting = Setting(directory, options)
         self.began = time.monotonic()
         self.done = self.resumed = self.documents = self.tokens = 0
 
@@ -212,9 +206,9 @@ class _Preparation:
         jobs = self._jobs()
         if self.workers == 1:
             for unit, files in jobs:
-                self._report(unit, tokenise(unit, files, self.tokenizer, self.setting))
+                self._report(unit, tokenise(unit, files, self.encoder, self.setting))
         else:
-            run_workers(self.workers, jobs, self.tokenizer, self.setting, self._report)
+            run_workers(self.workers, jobs, self.encoder, self.setting, self._report)
         self._finish()
 
     def _jobs(self) -> Iterator[Job]:
@@ -251,7 +245,7 @@ class _Preparation:
         if not target.is_dir():
             beside = self.directory / ".tokenizer.tmp"
             shutil.rmtree(beside, ignore_errors=True)
-            self.tokenizer.save(beside)
+            self.encoder.tokenizer.save(beside)
             os.replace(beside, target)
             sync_directory(self.directory)
 
@@ -269,21 +263,23 @@ class _Preparation:
         rejects = self._rejects(units)
         _write_lines(self.directory / "files.jsonl", files)
         _write_lines(self.directory / "rejects.jsonl", rejects)
+        tokenizer = self.encoder.tokenizer
         manifest = {
             "format": FORMAT,
             "plan": self.plan["id"],
             "part": list(self.part),
-            "fingerprint": fingerprint(self.tokenizer.fingerprint, [unit["digest"] for unit in units]),
-            "tokenizer": self.tokenizer.fingerprint,
-            "vocab_size": self.tokenizer.vocab_size,
-            "eos_id": self.tokenizer.eos_id,
-            "dtype": self.setting.dtype,
-            "options": dataclasses.asdict(self.options),
+            "fingerprint": fingerprint(self.encoder.fingerprint, [unit["digest"] for unit in units]),
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "dtype": self.encoder.dtype.str,
+            "options": dataclasses.asdict(self.options),  # type: ignore[call-overload]
             "sources": [_printable(path) for path in self.listing.paths],
             "ignored_files": self.listing.ignored,
             **{name: sum(unit[name] for unit in units) for name in ("documents", "tokens")},
-            **{name: sum(file[name] for file in files) for name in ("characters", "rejected", "short", "divided")},
+            **{name: sum(file[name] for file in files) for name in self.options.counts[1:]},
             "encodings": _count(file["encoding"] for file in files),
+            **self.encoder.facts,
             "units": [self._unit_entry(unit) for unit in units],
         }
         write_durably(self.directory / MANIFEST, json.dumps(manifest, ensure_ascii=False))

@@ -6,16 +6,16 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from engine.data.encodings import SAMPLE_BYTES, Stream
 from engine.data.read_text import read_lines
-from engine.data.records import LONGEST_RECORD, Record, to_record
+from engine.data.records import LONGEST_RECORD, Record, Schema, to_record
 from model.errors import InputError
 
 
-def json_lines(stream: Stream, start: int, end: int | None, fields: Sequence[str]) -> Iterator[Record]:
+def json_lines(stream: Stream, start: int, end: int | None, schema: Schema) -> Iterator[Record]:
     pieces: list[bytes] = []
     size = 0
     number = 1
@@ -28,15 +28,15 @@ def json_lines(stream: Stream, start: int, end: int | None, fields: Sequence[str
         if size > LONGEST_RECORD:
             yield Record(number, None, f"a line of {size >> 20} MiB; records end at {LONGEST_RECORD >> 20} MiB")
         elif line := b"".join(pieces).strip(b" \t\r\n"):
-            yield _json_line(number, line, stream.codec, fields)
+            yield _json_line(number, line, stream.codec, schema)
         pieces.clear()
         size = 0
         number += 1
 
 
-def _json_line(number: int, line: bytes, codec: str, fields: Sequence[str]) -> Record:
+def _json_line(number: int, line: bytes, codec: str, schema: Schema) -> Record:
     try:
-        return to_record(number, json.loads(line.decode(codec)), fields)
+        return to_record(number, json.loads(line.decode(codec)), schema)
     except UnicodeDecodeError as error:
         return Record(number, None, f"byte {error.start} of the line is not {codec} ({line[error.start]:#04x})")
     except RecursionError:
@@ -122,7 +122,7 @@ class _JsonText:
         self._position = 0
 
 
-def json_list(stream: Stream, path: str, fields: Sequence[str]) -> Iterator[Record]:
+def json_list(stream: Stream, path: str, schema: Schema) -> Iterator[Record]:
     text = _JsonText(stream, path)
     if text.peek() != "[":
         raise text.error("it does not begin with [")
@@ -133,7 +133,7 @@ def json_list(stream: Stream, path: str, fields: Sequence[str]) -> Iterator[Reco
         while True:
             text.peek()
             line = text.line
-            yield to_record(line, text.value(), fields)
+            yield to_record(line, text.value(), schema)
             separator = text.peek()
             text.skip()
             if separator == "]":

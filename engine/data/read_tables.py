@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from engine.data.encodings import SAMPLE_BYTES, Stream
-from engine.data.records import LONGEST_RECORD, TEXT_FIELDS, Record, SourceFile, to_record
+from engine.data.records import LONGEST_RECORD, Record, Schema, SourceFile, to_record
 from model.errors import InputError
 
 _csv_limit = threading.Lock()
 
 
-def table(stream: Stream, file: SourceFile, fields: Sequence[str]) -> Iterator[Record]:
+def table(stream: Stream, file: SourceFile, schema: Schema) -> Iterator[Record]:
     """CSV or TSV with a header. Undecodable bytes become surrogates, which later refuse their record alone.
 
     A row of CSV is what its quotes make it; one of TSV is a line, and a quote there is a character like any other.
@@ -49,7 +49,7 @@ def table(stream: Stream, file: SourceFile, fields: Sequence[str]) -> Iterator[R
             header = row
         elif row:
             assert header is not None
-            yield to_record(line, dict(zip(header, row, strict=True)), fields)
+            yield to_record(line, dict(zip(header, row, strict=True)), schema)
 
 
 def _tab_separated(line: str) -> list[str]:
@@ -130,20 +130,17 @@ def open_parquet(path: str) -> Any:
         raise InputError(f"{path}: not a readable Parquet file ({error}). Fetch the file again.") from None
 
 
-def parquet(file: SourceFile, fields: Sequence[str], start: int, end: int | None) -> Iterator[Record]:
+def parquet(file: SourceFile, schema: Schema, start: int, end: int | None) -> Iterator[Record]:
     import pyarrow
 
     with open_parquet(file.path) as table:
-        columns = table.schema_arrow.names
-        wanted = [name for name in fields or TEXT_FIELDS if name in columns]
         groups = range(start, table.num_row_groups if end is None else end)
         row = sum(table.metadata.row_group(group).num_rows for group in range(start))
         try:
-            for batch in table.iter_batches(
-                256, row_groups=[*groups], columns=(wanted if fields else wanted[:1]) or columns
-            ):
+            columns = schema.columns(table.schema_arrow.names)
+            for batch in table.iter_batches(256, row_groups=[*groups], columns=columns):
                 for value in batch.to_pylist():
                     row += 1
-                    yield to_record(row, value, fields)
+                    yield to_record(row, value, schema)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise InputError(f"{file.path}: damaged after row {row} ({error}). Fetch the file again.") from None

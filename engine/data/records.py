@@ -1,16 +1,21 @@
-"""What reading a file gives: records, each a text exactly as it stands there or a reason why there is none."""
+"""What reading a file gives: records, each a text exactly as it stands there or a reason why there is none.
+
+The text of a conversation is JSON (`conversations.py`); everything between a file and its tokens treats both alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 Format = Literal["text", "json_lines", "json_list", "csv", "tsv", "parquet"]
 Document = Literal["file", "paragraph", "line"]
 
 # Where a record's text is looked for, in this order.
 TEXT_FIELDS = ("text", "content", "contents", "document", "article", "body", "正文", "内容", "文本")
+# What only conversations have.
+CONVERSATION_FIELDS = {"conversations", "conversation", "messages", "instruction", "history"}
 LONGEST_RECORD = 64 << 20  # bytes of one JSON value or one table row
 
 
@@ -58,8 +63,51 @@ class SourceFile:
         return is_plain and by_line
 
 
-class _RecordError(Exception):
+class RecordError(Exception):
     """Why a record gives no text; becomes its reason."""
+
+
+class Schema(Protocol):
+    """What makes a text of a parsed JSON value or table row.
+
+    longest: characters of a text; what is longer comes in several records.
+    advice: to whoever gives a file with no usable record: how to make them so.
+    """
+
+    advice: ClassVar[str]
+
+    @property
+    def longest(self) -> int: ...
+
+    def text(self, value: Any) -> str:
+        """
+        Raises:
+            RecordError: there is none.
+        """
+        ...
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Those of a table's columns that have to be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextSchema:
+    """A record's text is one of its fields.
+
+    fields: joined to one text by newlines; empty: the first of TEXT_FIELDS.
+    """
+
+    fields: tuple[str, ...] = ()
+    longest: int = LONGEST_RECORD
+    advice: ClassVar[str] = "Name the fields to be joined with --data.fields, or leave the file out."
+
+    def text(self, value: Any) -> str:
+        return _record_text(value, self.fields)
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        wanted = [name for name in self.fields or TEXT_FIELDS if name in names]
+        return (wanted if self.fields else wanted[:1]) or list(names)
 
 
 def _record_text(record: Any, fields: Sequence[str]) -> str:
@@ -67,38 +115,43 @@ def _record_text(record: Any, fields: Sequence[str]) -> str:
     if isinstance(record, str) and not fields:
         return record
     if not isinstance(record, dict):
-        raise _RecordError(f"a record is an object{'' if fields else ' or a text'}, this one is {_kind(record)}")
+        raise RecordError(f"a record is an object{'' if fields else ' or a text'}, this one is {kind_of(record)}")
     if not fields:
         found = next((name for name in TEXT_FIELDS if name in record), None)
         if found is None:
-            raise _RecordError(f"none of {', '.join(TEXT_FIELDS[:3])}, ... is here; this record has {_names(record)}")
+            hint = "; conversations are for tools/sft.py" if CONVERSATION_FIELDS & record.keys() else ""
+            raise RecordError(
+                f"none of {', '.join(TEXT_FIELDS[:3])}, ... is here; this record has {names_in(record)}{hint}"
+            )
         fields = (found,)
     values = []
     for name in fields:
         if name not in record:
-            raise _RecordError(f'"{name}" is missing; this record has {_names(record)}')
+            raise RecordError(f'"{name}" is missing; this record has {names_in(record)}')
         value = record[name]
         if value is not None and not isinstance(value, str):
-            raise _RecordError(f'"{name}" is {_kind(value)}, not a text')
+            raise RecordError(f'"{name}" is {kind_of(value)}, not a text')
         values.append(value or "")
     return "\n".join(filter(None, values))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """A JSON value in a user's words."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
-def _names(record: Iterable[str]) -> str:
+def names_in(record: Iterable[str]) -> str:
+    """A record's fields in a user's words."""
     names = [f'"{name}"' for name in record]
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
 
 
-def to_record(line: int, value: Any, fields: Sequence[str]) -> Record:
+def to_record(line: int, value: Any, schema: Schema) -> Record:
     """A parsed value as a record."""
     try:
-        return Record(line, _record_text(value, fields))
-    except _RecordError as error:
+        return Record(line, schema.text(value))
+    except RecordError as error:
         return Record(line, None, str(error))
 
 

@@ -1,9 +1,11 @@
 """Prepared text on disk: token shards beside one index, described by a manifest that is written last.
 
 manifest.json               what is here; its presence says that all of it is
-tokens/00000012.bin         ids of unit 12's documents, end to end, uint16 or uint32, little-endian
+tokens/00000012.bin         ids of unit 12's documents, end to end, uint16 or uint32, little-endian; of conversations
+                            uint32, in which the flag TRAINED marks the ids that are trained
 offsets.npy                 uint64 [D+1], where each document begins among all tokens of this directory
-hashes.npy                  uint64 [D, 2], BLAKE2b-128 of each document's text
+hashes.npy                  uint64 [D, 2], BLAKE2b-128 of each document's text; of a conversation, half of it stands for
+                            all messages and half for the first question
 characters.npy              uint32 [D], Unicode code points of each document
 files.jsonl  rejects.jsonl  what was found in each file; records that were refused, and why
 tokenizer/                  the tokenizer that made the ids
@@ -29,6 +31,7 @@ from engine.files import sync_directory, sync_file, write_durably
 from model.errors import InputError
 
 FORMAT = 1
+TRAINED = 1 << 31
 MANIFEST = "prepared.json"
 PLAN = "plan.prepared.json"
 INDEX = ("offsets", "hashes", "characters")

@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from engine.data.encodings import SAMPLE_BYTES, Encoding, Stream, detect_encoding
 from engine.data.reading import check_first_records, read_records
-from engine.data.records import Document, Format, Record, SourceFile
+from engine.data.records import Document, Format, Record, Schema, SourceFile, TextSchema
 from engine.data.shards import PLAN
 from model.errors import InputError
 
@@ -35,9 +35,51 @@ BOOK_BYTES = 4 << 20
 PARAGRAPH_BYTES = 64 << 10
 
 
+class FileOptions(Protocol):
+    """How files are read: dataclasses, one for texts and one for conversations.
+
+    counts: what is counted of each file.
+    """
+
+    encoding: Encoding
+    newlines: Literal["keep", "unix"]
+    on_error: Literal["skip", "fail"]
+    counts: ClassVar[tuple[str, ...]]
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def bare(self) -> FileOptions:
+        """These options without those of a recipe that contains them: nothing else may change a preparation."""
+        ...
+
+    def document_of(self, file: SourceFile, sample: bytes) -> Document:
+        """What one document of a .txt file is.
+
+        Raises:
+            InputError: such a file has none.
+        """
+        ...
+
+    def is_short(self, record: Record) -> bool:
+        """Whether a record is left out although nothing is wrong with it."""
+        ...
+
+
+Options = TypeVar("Options")
+
+
+def only(kind: type[Options], options: FileOptions) -> Options:
+    """Those of some options that a class of options has."""
+    names = [option.name for option in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(options, name) for name in names})
+
+
 @dataclass
 class ReadOptions:
     """How raw files become documents."""
+
+    counts: ClassVar[tuple[str, ...]] = ("documents", "characters", "rejected", "short", "divided")
 
     fields: list[str] = field(default_factory=list)
     """record fields joined by newlines to one document; by default the text field is found by its name"""
@@ -59,6 +101,26 @@ class ReadOptions:
             raise InputError(f"--data.min_characters is {self.min_characters}. Use at least 1.")
         if self.max_characters < 1000:
             raise InputError(f"--data.max_characters is {self.max_characters}. Use at least 1000.")
+
+    @property
+    def schema(self) -> Schema:
+        return TextSchema(tuple(self.fields), self.max_characters)
+
+    def bare(self) -> ReadOptions:
+        return only(ReadOptions, self)
+
+    def document_of(self, file: SourceFile, sample: bytes) -> Document:
+        if self.document != "auto":
+            return self.document
+        if len(sample) < SAMPLE_BYTES or (not file.compression and file.size <= BOOK_BYTES):
+            return "file"
+        blank_lines = sum(not line.strip(b" \t\r") for line in sample.split(b"\n"))
+        return "paragraph" if blank_lines * PARAGRAPH_BYTES >= len(sample) else "line"
+
+    def is_short(self, record: Record) -> bool:
+        """Whether a record is a whole document of too few characters."""
+        assert record.text is not None
+        return record.is_first and record.is_last and len(record.text.strip()) < self.min_characters
 
 
 @dataclass
@@ -166,20 +228,20 @@ def _kind(path: str) -> tuple[str, Format] | None:
     return None if kind is None or (compression and kind == "parquet") else (compression, kind)
 
 
-def probe(file: SourceFile, options: ReadOptions) -> SourceFile:
+def probe(file: SourceFile, options: FileOptions) -> SourceFile:
     """Open a file and find out how to read it.
 
     Raises:
         InputError: binary, of no known encoding, not what its name says, or without a text field.
     """
     if file.format == "parquet":
-        check_first_records(file, options.fields)
+        check_first_records(file, options.schema)
         return file
     file = dataclasses.replace(file, encoding=detect_encoding(file.path, file.compression, options.encoding))
     with Stream(file.path, file.compression, file.encoding) as stream:
         sample = stream.read(SAMPLE_BYTES)
     if file.format == "text":
-        return dataclasses.replace(file, document=_document(file, sample, options))
+        return dataclasses.replace(file, document=options.document_of(file, sample))
     if file.format == "json_lines":
         if sample.lstrip()[:1] == b"[":
             file = dataclasses.replace(file, format="json_list")
@@ -188,22 +250,13 @@ def probe(file: SourceFile, options: ReadOptions) -> SourceFile:
                 f"{file.path}:1: one JSON object over several lines. Make it a list of records, or one record a line."
             )
     if sample.strip():
-        check_first_records(file, options.fields)
+        check_first_records(file, options.schema)
     return file
 
 
 def _is_one_object(sample: bytes) -> bool:
     """A first line that opens an object and does nothing else."""
     return sample.lstrip().partition(b"\n")[0].strip() == b"{"
-
-
-def _document(file: SourceFile, sample: bytes, options: ReadOptions) -> Document:
-    if options.document != "auto":
-        return options.document
-    if len(sample) < SAMPLE_BYTES or (not file.compression and file.size <= BOOK_BYTES):
-        return "file"
-    blank_lines = sum(not line.strip(b" \t\r") for line in sample.split(b"\n"))
-    return "paragraph" if blank_lines * PARAGRAPH_BYTES >= len(sample) else "line"
 
 
 def read_texts(paths: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Iterator[str]:
@@ -217,31 +270,27 @@ def read_texts(paths: Sequence[str | os.PathLike[str]], options: ReadOptions | N
     options = options or ReadOptions()
     for listed in list_files(paths).files:
         file = probe(listed, options)
-        for record in read_records(file, options.fields, options.max_characters):
+        for record in read_records(file, options.schema):
             record = settle(record, options)
             if record.text is None:
                 if options.on_error == "fail":
                     raise malformed(file.path, record.line, record.reason)
-            elif not is_short(record, options):
+            elif not options.is_short(record):
                 yield record.text
 
 
-def settle(record: Record, options: ReadOptions) -> Record:
+def settle(record: Record, options: FileOptions) -> Record:
     """A record under the newline policy, refused if its text cannot be tokenised exactly."""
     text = record.text
     if text is None:
         return record
-    if reason := _refusal(text):
+    if reason := refusal(text):
         return record._replace(text=None, reason=reason)
-    if options.newlines == "unix" and "\r" in text:
-        return record._replace(text=text.replace("\r\n", "\n").replace("\r", "\n"))
-    return record
+    return record._replace(text=unix_newlines(text)) if options.newlines == "unix" else record
 
 
-def is_short(record: Record, options: ReadOptions) -> bool:
-    """Whether a record is a whole document of too few characters."""
-    assert record.text is not None
-    return record.is_first and record.is_last and len(record.text.strip()) < options.min_characters
+def unix_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def malformed(path: str, line: int, reason: str) -> InputError:
@@ -249,7 +298,8 @@ def malformed(path: str, line: int, reason: str) -> InputError:
     return InputError(f"{path}:{line}: {reason}. Mend the record, or skip such ones with --data.on_error skip.")
 
 
-def _refusal(text: str) -> str:
+def refusal(text: str) -> str:
+    """Why a text cannot be tokenised exactly; "" where it can."""
     if "\0" in text:
         return "the text holds NUL"
     try:

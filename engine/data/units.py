@@ -13,7 +13,7 @@ from engine.data.encodings import SAMPLE_BYTES, Stream, open_raw
 from engine.data.read_tables import open_parquet
 from engine.data.reading import read_stream
 from engine.data.records import Record, SourceFile
-from engine.data.sources import ReadOptions
+from engine.data.sources import FileOptions
 
 UNIT_BYTES = 16 << 20
 # Larger corpora get larger units, so that a corpus has some thousands of them and not millions.
@@ -56,7 +56,7 @@ def unit_size(total_bytes: int) -> int:
 
 
 def cut(
-    files: Sequence[SourceFile], options: ReadOptions, size: int, is_wanted: Callable[[int], bool]
+    files: Sequence[SourceFile], options: FileOptions, size: int, is_wanted: Callable[[int], bool]
 ) -> Iterator[Unit]:
     """Units of a corpus, in order; those that are not wanted come without records.
 
@@ -135,12 +135,12 @@ def _row_groups(index: int, file: SourceFile, size: int) -> Iterator[tuple[Segme
         start = end
 
 
-def _read_ahead(index: int, file: SourceFile, options: ReadOptions) -> Iterator[tuple[Segment, int]]:
+def _read_ahead(index: int, file: SourceFile, options: FileOptions) -> Iterator[tuple[Segment, int]]:
     records: list[Record] = []
     characters = 0
     consumed = 0
     with Stream(file.path, file.compression, file.encoding) as stream:
-        for record in read_stream(stream, file, options.fields, options.max_characters):
+        for record in read_stream(stream, file, options.schema):
             records.append(record)
             characters += len(record.text or record.reason) + 64
             if characters >= READ_AHEAD_CHARACTERS:

@@ -1,4 +1,4 @@
-"""One unit of text to one shard of tokens; as a program, a process that does nothing else.
+"""One unit of records to one shard of tokens; as a program, a process that does nothing else.
 
 `python -m engine.data.worker` reads pickled jobs from its standard input and answers on its standard output. It is
 a program of its own, and no fork, so that it inherits neither threads nor a GPU nor hundreds of megabytes, and so
@@ -13,18 +13,17 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
+from engine.data.encoders import Encoder
 from engine.data.encodings import count_newlines
 from engine.data.reading import read_records
 from engine.data.records import Record, SourceFile
-from engine.data.shards import UnitWriter, text_hash
-from engine.data.sources import ReadOptions, is_short, malformed, settle
+from engine.data.shards import UnitWriter
+from engine.data.sources import FileOptions, malformed, settle
 from engine.data.units import Segment, Unit
 from model.errors import InputError
 
@@ -33,34 +32,22 @@ _BATCH_TEXTS = 256
 _BATCH_CHARACTERS = 1 << 16
 
 
-class TextEncoder(Protocol):
-    """What preparation needs of a tokenizer."""
-
-    vocab_size: int
-    eos_id: int
-    add_bos: bool
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode_batch(self, texts: list[str], /) -> list[list[int]]: ...
-
-    def save(self, directory: Path, /) -> None: ...
-
-
 @dataclass(frozen=True)
 class Setting:
     """What all units of a preparation share."""
 
     directory: Path
-    options: ReadOptions
-    dtype: str
+    options: FileOptions
 
 
-def tokenise(unit: Unit, files: Mapping[int, SourceFile], tokenizer: TextEncoder, setting: Setting) -> dict[str, Any]:
+class _Read(NamedTuple):
+    """A record, and the segment that it was read from."""
+
+    segment: Segment
+    record: Record
+
+
+def tokenise(unit: Unit, files: Mapping[int, SourceFile], encoder: Encoder, setting: Setting) -> dict[str, Any]:
     """Read, tokenise and commit one unit.
 
     Returns:
@@ -68,16 +55,29 @@ def tokenise(unit: Unit, files: Mapping[int, SourceFile], tokenizer: TextEncoder
     Raises:
         InputError: a file is damaged as a whole, or a record is malformed under `on_error fail`.
     """
-    dtype = np.dtype(setting.dtype)
-    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     found: dict[int, dict[str, int]] = {}
-    writer = UnitWriter(setting.directory, unit.index, dtype)
+    writer = UnitWriter(setting.directory, unit.index, encoder.dtype)
+
+    def reject(segment: Segment, record: Record, reason: str) -> None:
+        file = files[segment.file]
+        start = 0 if file.format == "parquet" else segment.start
+        if setting.options.on_error == "fail":
+            raise malformed(file.path, record.line + count_newlines(file.path, start), reason)
+        found[segment.file]["rejected"] += 1
+        writer.reject({"file": segment.file, "start": start, "line": record.line, "reason": reason})
+
     try:
-        for batch in _batches(_documents(unit, files, setting.options, found, writer.reject)):
-            for record, ids in zip(batch, tokenizer.encode_batch([record.text for record in batch]), strict=True):  # type: ignore[misc]
-                assert record.text is not None
-                whole = [*(begin if record.is_first else []), *ids, *([tokenizer.eos_id] if record.is_last else [])]
-                writer.add(np.array(whole, dtype), len(record.text), text_hash(record.text))
+        for batch in _batches(_usable(unit, files, setting.options, found)):
+            encodings = encoder.encode([record for _, record in batch if record.text is not None])
+            for segment, record in batch:
+                encoding = None if record.text is None else next(encodings)
+                if encoding is None or encoding.ids is None:
+                    reject(segment, record, record.reason if encoding is None else encoding.reason)
+                    continue
+                writer.add(encoding.ids, encoding.characters, encoding.digest)
+                numbers = found[segment.file]
+                for name, number in {"documents": 1, "characters": encoding.characters, **encoding.counts}.items():
+                    numbers[name] += number
         counts = [{"file": file, **numbers} for file, numbers in sorted(found.items())]
         return writer.commit({"files": counts})
     except BaseException:
@@ -85,47 +85,32 @@ def tokenise(unit: Unit, files: Mapping[int, SourceFile], tokenizer: TextEncoder
         raise
 
 
-def _documents(
-    unit: Unit,
-    files: Mapping[int, SourceFile],
-    options: ReadOptions,
-    found: dict[int, dict[str, int]],
-    reject: Callable[[dict[str, Any]], None],
-) -> Iterator[Record]:
-    """Usable records; the others are counted."""
+def _usable(
+    unit: Unit, files: Mapping[int, SourceFile], options: FileOptions, found: dict[int, dict[str, int]]
+) -> Iterator[_Read]:
+    """Records to be encoded or rejected; those that are too short are counted."""
     for segment in unit.segments:
-        file = files[segment.file]
-        numbers = found.setdefault(
-            segment.file, dict.fromkeys(("documents", "characters", "rejected", "short", "divided"), 0)
-        )
-        for record in map(lambda record: settle(record, options), _records(segment, file, options)):
-            if record.text is None:
-                start = 0 if file.format == "parquet" else segment.start
-                if options.on_error == "fail":
-                    raise malformed(file.path, record.line + count_newlines(file.path, start), record.reason)
-                numbers["rejected"] += 1
-                reject({"file": segment.file, "start": start, "line": record.line, "reason": record.reason})
-            elif is_short(record, options):
+        numbers = found.setdefault(segment.file, dict.fromkeys(options.counts, 0))
+        for record in _records(segment, files[segment.file], options):
+            record = settle(record, options)
+            if record.text is not None and options.is_short(record):
                 numbers["short"] += 1
             else:
-                numbers["documents"] += 1
-                numbers["characters"] += len(record.text)
-                numbers["divided"] += record.is_first and not record.is_last
-                yield record
+                yield _Read(segment, record)
 
 
-def _records(segment: Segment, file: SourceFile, options: ReadOptions) -> Iterator[Record]:
+def _records(segment: Segment, file: SourceFile, options: FileOptions) -> Iterator[Record]:
     if segment.records is not None:
         return iter(segment.records)
-    return read_records(file, options.fields, options.max_characters, segment.start, segment.end)
+    return read_records(file, options.schema, segment.start, segment.end)
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
+def _batches(records: Iterator[_Read]) -> Iterator[list[_Read]]:
+    batch: list[_Read] = []
     characters = 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.text or "")
+    for read in records:
+        batch.append(read)
+        characters += len(read.record.text or "")
         if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_TEXTS:
             yield batch
             batch, characters = [], 0
@@ -160,18 +145,18 @@ def receive(stream: BinaryIO) -> Any:
 
 
 def main() -> None:
-    """Answer jobs until the feeding process closes the pipe: (setting, tokenizer) once, then (unit, files)."""
+    """Answer jobs until the feeding process closes the pipe: (setting, encoder) once, then (unit, files)."""
     # Ctrl-C reaches the whole group; the feeding process decides what becomes of us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     jobs = sys.stdin.buffer
     try:
-        setting, tokenizer = receive(jobs)
+        setting, encoder = receive(jobs)
         while True:
             unit, files = receive(jobs)
             try:
-                answer: tuple[str, Any] = ("done", tokenise(unit, files, tokenizer, setting))
+                answer: tuple[str, Any] = ("done", tokenise(unit, files, encoder, setting))
             except InputError as error:
                 answer = ("refused", str(error))
             except OSError as error:

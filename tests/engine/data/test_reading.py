@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine.data import encodings, read_json, read_tables, read_text
 from engine.data.reading import read_records
-from engine.data.records import SourceFile
+from engine.data.records import SourceFile, TextSchema
 from engine.data.sources import ReadOptions, list_files, probe, read_texts
 from model.errors import InputError
 
@@ -35,7 +35,7 @@ def read(path: Path, **options: Any) -> list[str]:
 def records(path: Path, **options: Any) -> list[tuple[int, str | None, str]]:
     settings = ReadOptions(min_characters=1, **options)
     file = probe(list_files([str(path)]).files[0], settings)
-    return [(record.line, record.text, record.reason) for record in read_records(file, settings.fields, 10**6)]
+    return [(record.line, record.text, record.reason) for record in read_records(file, settings.schema)]
 
 
 def as_csv(texts: list[str]) -> bytes:
@@ -216,7 +216,7 @@ def test_every_line_of_any_table_is_read_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_tables, "LONGEST_RECORD", longest)
         file = SourceFile(str(path), "a.csv", 0, 0, "", "csv", "utf-8")
-        found = list(read_records(file, [], 10**6))
+        found = list(read_records(file, TextSchema()))
     read_on = 2
     for record in found:
         assert record.line >= read_on
@@ -273,7 +273,7 @@ def test_json_list_is_read_in_pieces_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_json, "SAMPLE_BYTES", chunk)
         with encodings.Stream(str(path), "", "utf-8") as stream:
-            found = list(read_json.json_list(stream, str(path), []))
+            found = list(read_json.json_list(stream, str(path), TextSchema()))
     assert len(found) == len(values)
     assert [record.text for record in found if record.text is not None] == [
         value if isinstance(value, str) else value["text"] or ""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.reading import read_records
+from engine.data.records import TextSchema
 from engine.data.sources import ReadOptions, list_files, probe
 from engine.data.units import Unit, cut, unit_size
 from tests.engine.data.test_reading import WRITERS
@@ -21,7 +22,7 @@ def texts_of(units: list[Unit], files: list, options: ReadOptions) -> list[str |
         for segment in unit.segments:
             records = segment.records
             if records is None:
-                records = tuple(read_records(files[segment.file], options.fields, 10**6, segment.start, segment.end))
+                records = tuple(read_records(files[segment.file], options.schema, segment.start, segment.end))
             found += [record.text for record in records]
     return found
 
@@ -40,7 +41,7 @@ def test_units_of_any_size_hold_every_document_once(
     path.write_bytes("\n".join(lines).encode(encoding))
     options = ReadOptions(document=document)  # type: ignore[arg-type]
     files = [probe(file, options) for file in list_files([path]).files]
-    whole = [record.text for record in read_records(files[0], [], 10**6)]
+    whole = [record.text for record in read_records(files[0], TextSchema(longest=10**6))]
     units = list(cut(files, options, size, lambda unit: True))
     assert texts_of(units, files, options) == whole
     assert whole or not "".join(lines).strip(" \t\r")
