@@ -28,6 +28,21 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b, None, "none", [], "")
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A weight laid out for products with few rows: half the time with 2 to 16 rows, a tenth less with 64. No autograd.
+
+    Args:
+        weight: [N, K].
+    Returns:
+        An opaque tensor of that shape that `linear` and `matmul_nt` take as their second operand, and nothing else
+        does; or the weight itself, where no other layout is known to be faster, or if it is packed already.
+    """
+    is_ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_mkldnn
+    if use_reference() or _onednn is None or not is_ours:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 

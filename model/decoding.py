@@ -76,6 +76,7 @@ class Decoder:
     def __init__(self, model: CausalLM, cache: KVCache, max_rows: int, context: int, sizes: list[int] | None) -> None:
         self.model, self.cache, self.max_rows, self.sizes = model, cache, max_rows, sizes
         self.device = cache.data.device
+        self.head = HeadProducts(model.head_weight)
         nobody = 1  # a seat for the rows that fill up
         self.chooser = TokenChooser(max_rows + nobody, model.config.vocab_size, self.device)
         self._latest = torch.zeros(max_rows + nobody, dtype=torch.int64, device=self.device)
@@ -95,12 +96,9 @@ class Decoder:
         tables = [chunk.prompt.pages[: pages_for(chunk.end)] for chunk in chunks]
         lengths_q, lengths_k = [chunk.end - chunk.start for chunk in chunks], [chunk.end for chunk in chunks]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
-        places = [
-            table[position // PAGE] * PAGE + position % PAGE
-            for chunk, table in zip(chunks, tables, strict=True)
-            for position in range(chunk.start, chunk.end)
-        ]
-        tokens, at, to = self._send(torch.tensor((ids, positions, places)))
+        pages = [chunk.prompt.pages[i // PAGE] for chunk in chunks for i in range(chunk.start, chunk.end)]
+        tokens, at, in_page = self._send(torch.tensor((ids, positions, pages)))
+        places = self.cache.places(in_page, at % PAGE)
         cu_seqlens_q = self._send(cumulative(lengths_q))
         table = None
         cu_seqlens_k = cu_seqlens_q
@@ -109,7 +107,7 @@ class Decoder:
             width = max(map(len, tables))
             table = self._send(torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32))
         layout = Layout(cu_seqlens_q, cu_seqlens_k, max(lengths_q), max(lengths_k))
-        hidden = self.model.model(tokens, at, None, cache=Prefill(self.cache, to, layout, table))
+        hidden = self.model.model(tokens, at, None, cache=Prefill(self.cache, places, layout, table))
         last = cu_seqlens_q[1:] - 1
         for chunk, of_last in zip(chunks, hidden[last.long()], strict=True):
             if chunk.prompt.is_computed:
@@ -157,12 +155,13 @@ class Decoder:
         """The decoding step, from int32 seats [B], positions [B] and tables [B, W] to tokens and log-probabilities."""
         seats, positions = seats.long(), positions.long()
         page = tables.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1)
-        cache = Decode(self.cache, page * PAGE + positions % PAGE, (positions + 1).int(), tables)
+        places = self.cache.places(page, positions % PAGE)
+        cache = Decode(self.cache, places, (positions + 1).int(), tables)
         hidden = self.model.model(self._latest[seats], positions, None, cache=cache)
         return self._choose(hidden, seats)
 
     def _choose(self, hidden: Tensor, seats: Tensor) -> tuple[Tensor, Tensor]:
-        logits = HeadProducts(self.model.head_weight).logits(hidden)  # [B, V]
+        logits = self.head.logits(hidden)  # [B, V]
         tokens, logprobs = self.chooser.choose(logits, seats)
         self._latest[seats] = tokens
         return tokens, logprobs

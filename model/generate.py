@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kernels.linear import pack
+from kernels.vocabulary import HeadProducts
 from model.config import ModelConfig, parameter_shapes
 from model.decoding import Decoder, Result, graph_sizes
 from model.errors import InputError
 from model.heads import CausalLM
 from model.hf import load_config, read_model
 from model.kv_cache import KVCache, count_pages
+from model.layers import Linear
 from model.sampling import SamplingOptions, row_seed
 from model.scheduler import Prompt, Row, Scheduler
 from model.scoring import score
@@ -168,18 +171,29 @@ class Generator:
             InputError: names are missing, unknown or given twice, or a shape is wrong.
         """
         assert self.is_idle, "load() while requests are running"
-        shapes, parameters = parameter_shapes(self.config), dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors:
-                if name not in shapes:
-                    raise InputError(f"{name} is not a parameter of this model. Give the names of parameter_shapes.")
-                if name not in parameters:
-                    raise InputError(f"{name} is given twice. Give every parameter once.")
-                if tensor.shape != shapes[name]:
-                    raise InputError(f"{name} is {list(tensor.shape)}, but this model needs {list(shapes[name])}.")
-                parameters.pop(name).copy_(tensor, non_blocking=True)
-        if parameters:
-            raise InputError(f"{', '.join(parameters)} missing. Give every parameter once.")
+        shapes, missing = parameter_shapes(self.config), set(parameter_shapes(self.config))
+        for name, tensor in tensors:
+            if name not in shapes:
+                raise InputError(f"{name} is not a parameter of this model. Give the names of parameter_shapes.")
+            if name not in missing:
+                raise InputError(f"{name} is given twice. Give every parameter once.")
+            if tensor.shape != shapes[name]:
+                raise InputError(f"{name} is {list(tensor.shape)}, but this model needs {list(shapes[name])}.")
+            self._put(name, tensor.detach())
+            missing.remove(name)
+        if missing:
+            raise InputError(f"{', '.join(sorted(missing))} missing. Give every parameter once.")
+        self._decoder.head = HeadProducts(pack(self.model.head_weight))
+
+    @torch.no_grad()
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """A parameter's new value, in its place: or on a CPU in the layout that multiplies fastest."""
+        path, _, kind = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if self.device.type == "cpu" and isinstance(module, Linear) and kind == "weight":
+            module.weight = nn.Parameter(pack(tensor.to(self.device, self.dtype, copy=True)), requires_grad=False)
+        else:
+            getattr(module, kind).copy_(tensor, non_blocking=True)
 
     @property
     def is_idle(self) -> bool:

@@ -13,14 +13,17 @@ up a batch of fixed size write there.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention import attention, decode_attention
+from kernels.attention.decode_pages import PagesInSight, decode_pages
 from kernels.backend import cdiv
 from model.batch import Layout
 from model.config import ModelConfig
@@ -43,34 +46,48 @@ def pages_for(tokens: int) -> int:
 class KVCache:
     """The memory.
 
-    data: [2L, pages, PAGE, K, h]: keys of layer i at 2i, its values at 2i + 1.
+    data: [L, 2, pages, K, PAGE, h]: keys and values of every layer. A head of a page is one stretch of memory.
     """
 
     def __init__(self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = 2 * config.num_layers, pages, PAGE, config.num_kv_heads, config.head_dim
-        self.data = torch.empty(shape, device=device, dtype=dtype)
-        # What a product with weight 0 reads must not be NaN.
-        self.data[:, 0] = 0
+        shape = config.num_layers, 2, pages, config.num_kv_heads, PAGE, config.head_dim
+        self.data = (
+            torch.empty(shape, device=device, dtype=dtype) if device.type == "cuda" else _lazy_zeros(shape, dtype)
+        )
+        self._heads = torch.arange(config.num_kv_heads, device=device)
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [pages, PAGE, K, h]."""
-        return self.data[2 * layer], self.data[2 * layer + 1]
+    def places(self, pages: Tensor, rows: Tensor) -> Tensor:
+        """Where the heads of tokens go, int64 [T * K], from the tokens' pages and rows within them, int64 [T]."""
+        heads = len(self._heads)
+        return ((pages.unsqueeze(1) * heads + self._heads) * PAGE + rows.unsqueeze(1)).flatten()
 
     def write(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
-        """Keep k and v [T, K, h] at places, int64 [T]: PAGE times the page, plus the row in it."""
-        for pages, new in zip(self.layer(layer), (k, v), strict=True):
-            pages.flatten(0, 1).index_copy_(0, places, new)
+        """Keep k and v [T, K, h] at `places`."""
+        for pages, new in zip(self.data[layer], (k, v), strict=True):
+            pages.view(-1, new.shape[2]).index_copy_(0, places, new.reshape(-1, new.shape[2]))
+
+    def paged(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values as `attention` takes them, [pages, PAGE, K, h] each."""
+        return self.data[layer, 0].transpose(1, 2), self.data[layer, 1].transpose(1, 2)
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         index = torch.tensor((sources, targets), device=self.data.device)
-        self.data[:, index[1]] = self.data[:, index[0]]
+        self.data[:, :, index[1]] = self.data[:, :, index[0]]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written to: NumPy asks the system for them, torch would write them.
+
+    Zeros, because on a CPU whole pages are multiplied (see `kernels.attention.decode_pages`).
+    """
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class Prefill:
     """A cache as seen by stretches of documents, any number of tokens each: `model.transformer.Cache`.
 
-    places: int64 [T], where the new keys go.
+    places: where the new keys go, see `KVCache.places`.
     layout: bounds of the new tokens, and of all tokens of the same documents up to them.
     block_table: int32 [D, pages]; None if all documents begin here, and the new keys are all there are.
     """
@@ -83,7 +100,7 @@ class Prefill:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         self.cache.write(layer, k, v, self.places)
         if self.block_table is not None:
-            k, v = self.cache.layer(layer)
+            k, v = self.cache.paged(layer)
         layout = self.layout
         bounds = layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_q, layout.max_k
         return attention(q, k, v, *bounds, window=window, block_table=self.block_table)
@@ -93,7 +110,7 @@ class Prefill:
 class Decode:
     """A cache as seen by one new token a row: `model.transformer.Cache`.
 
-    places: int64 [B], where the new keys go.
+    places: where the new keys go, see `KVCache.places`.
     lengths: int32 [B], keys of each row, the new one included.
     block_table: int32 [B, pages].
     """
@@ -102,10 +119,17 @@ class Decode:
     places: Tensor
     lengths: Tensor
     block_table: Tensor
+    sights: dict[int | None, PagesInSight] = field(default_factory=dict)  # by window, on a CPU
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         self.cache.write(layer, k, v, self.places)
-        return decode_attention(q, *self.cache.layer(layer), self.lengths, window=window, block_table=self.block_table)
+        if q.is_cuda:
+            pages = self.cache.paged(layer)
+            return decode_attention(q, *pages, self.lengths, window=window, block_table=self.block_table)
+        if window not in self.sights:
+            self.sights[window] = PagesInSight.of(self.lengths, self.block_table, PAGE, window)
+        keys, values = self.cache.data[layer]
+        return decode_pages(q, keys, values, self.sights[window])
 
 
 class PagePool:
