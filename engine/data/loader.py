@@ -19,7 +19,7 @@ import torch
 
 from engine.data.corpus import Corpus
 from engine.data.mixture import Mixture
-from engine.data.packing import Packer, Piece, Position, Window, max_documents
+from engine.data.packing import Packer, Piece, Position, Window, count_packs, max_documents
 from engine.data.shards import TRAINED
 from model.batch import IGNORE, PackedBatch
 from model.errors import InputError
@@ -174,6 +174,14 @@ def require_a_step(corpus: Corpus, tokens: int) -> None:
             f"An epoch of the data has {corpus.epoch_tokens:,} tokens, a step takes {tokens:,}. "
             "Give more data, or lower --train.batch_tokens."
         )
+
+
+def packs_per_epoch(corpus: Corpus, seed: int, tokens_per_pack: int, context: int) -> int:
+    """Packs that a loader makes of the first epoch of conversations; two million take two seconds.
+
+    Exact for that epoch. Another one's number may differ a little where documents are packed in several windows.
+    """
+    return count_packs(Mixture(corpus, seed), seed, tokens_per_pack, context)
 
 
 def evaluation_batches(
