@@ -15,7 +15,8 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from model.chat_jinja import TemplateProgram
-from model.chat_layout import Conversation, ConversationError, Layout, LayoutFinder
+from model.chat_layout import Conversation, ConversationError, Layout, LayoutFinder, TemplateRefusal
+from model.errors import InputError
 from model.tokenizer import Tokenizer
 
 
@@ -47,12 +48,13 @@ class ConversationEncoder:
         tokens = [token for token in tokenizer.added_tokens.values() if not token.content.isspace()]
         self._finder = LayoutFinder(program, _any_of(token.content for token in tokens), where)
         written = self._finder.literals(["user", "assistant", "user"])
+        self._ids = {token.content: index for index, token in tokenizer.added_tokens.items()}
         self._markers = {token.content: token for token in tokens if token.special or token.content in written}
         self._marker_names = frozenset(self._markers)
         self._find_marker = _any_of(self._marker_names)
-        [[self.end_id]] = tokenizer.encode_batch([self._finder.end_token], allow_special=True)
-        [behind] = tokenizer.encode_batch([self._finder.end_token + "a"], allow_special=True)
-        self._has_prefix_behind_token = behind[1:] == tokenizer.encode("a")
+        self.end_id = self._ids[self._finder.end_token]
+        behind = tokenizer.encode(self._finder.end_token + "a", allow_special=True)
+        self._has_prefix_behind_token = behind == [self.end_id, *tokenizer.encode("a")]
         self._inserted: dict[str, list[int]] = {}
 
     def encode_batch(self, conversations: Sequence[Conversation], is_prompt: bool) -> list[Encoded | ConversationError]:
@@ -68,6 +70,8 @@ class ConversationEncoder:
                 layouts.append(layout)
             except ConversationError as error:
                 layouts.append(error)
+            except InputError as error:
+                layouts.append(TemplateRefusal(str(error)))
         good = [layout for layout in layouts if isinstance(layout, Layout)]
         prompts = iter(self._encode_prompts([piece for layout in good for piece in self._prompts(layout, is_prompt)]))
         answers = [layout.text[answer.start : answer.end] for layout in good for answer in layout.answers]
@@ -107,10 +111,11 @@ class ConversationEncoder:
         rows = self._tokenizer.encode_batch(texts, allow_special=True)
         results = []
         for (layout, start, end), ids in zip(pieces, rows, strict=True):
-            if self._holds_marker(layout, start, end):
+            is_behind = start > 0
+            if self._holds_marker(layout, start, end) or (is_behind and ids[0] != self.end_id):
                 results.append(self._encode_guarded(layout, start, end))
             else:
-                results.append(ids[1:] if start > 0 else ids)
+                results.append(ids[is_behind:])
         return results
 
     def _holds_marker(self, layout: Layout, start: int, end: int) -> bool:
@@ -123,17 +128,20 @@ class ConversationEncoder:
 
     def _encode_guarded(self, layout: Layout, start: int, end: int) -> list[int]:
         """A prompt piece of which only the template's own text may become special tokens."""
-        text, ids, position, written = layout.text, [], start, start
+        text, ids, written = layout.text, [], start
+        position = start
+        if start > 0 and self._markers[self._finder.end_token].rstrip:
+            position = _skip_space(text, start, end)
         contents = [content for content in layout.contents if start <= content[0] and content[1] <= end]
         for content_start, content_end in [*contents, (end, end)]:
             for found in self._find_marker.finditer(text, written, content_start):
                 token = self._markers[found[0]]
-                stop = len(text[position : found.start()].rstrip()) + position if token.lstrip else found.start()
-                ids += self._encode_text(text[position:stop], is_first=position == 0)
-                ids += self._tokenizer.encode(found[0], allow_special=True)
+                before = text[position : found.start()]
+                ids += self._encode_text(before.rstrip() if token.lstrip else before, is_first=position == 0)
+                ids.append(self._ids[found[0]])
                 position = found.end()
                 if token.rstrip:
-                    position = end - len(text[position:end].lstrip())
+                    position = _skip_space(text, position, end)
             written = content_end
         return ids + self._encode_text(text[position:end], is_first=position == 0)
 
@@ -154,6 +162,10 @@ class ConversationEncoder:
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the names, the longest where several begin, as the tokenizers library does."""
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
+
+
+def _skip_space(text: str, start: int, end: int) -> int:
+    return end - len(text[start:end].lstrip())
 
 
 def _check_characters(conversation: Conversation) -> None:

@@ -1,7 +1,7 @@
 """Chat templates as programs: Jinja in a sandbox, set up as transformers sets it up, so that strings agree.
 
 A template comes with a downloaded base, so it is somebody else's program. It gets no access to Python, and a budget
-of steps (loop rounds and calls) and of sizes, so that it cannot hold up a job for ever.
+of steps (loop rounds and calls) and of what its operators may make, so that no loop holds up a job for ever.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from model.errors import InputError
 
-_MAX_STEPS = 1_000_000  # a conversation of ten thousand messages takes some fifty thousand
-_MAX_SIZE = 10_000_000  # of what * and ** may make: characters, elements, digits
+_MAX_STEPS = 250_000  # a conversation of ten thousand messages takes some fifty thousand
+_MAX_SIZE = 10_000_000  # characters, elements or bits that one operator may make
+_ROUNDS, _JOINED = "counted rounds", "joined text"  # filters, by names that no template can write
 
 
 class TemplateProgram:
@@ -80,21 +82,19 @@ class _GenerationBlock(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         self.steps = 0
         self.filters["tojson"] = _to_json
-        self.filters["counted rounds"] = self._count_rounds  # a name that no template can write
+        self.filters[_ROUNDS] = self._count_rounds
+        self.filters[_JOINED] = self._check_joined
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted rounds", [], [], None, None, lineno=loop.lineno)
-        return tree
+        return _Metered().visit(super()._parse(source, name, filename))
 
     def _count_rounds(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -106,16 +106,50 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        size = max(len(side) if hasattr(side, "__len__") else 1 for side in (left, right))
-        factor = max((abs(side) for side in (left, right) if isinstance(side, int)), default=1)
-        if (operator == "**" or size > 1) and size * factor > _MAX_SIZE:
-            raise jinja2.TemplateError(f"{operator} with {factor} makes too much")
+        _check_size(_result_size(operator, left, right))
         return super().call_binop(context, operator, left, right)
+
+    def _check_joined(self, text: str) -> str:
+        _check_size(len(text))
+        return text
 
     def _spend(self) -> None:
         self.steps += 1
         if self.steps > _MAX_STEPS:
             raise jinja2.TemplateError(f"not done after {_MAX_STEPS:,} steps")
+
+
+class _Metered(NodeTransformer):
+    """Sends what loops go through, and what `~` joins, by way of the environment."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, _ROUNDS, [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        return nodes.Filter(self.generic_visit(node), _JOINED, [], [], None, None, lineno=node.lineno)
+
+
+def _result_size(operator: str, left: Any, right: Any) -> int:
+    """Characters, elements or bits of what an operator is about to make, from above; 0 for other types."""
+    if operator == "**":
+        return _size(left) * right if isinstance(right, int) else 0
+    if operator == "+" or (isinstance(left, int) and isinstance(right, int)):
+        return _size(left) + _size(right)
+    repeated, times = (right, left) if isinstance(left, int) else (left, right)
+    return _size(repeated) * times if isinstance(times, int) else 0
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _check_size(size: int) -> None:
+    if size > _MAX_SIZE:
+        raise jinja2.TemplateError(f"an operator would make more than {_MAX_SIZE:,} characters or bits")
 
 
 def _to_json(

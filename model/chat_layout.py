@@ -37,6 +37,11 @@ class ConversationError(ValueError):
     """One conversation that cannot be used, and why; the others can."""
 
 
+class TemplateRefusal(ConversationError, InputError):
+    """A conversation whose roles or contents the template cannot write: a reason to skip it among many, and to tell
+    the user when it is the only one."""
+
+
 class Answer(NamedTuple):
     """Positions in the text of one answer."""
 

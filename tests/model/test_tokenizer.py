@@ -174,6 +174,27 @@ def test_special_names_in_a_users_text_stay_text(trained: Path, llama: Path, qwe
         assert tokenizer.decode(ids, skip_special=True) == "end"
 
 
+def test_a_continuation_gets_no_space_before_it(trained: Path, llama: Path, qwen: Path) -> None:
+    for directory in (trained, llama, qwen):
+        tokenizer = Tokenizer.load(directory)
+        for text in (*TRICKY, " leading", *sentences(3, 20)):
+            [ids] = tokenizer.encode_batch([text], is_continuation=True)
+            assert tokenizer.decode([*tokenizer.encode("a"), *ids]) == "a" + tokenizer.decode(tokenizer.encode(text))
+            assert ids == tokenizer.encode(text) or tokenizer.add_prefix_space
+        assert tokenizer.encode_batch([""], is_continuation=True) == [[]]
+
+
+def test_added_tokens_that_are_not_special_stay_text_on_request(llama: Path) -> None:
+    tokenizer = Tokenizer.load(llama)
+    size = tokenizer.vocab_size
+    text = "<human>:发热</s>\n<bot>:"
+    rules = {"is_continuation": True, "text_only": frozenset(["<human>"])}
+    [plain] = tokenizer.encode_batch([text], **rules)
+    assert (size - 2 in plain, size - 1 in plain, tokenizer.eos_id in plain) == (False, True, False)
+    assert tokenizer.decode(plain) == text
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_batch([text], **rules) == [plain]
+
+
 @pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder"])
 def test_added_tokens_keep_the_ids_that_are_written_down(where: str, llama: Path, tmp_path: Path) -> None:
     size = sentencepiece.SentencePieceProcessor(model_file=str(llama / "tokenizer.model")).vocab_size()
