@@ -156,6 +156,12 @@ def require_model(directory: Path | str) -> Path:
     return directory
 
 
+def mark_complete(directory: Path, sizes: dict[str, int], step: int, stage: str) -> None:
+    """Write the marker that says which files, of how many bytes, are a whole model; they must be on disk already."""
+    content = {"schema": SCHEMA, "step": step, "stage": stage, "files": sizes}
+    write_durably(directory / MODEL_COMPLETE, json.dumps(content, indent=1) + "\n")
+
+
 def _empty(beside: Path) -> None:
     """Remove the files, not the folder: while the root has no marker, the folder says that the root is no model."""
     for path in beside.iterdir():
@@ -175,5 +181,5 @@ def _swap_in(directory: Path, step: int, stage: str) -> None:
             if stale.name not in sizes:
                 stale.unlink()
     sync_directory(directory)
-    write_durably(marker, json.dumps({"schema": SCHEMA, "step": step, "stage": stage, "files": sizes}, indent=1) + "\n")
+    mark_complete(directory, sizes, step, stage)
     beside.rmdir()

@@ -290,6 +290,11 @@ class Tokenizer:
         return self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a file that `Tokenizer.load` begins with."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normaliser or pre-tokeniser of tokenizer.json that puts no space before a text."""
     if step is None or step["type"] == "Prepend":

@@ -18,7 +18,7 @@ from model.hf import load_config, read_model, write_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extended_rows
 
-_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: str | Path) -> int:
@@ -50,10 +50,10 @@ def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: s
     def resized() -> Iterator[tuple[str, Tensor]]:
         yield first_name, extend_rows(first, rows, old.vocab_size, num_rows)
         for name, tensor in tensors:
-            is_resized = name in _VOCABULARY_TENSORS
+            is_resized = name in VOCABULARY_TENSORS
             yield name, extend_rows(tensor, rows, old.vocab_size, num_rows) if is_resized else tensor
 
-    assert first_name in _VOCABULARY_TENSORS
+    assert first_name in VOCABULARY_TENSORS
     write_model(directory, config.with_vocab_size(num_rows), resized(), first.dtype)
     new.save(directory)
     return num_rows

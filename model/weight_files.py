@@ -20,21 +20,25 @@ from model.errors import InputError
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Of the weights that are written, as safetensors writes them."""
 
 
 class TensorStore:
     """Every tensor of a directory by name: its shape at once, its values when asked.
 
     shapes: of all tensors, in the order of the files.
+    dtypes: of the same, as safetensors writes them: F32, BF16, I8.
+    files: where they are.
     """
 
     def __init__(self, directory: Path) -> None:
         """Raises InputError: no weights, a missing or damaged file, a tensor that the index promises in vain."""
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        files, promised = _weight_files(directory)
-        for path in files:
+        self.files, promised = _weight_files(directory)
+        for path in self.files:
             if not path.is_file():
                 raise InputError(f"{path}: this shard is listed in the index but missing. Download it again.")
             if path.suffix == ".safetensors":
@@ -54,6 +58,7 @@ class TensorStore:
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118  not a dict
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                self.dtypes[name] = file.get_slice(name).get_dtype()
                 self._readers[name] = partial(file.get_tensor, name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}). Download or copy it again.") from error
@@ -75,6 +80,7 @@ class TensorStore:
             raise InputError(f"{path}: holds more than named tensors. Save the model's state dict alone.")
         for name, tensor in content.items():
             self.shapes[name] = tuple(tensor.shape)
+            self.dtypes[name] = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
             self._readers[name] = partial(content.__getitem__, name)
 
 
@@ -124,7 +130,7 @@ def write_safetensors(
     end = 0
     for name, shape in entries:
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     with path.open("wb") as file:

@@ -1,0 +1,186 @@
+"""What a model directory holds, on one screen: for people, before they train, chat or convert.
+
+What cannot be read does not end it; it stands in the list of what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from engine.conversion import end_ids
+from engine.files import human_size
+from engine.publish import MODEL_COMPLETE, require_model
+from model.chat import ChatTemplate
+from model.config import ModelConfig
+from model.errors import InputError
+from model.hf import read_model
+from model.hf_config import config_from_hf
+from model.kv_cache import PAGE, page_bytes
+from model.tokenizer import Tokenizer, has_tokenizer
+from model.weight_files import TensorStore, read_json
+
+T = TypeVar("T")
+
+_PARTS = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "feed-forward",
+    "lm_head": "head",
+    "score": "head",
+}
+_SHARDS_SHOWN = 8
+
+
+def describe_model(directory: Path | str) -> str:
+    """The facts, a line each.
+
+    Raises:
+        InputError: no such directory, or there is no config.json in it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: there is no such directory. Check the path.")
+    facts, missing = read_json(directory / "config.json"), _Missing()
+    missing.attempt(lambda: require_model(directory))
+    is_scorer = _is_scorer(facts)
+    # A scorer has a decoder of the same kinds under another name.
+    config = missing.attempt(lambda: config_from_hf({**facts, "architectures": None}, str(directory / "config.json")))
+    store = missing.attempt(lambda: TensorStore(directory))
+    tokenizer = template = None
+    if has_tokenizer(directory):
+        tokenizer = missing.attempt(lambda: Tokenizer.load(directory))
+    else:
+        missing.add(f"{directory} holds no tokenizer. Training takes one by --tokenizer; chatting needs it there.")
+    if tokenizer is not None:
+        template = missing.attempt(lambda: ChatTemplate.of(tokenizer))
+        if template is None and not is_scorer:
+            missing.add("There is no chat template: train one in with tools/sft.py, or chat with --chat.template NAME.")
+    if config is not None and store is not None and not is_scorer:
+        missing.attempt(lambda: read_model(directory, config))
+
+    lines = [("model", str(directory)), ("made by", _maker(directory))]
+    lines += [("architecture", ", ".join(facts.get("architectures") or ["not named"]) + _shape(config))]
+    if store is not None:
+        lines += [("parameters", _parameters(store)), *_weights(store)]
+    if config is not None:
+        lines += [("context", _context(config))]
+    if tokenizer is not None:
+        lines += _vocabulary(directory, config, tokenizer, missing)
+    if template is not None:
+        lines += [("chat template", f"{'its own' if template.name == 'own' else template.name}")]
+    if config is not None:
+        lines += _memory(config)
+    lines += [("missing", text) for text in missing.texts or ["nothing"]]
+    return "\n".join(
+        f"{'' if name == before else name:<14}{text}" for before, (name, text) in _with_names_before(lines)
+    )
+
+
+class _Missing:
+    """What was found wanting."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        if text not in self.texts:
+            self.texts.append(text)
+
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except InputError as error:
+            self.add(str(error))
+            return None
+
+
+def _with_names_before(lines: list[tuple[str, str]]) -> list[tuple[str, tuple[str, str]]]:
+    return list(zip(["", *(name for name, _ in lines)], lines, strict=False))
+
+
+def _is_scorer(facts: dict[str, Any]) -> bool:
+    return any("SequenceClassification" in name for name in facts.get("architectures") or [])
+
+
+def _maker(directory: Path) -> str:
+    try:
+        marker = json.loads((directory / MODEL_COMPLETE).read_text(encoding="utf-8"))
+        return marker["stage"] + (f", after {marker['step']:,} steps" if marker["step"] else "")
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"another program (it has no {MODEL_COMPLETE})"
+
+
+def _shape(config: ModelConfig | None) -> str:
+    if config is None:
+        return ""
+    return (
+        f": {config.num_layers} layers of width {config.hidden_size}, {config.num_heads} heads of {config.head_dim} "
+        f"({config.num_kv_heads} for keys and values), feed-forward {config.intermediate_size}"
+        + (", tied head" if config.tie_word_embeddings else "")
+    )
+
+
+def _parameters(store: TensorStore) -> str:
+    parts: Counter[str] = Counter()
+    for name, shape in store.shapes.items():
+        part = next((part for module, part in _PARTS.items() if f".{module}." in f".{name}"), "norms")
+        parts[part] += torch.Size(shape).numel()
+    return f"{parts.total():,}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items())
+
+
+def _weights(store: TensorStore) -> list[tuple[str, str]]:
+    kinds = ", ".join(dict.fromkeys(store.dtypes.values()))
+    sizes = [(path.name, path.stat().st_size) for path in store.files]
+    total = human_size(sum(size for _, size in sizes))
+    rows = [("weights", f"{kinds}, {total} in {len(sizes)} {'file' if len(sizes) == 1 else 'files'}")]
+    rows += [("weights", f"{name}  {human_size(size)}") for name, size in sizes[:_SHARDS_SHOWN]]
+    return rows + [("weights", f"and {len(sizes) - _SHARDS_SHOWN} more")] * (len(sizes) > _SHARDS_SHOWN)
+
+
+def _context(config: ModelConfig) -> str:
+    text, scaling = f"{config.max_position_embeddings:,} tokens, rope theta {config.rope_theta:g}", config.rope_scaling
+    if scaling is not None:
+        text += f", {scaling.kind} scaling by {scaling.factor:g}"
+        if scaling.original_max_position_embeddings is not None:
+            text += f" from {scaling.original_max_position_embeddings:,}"
+    return text if config.sliding_window is None else f"{text}, a sliding window of {config.sliding_window:,}"
+
+
+def _vocabulary(
+    directory: Path, config: ModelConfig | None, tokenizer: Tokenizer, missing: _Missing
+) -> list[tuple[str, str]]:
+    kind = "byte-level BPE" if "ByteLevel" in str(tokenizer.decoder) else "SentencePiece BPE, bytes as a fallback"
+    rows = "" if config is None else f" of {config.vocab_size:,} rows"
+    named = {name.removesuffix("_token"): text for name, text in tokenizer.special_names.items()}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
+    special = ", ".join(f"{name} {named[name]} {index}" for name, index in ids.items() if index is not None)
+    lines = [("vocabulary", f"{tokenizer.vocab_size:,} ids{rows}; {kind}"), ("special ids", special)]
+    if config is None:
+        return lines
+    if tokenizer.vocab_size > config.vocab_size:
+        missing.add(
+            f"{tokenizer.vocab_size - config.vocab_size} ids of the tokenizer have no row. Add them with "
+            "tools/convert.py import --pad_vocab 64."
+        )
+    ends = missing.attempt(lambda: end_ids(config, directory)) or ()
+    if tokenizer.eos_id not in ends:
+        missing.add(
+            f"config.json ends answers at {list(ends)}, the tokenizer at {tokenizer.eos_id}. Set eos_token_id there."
+        )
+    return [*lines, ("special ids", f"answers end at {', '.join(map(str, ends)) or 'none'}")]
+
+
+def _memory(config: ModelConfig) -> list[tuple[str, str]]:
+    count, token = config.num_parameters, page_bytes(config, torch.bfloat16) // PAGE
+    context = human_size(token * config.max_position_embeddings)
+    return [
+        ("memory", f"weights {human_size(2 * count)} in bfloat16, {human_size(4 * count)} in float32"),
+        ("memory", f"keys and values in bfloat16 {human_size(token)} a token, {context} for a full context"),
+        ("memory", f"training {human_size(16 * count)} over all GPUs: fp32 weights, gradients and two moments"),
+    ]
