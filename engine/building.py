@@ -51,6 +51,27 @@ def find_base(model: str) -> Base:
     if not Path(model).exists():
         presets = ", ".join(PRESETS)
         raise InputError(f"--model {model}: neither a preset ({presets}) nor a directory. Check the spelling.")
+    return _open_base(model)
+
+
+def find_trained(model: str, maker: str) -> Base:
+    """Resolve `--model` of a job that goes on from trained weights.
+
+    Args:
+        maker: the tool that makes what the job goes on from, for messages.
+    Raises:
+        InputError: a preset, or no complete model directory.
+    """
+    if Path(model).exists():
+        return _open_base(model)
+    found = "a preset, whose weights are fresh, but this job goes on from trained ones"
+    raise InputError(
+        f"--model {model}: {found if model in PRESETS else 'no such directory'}. Run {maker} first, or give a Hugging "
+        "Face model directory."
+    )
+
+
+def _open_base(model: str) -> Base:
     directory = require_model(model)
     return Base(load_config(directory), directory)
 
@@ -83,9 +104,19 @@ def fit_vocabulary(base: Base, tokenizer: Tokenizer) -> ModelConfig:
     return base.config
 
 
-def own_tokenizer(base: Base) -> Path | None:
-    """The base's directory, if it holds a tokenizer."""
-    return base.directory if base.directory is not None and _has_tokenizer(base.directory) else None
+def base_tokenizer(base: Base, given: str | None) -> Tokenizer | None:
+    """The tokenizer given, or the base's own; None for a preset.
+
+    Raises:
+        InputError: the directory given holds none, or trained weights come without one.
+    """
+    if given is not None:
+        return Tokenizer.load(given)
+    if base.directory is None:
+        return None
+    if not _has_tokenizer(base.directory):
+        raise InputError(f"{base.directory} holds no tokenizer. Give --tokenizer the one it was trained with.")
+    return Tokenizer.load(base.directory)
 
 
 def make_run_directory(directory: Path) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.building import Base, own_tokenizer
+from engine.building import Base, base_tokenizer
 from engine.config import check_range
 from engine.data.corpus import Corpus, open_corpus
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
 from engine.data.shards import is_prepared, prepared_parts, read_manifest
-from engine.data.sources import DataOptions, ReadOptions, read_texts
+from engine.data.sources import DataOptions, read_texts
 from engine.launch import speak
 from engine.ngram import NGram
 from model.batch import IGNORE, PackedBatch
@@ -56,13 +56,9 @@ def find_tokenizer(config: DataConfig, given: str | None, base: Base, trained: P
     Raises:
         InputError: the directory given holds none, or trained weights come without one.
     """
-    if given is not None:
-        return Tokenizer.load(given)
-    own = own_tokenizer(base)
-    if own is not None:
-        return Tokenizer.load(own)
-    if base.is_pretrained:
-        raise InputError(f"{base.directory} holds no tokenizer. Give --tokenizer the one it was trained with.")
+    found = base_tokenizer(base, given)
+    if found is not None:
+        return found
     for path in config.paths:
         if is_prepared(path):
             return Tokenizer.load(next(iter(prepared_parts(path)), Path(path)) / "tokenizer")
@@ -135,9 +131,8 @@ def _prepared(paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, di
             f"{ready[0]} is prepared, {next(path for path in paths if path not in ready)} is raw. "
             "Prepare that one too: tools/prepare.py."
         )
-    options = ReadOptions(**{name: getattr(config, name) for name in ReadOptions.__dataclass_fields__})
-    target = directory / "prepared" / preparation_key(paths, tokenizer, options)
-    prepare(paths, tokenizer, target, options, workers=config.workers, progress=ProgressLine("Preparing"))
+    target = directory / "prepared" / preparation_key(paths, tokenizer, config)
+    prepare(paths, tokenizer, target, config, workers=config.workers, progress=ProgressLine("Preparing"))
     _report(paths, target)
     return [target]
 

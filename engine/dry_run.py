@@ -6,24 +6,29 @@ Nothing is written, nothing is allocated on a device; of raw files only the begi
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from engine.config import check_range
+from engine.conversations import ConversationDataConfig, open_conversations
+from engine.data.conversation_files import read_conversations
 from engine.data.corpus import open_corpus
-from engine.data.shards import is_prepared
+from engine.data.shards import TRAINED, is_prepared
 from engine.data.sources import ReadOptions, list_files, read_texts
 from engine.memory import Setup, plan
 from engine.memory_advice import GIB, describe
 from engine.preview import show_document
 from engine.shard import Precision
 from model.batch import IGNORE, PackedBatch
+from model.chat import ChatTemplate, Encoded, fit_batch
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -143,9 +148,45 @@ def look_at_data(
     return DataLook(math.ceil(listing.size * per_byte), False, show_document(_as_batch(ids, context), tokenizer) + note)
 
 
-def _as_batch(ids: list[int], context: int) -> PackedBatch:
-    """One document as a batch of its own."""
+def look_at_conversations(
+    config: ConversationDataConfig, template: ChatTemplate, tokenizer: Tokenizer, context: int
+) -> DataLook:
+    """The same for conversations, of which one is shown as the template writes it.
+
+    Raises:
+        InputError: data that cannot be read, or no conversation in it.
+    """
+    if not config.paths or any(map(is_prepared, config.paths)):
+        corpus = open_conversations(config, template, tokenizer, context, Path())
+        stored = corpus.read(int(corpus.documents()[0]))
+        shown = _as_batch((stored % TRAINED).tolist(), context, (stored >= TRAINED).tolist())
+        return DataLook(corpus.num_tokens, True, show_document(shown, tokenizer))
+    found = [
+        answered
+        for messages in itertools.islice(read_conversations(config.paths, config), _TEXTS)
+        if (answered := messages[: -1 if messages[-1].role == "user" else None])
+    ]
+    fitted = fit_batch(template, tokenizer, found, context)
+    usable = [(messages, row) for messages, row in zip(found, fitted, strict=True) if isinstance(row, Encoded)]
+    if not usable:
+        why = next((f" ({error})" for error in fitted), "")
+        raise InputError(
+            f"{', '.join(config.paths)}: there is no conversation to train on{why}. Give --data other files."
+        )
+    # As most files write them; the names of fields and roles take a third of their bytes where turns are short.
+    size = sum(
+        len(json.dumps([vars(message) for message in messages], ensure_ascii=False).encode()) for messages, _ in usable
+    )
+    tokens = sum(len(row.ids) for _, row in usable) / size * list_files(config.paths).size
+    first = usable[0][1]
+    return DataLook(math.ceil(tokens), False, show_document(_as_batch(first.ids, context, first.trained), tokenizer))
+
+
+def _as_batch(ids: list[int], context: int, trained: list[bool] | None = None) -> PackedBatch:
+    """One document as a batch of its own, all of it trained unless said otherwise."""
     tokens = torch.from_numpy(np.array(ids, dtype=np.int64))
     targets = torch.cat([tokens[1:], torch.tensor([IGNORE])])
+    if trained is not None:
+        targets[:-1][~torch.tensor(trained[1:], dtype=torch.bool)] = IGNORE
     bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
     return PackedBatch(tokens, torch.arange(len(ids)), bounds, targets, 1, context)

@@ -35,7 +35,8 @@ from model.errors import InputError
 class Loader(Protocol):
     """Where micro-batches come from.
 
-    cursor: the JSON state after the last step handed out.
+    cursor: the JSON state after the last step handed out; its "tokens" are those of all steps and ranks, without
+        padding.
     wait_seconds: how long that step was waited for.
     describe: one sentence on what has been handed out.
     """
@@ -99,6 +100,7 @@ class Run:
     identity: what a checkpoint must share with this run to be its own, by name.
     publish: writes the HF model to the given directory; a collective, called with the number of steps done.
     fresh_loader: makes the loader from a cursor (None at the beginning).
+    held_out_objective: what held-out batches are judged by, where it is not what is trained.
     """
 
     directory: Path
@@ -114,6 +116,7 @@ class Run:
     flops_per_token: float
     identity: dict[str, Any]
     publish: Callable[[Path, int], None]
+    held_out_objective: Objective | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All state that is tensors, by name; loading fills them in place."""
@@ -171,6 +174,7 @@ def train(
                 break
 
             dog.beat(f"in step {progress.step + 1}")
+            tokens_before = loader.cursor["tokens"]
             micro_batches = loader.next_step()
             # Measured two steps ago, so that no step is waited for.
             busy = clock.take() if (progress.step - 2) % log.every == 0 else 0.0
@@ -186,7 +190,7 @@ def train(
                 wants_stop=signals.wants_stop,
                 busy_seconds=busy and busy + loader.wait_seconds,
             )
-            desk.data_wait(loader.wait_seconds)
+            desk.expect(loader.cursor["tokens"] - tokens_before, loader.wait_seconds)
             if pending is not None:
                 desk.read(pending)
             pending, progress.step = now, progress.step + 1
@@ -230,14 +234,14 @@ class _Desk:
         self._run, self._progress, self._run_log, self._every = run, progress, run_log, log.every
         self._checkpointer = checkpointer
         self._stragglers = Stragglers(runtime.world)
-        self._waits: list[float] = []
+        self._begun: list[tuple[int, float]] = []
         self._read = progress.step
         self.speedometer = Speedometer(run.flops_per_token, peak_flops(runtime.device), runtime.world)
         self.must_stop = False
 
-    def data_wait(self, seconds: float) -> None:
-        """How long the step just begun had waited for data."""
-        self._waits.append(seconds)
+    def expect(self, tokens: int, data_wait: float) -> None:
+        """How many tokens the step just begun reads, and how long it had waited for them."""
+        self._begun.append((tokens, data_wait))
 
     def read(self, pending: PendingReport) -> None:
         """Take in one step's report.
@@ -249,7 +253,7 @@ class _Desk:
         step = self._read = self._read + 1
         self._progress.tokens += int(report.targets)
         self.must_stop |= report.stop_votes > 0
-        speed = self.speedometer.lap(int(report.targets), self._waits.pop(0), pending.finished_at)
+        speed = self.speedometer.lap(*self._begun.pop(0), pending.finished_at)
         row = {
             "loss": report.loss,
             "lr": self._run.learning_rate(step - 1),
@@ -302,7 +306,8 @@ class _Desk:
 def _evaluate(run: Run, progress: Progress, run_log: RunLog, dog: Watchdog, keep_best: bool) -> float:
     assert run.held_out is not None
     doing = f"evaluating after step {progress.step}"
-    loss = held_out_loss(run.model, run.objective, run.held_out(), run.runtime, lambda: dog.beat(doing))
+    objective = run.held_out_objective or run.objective
+    loss = held_out_loss(run.model, objective, run.held_out(), run.runtime, lambda: dog.beat(doing))
     run_log.record(progress.step, {"held_out_loss": loss, "perplexity": perplexity(loss)})
     run_log.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):

@@ -54,7 +54,7 @@ class Speed:
 
 
 class Speedometer:
-    """Target tokens and time, all ranks together, one lap a step; evaluation and saving do not count.
+    """Tokens read and time, all ranks together, one lap a step; evaluation and saving do not count.
 
     Args:
         flops_per_token: of the model at the run's context, forward and backward.
@@ -78,7 +78,7 @@ class Speedometer:
         """Speed of one step.
 
         Args:
-            tokens: its targets over all ranks.
+            tokens: of all ranks, trained or not, without padding.
             data_wait: seconds this rank waited for data.
             finished_at: `time.perf_counter()` at its end; its numbers are read later.
         """

@@ -20,7 +20,7 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019)."""
 
     lr: float | None = None
-    """peak learning rate; by default from the model's width, a tenth of that on trained weights"""
+    """peak learning rate; by default the job's: in pre-training from the model's width, in fine-tuning 1e-4"""
     beta1: float = 0.9
     """decay of the mean of gradients"""
     beta2: float = 0.95

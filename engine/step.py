@@ -40,11 +40,16 @@ class Loss(NamedTuple):
 Objective = Callable[[nn.Module, PackedBatch], Loss]
 
 
-def next_token_loss(z_loss: float = 0.0) -> Objective:
-    """Cross-entropy of the next token, plus `z_loss` times the squared log-sum-exp."""
+def next_token_loss(z_loss: float = 0.0, embedding_noise: Callable[[PackedBatch], Tensor] | None = None) -> Objective:
+    """Cross-entropy of the next token, plus `z_loss` times the squared log-sum-exp.
+
+    Args:
+        embedding_noise: what is added to a batch's embeddings, [T, d].
+    """
 
     def objective(model: nn.Module, batch: PackedBatch) -> Loss:
-        nll_sum, z_sum = model(batch, cross_entropy=True, z_loss=z_loss)
+        noise = None if embedding_noise is None else embedding_noise(batch)
+        nll_sum, z_sum = model(batch, cross_entropy=True, z_loss=z_loss, embedding_noise=noise)
         targets = batch.targets != IGNORE
         count = targets.sum() if batch.weights is None else (batch.weights * targets).sum()
         return Loss(nll_sum + z_sum, nll_sum.detach(), count.float())

@@ -207,9 +207,9 @@ def slow_down_reading() -> None:
     """Have every step wait for its data."""
     read = PackLoader._batches
 
-    def read_slowly(self: PackLoader, packs: list) -> list:
+    def read_slowly(self: PackLoader, packs: list, first: int) -> list:
         time.sleep(0.2)
-        return read(self, packs)
+        return read(self, packs, first)
 
     PackLoader._batches = read_slowly  # type: ignore[method-assign]
 
