@@ -1,8 +1,9 @@
-"""One packed document as the model will see it: decoded, with the trained tokens told from the others."""
+"""A document as the model will see it: decoded, with the trained tokens told from the others."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from model.batch import IGNORE, PackedBatch
 from model.tokenizer import Tokenizer
@@ -18,17 +19,21 @@ def show_document(batch: PackedBatch, tokenizer: Tokenizer, index: int = 0, most
         most_tokens: longer ones are cut, and say so.
     """
     begin, end = batch.cu_seqlens[index : index + 2].tolist()
-    shown = min(end, begin + most_tokens)
     # A token is trained where the token before it has it as its target.
-    trained = [False, *(batch.targets[begin : shown - 1] != IGNORE).tolist()]
+    trained = [False, *(batch.targets[begin : end - 1] != IGNORE).tolist()]
+    return show_ids(batch.tokens[begin:end].tolist(), trained, tokenizer, most_tokens)
+
+
+def show_ids(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer, most_tokens: int = 200) -> str:
+    """Tokens as text: trained ones bold on a terminal, between ⟦ and ⟧ elsewhere."""
+    shown = min(len(ids), most_tokens)
     parts: list[str] = []
     start = 0
-    for position in range(1, len(trained) + 1):
-        if position == len(trained) or trained[position] != trained[start]:
-            ids = batch.tokens[begin + start : begin + position].tolist()
-            parts.append(_mark(_decode(ids, tokenizer), trained[start]))
+    for position in range(1, shown + 1):
+        if position == shown or trained[position] != trained[start]:
+            parts.append(_mark(_decode(list(ids[start:position]), tokenizer), trained[start]))
             start = position
-    rest = f" … and {end - shown} tokens more" if shown < end else ""
+    rest = f" … and {len(ids) - shown} tokens more" if shown < len(ids) else ""
     return "".join(parts) + rest
 
 

@@ -1,6 +1,10 @@
 """Say what is in raw files or prepared directories, before anything is trained on them.
 
-python tools/check_data.py --data PATH... [--tokenizer DIR] [--held_out PATH...]
+    python tools/check_data.py --data PATH... [--tokenizer DIR] [--held_out PATH...]
+    python tools/check_data.py --data PATH... --model DIR --template chatml --context 4096
+
+What the files hold, texts or conversations, is found from the first records. A conversation's tokens are counted under
+a chat template, and some are shown with the trained ones marked.
 """
 
 from __future__ import annotations
@@ -8,33 +12,68 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.config import check_range
 from engine.data.check import check, render
+from engine.data.check_conversations import Encoding, are_conversations, check_conversations, render_conversations
+from engine.data.conversation_files import ConversationOptions
 from engine.data.progress import ProgressLine
-from engine.data.sources import DataOptions
+from engine.data.sources import DataOptions, only
 from engine.launch import run
+from model.chat import resolve_template
 from model.tokenizer import Tokenizer
+
+
+@dataclass
+class CheckOptions(DataOptions):
+    """Which files, and how they are read."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """of conversations: what fields mean, where the schema is not known by itself: user=ask assistant=answer"""
+    system: str | None = None
+    """system prompt of conversations that have none; by default they have none"""
 
 
 @dataclass
 class CheckConfig:
     """Report on raw files or prepared directories."""
 
+    kind: Literal["auto", "text", "conversations"] = "auto"
+    """what the files hold; auto: what their first records are"""
+    model: str | None = None
+    """the same as --tokenizer"""
     tokenizer: str | None = None
     """tokenizer or model directory, to count tokens of raw files"""
+    template: str = "auto"
+    """chat template of conversations: a name, a .jinja file, or auto for the one stored beside the tokenizer"""
+    context: int | None = None
+    """tokens of the longest conversation: say what would be left out or cut"""
     held_out: list[str] = field(default_factory=list)
     """held-out files or prepared directories, to be looked for in the data"""
     verify: bool = False
     """compare every byte of prepared shards with what was written"""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: CheckOptions = field(default_factory=CheckOptions)
 
 
 def main(config: CheckConfig) -> None:
-    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    check_range("context", config, 2, "context")
+    directory = config.tokenizer or config.model
+    tokenizer = Tokenizer.load(directory) if directory else None
     progress = ProgressLine("Reading")
-    print(render(check(config.data.paths, tokenizer, config.data, config.held_out, config.verify, progress)))
+    options = only(ConversationOptions, config.data)
+    is_conversations = config.kind == "conversations" or bool(config.data.keys)
+    if is_conversations or (config.kind == "auto" and are_conversations(config.data.paths, options)):
+        encoding = None
+        if tokenizer is not None:
+            template = resolve_template(config.template, tokenizer, replace=True)
+            encoding = Encoding(template, tokenizer, config.context)
+        report = check_conversations(config.data.paths, options, encoding, config.held_out, progress)
+        print(render_conversations(report, config.context))
+    else:
+        print(render(check(config.data.paths, tokenizer, config.data, config.held_out, config.verify, progress)))
 
 
 if __name__ == "__main__":

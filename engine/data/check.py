@@ -17,6 +17,7 @@ from engine.data.corpus import Store, open_corpus
 from engine.data.encoders import TextTokenizer
 from engine.data.prepare import Progress
 from engine.data.reading import read_records
+from engine.data.report import counts, histogram, keys, unless_zero
 from engine.data.shards import is_prepared, text_hash
 from engine.data.sources import ReadOptions, list_files, malformed, probe, settle
 from model.errors import InputError
@@ -24,7 +25,6 @@ from model.tokenizer import Tokenizer
 
 _EXAMPLES = 5
 _SAMPLE_CHARACTERS = 200
-_BAR = 40  # characters of the longest bar
 _SCAN = 1 << 20
 
 
@@ -96,7 +96,7 @@ def check(
     if held_out:
         other = _hashes_of(held_out, options)
         report.held_out = len(other)
-        report.overlap = int(np.isin(_keys(other), _keys(hashes)).sum())
+        report.overlap = int(np.isin(keys(other), keys(hashes)).sum())
     return report
 
 
@@ -170,7 +170,7 @@ def _check_raw(
             progress(Progress(done, listing.size, 0, report.documents, report.tokens or 0, time.monotonic() - began))
     report.lengths = np.array(lengths, np.int64)
     found = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
-    report.duplicates = len(found) - len(np.unique(_keys(found)))
+    report.duplicates = len(found) - len(np.unique(keys(found)))
     return report, found
 
 
@@ -197,22 +197,17 @@ def _stored_hashes(store: Store) -> np.ndarray:
     return store.hashes(0, len(store))
 
 
-def _keys(hashes: np.ndarray) -> np.ndarray:
-    """[N, 2] halves as one value each, in an order of their own."""
-    return np.ascontiguousarray(hashes).view([("high", "<u8"), ("low", "<u8")]).ravel()
-
-
 def render(report: Report) -> str:
     """The report as a page of text."""
     unit = "characters" if report.tokens is None else "tokens"
     rows = [
         (
             "files",
-            f"{report.files:,} ({_counts(report.formats)})"
-            + _unless_zero(report.ignored_files, "of other kinds ignored"),
+            f"{report.files:,} ({counts(report.formats)})"
+            + unless_zero(report.ignored_files, "of other kinds ignored"),
         ),
-        ("encodings", _counts(report.encodings)),
-        ("documents", f"{report.documents:,}" + _unless_zero(report.divided, "stored in several pieces")),
+        ("encodings", counts(report.encodings)),
+        ("documents", f"{report.documents:,}" + unless_zero(report.divided, "stored in several pieces")),
         ("characters", f"{report.characters:,}"),
     ]
     if report.tokens is not None:
@@ -228,27 +223,5 @@ def render(report: Report) -> str:
         rows.append(("held out", f"{report.held_out:,} documents, {report.overlap:,} of them also to be trained on"))
     lines = [f"{name:<12}{value}" for name, value in rows]
     if report.documents:
-        lines += ["", *_histogram(report.lengths, unit), "", "The first document begins:", report.sample]
+        lines += ["", *histogram(report.lengths, unit), "", "The first document begins:", report.sample]
     return "\n".join(lines)
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counter.most_common())
-
-
-def _unless_zero(count: int, what: str) -> str:
-    return f", {count:,} {what}" if count else ""
-
-
-def _histogram(lengths: np.ndarray, unit: str) -> list[str]:
-    """A bar for each doubling of the length."""
-    middle, high = np.percentile(lengths, [50, 95])
-    lines = [
-        f"Length in {unit}: median {middle:,.0f}, mean {lengths.mean():,.0f}, 95% below {high:,.0f}, "
-        f"longest {lengths.max():,}"
-    ]
-    counts = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
-    for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
-        bar = "█" * round(_BAR * counts[power] / counts.max())
-        lines.append(f"{2**power:>11,} –{2 ** (power + 1) - 1:>11,} {counts[power]:>11,} {bar}")
-    return lines

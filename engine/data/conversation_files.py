@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from engine.data.conversations import KEYS, Recognised, dump_messages, load_messages, recognise
+from engine.data.conversations import KEYS, Recognised, dump, load, recognise
 from engine.data.encodings import Encoding
 from engine.data.reading import read_records
 from engine.data.records import Document, Record, RecordError, SourceFile
@@ -21,7 +21,7 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class ConversationSchema:
-    """A record's text is its messages, as JSON.
+    """A record's text is what it was recognised as, in JSON.
 
     keys: as `parse_conversation`.
     system: the first message of conversations that have none of their own.
@@ -56,7 +56,7 @@ class ConversationSchema:
         return Recognised(messages, schema)
 
     def text(self, value: Any) -> str:
-        return dump_messages(self.recognise(value).messages)
+        return dump(self.recognise(value))
 
     def columns(self, names: Sequence[str]) -> list[str]:
         return list(names)
@@ -138,6 +138,6 @@ def read_conversations(
         file = probe(listed, options)
         for record in read_records(file, options.schema):
             if record.text is not None:
-                yield load_messages(record.text)
+                yield load(record.text).messages
             elif options.on_error == "fail":
                 raise malformed(file.path, record.line, record.reason)

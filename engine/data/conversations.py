@@ -102,19 +102,24 @@ def recognise(record: Any, keys: Mapping[str, Sequence[str]] | None = None) -> R
     return found
 
 
-def dump_messages(messages: Conversation) -> str:
-    """A conversation as one line of JSON."""
-    return json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+def dump(found: Recognised) -> str:
+    """What was recognised as one line of JSON."""
+    return json.dumps([found.schema, _plain(found.messages)], ensure_ascii=False)
 
 
-def load_messages(text: str) -> list[Message]:
-    """What `dump_messages` wrote."""
-    return [Message(role, content) for role, content in json.loads(text)]
+def load(text: str) -> Recognised:
+    """What `dump` wrote."""
+    schema, messages = json.loads(text)
+    return Recognised([Message(role, content) for role, content in messages], schema)
+
+
+def _plain(messages: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in messages]
 
 
 def conversation_hash(messages: Conversation) -> bytes:
     """128 bits: 64 that stand for all messages, then 64 for the first question, whose spaces do not count."""
-    whole = blake2b(dump_messages(messages).encode(), digest_size=8).digest()
+    whole = blake2b(json.dumps(_plain(messages)).encode(), digest_size=8).digest()
     return whole + question_hash(next(message.content for message in messages if message.role == "user"))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.data.conversations import conversation_hash, load_messages
+from engine.data.conversations import conversation_hash, load
 from engine.data.records import Record
 from engine.data.shards import TRAINED, text_hash
 from model.chat import ChatTemplate, Conversation, ConversationError, Encoded, fit_batch
@@ -115,10 +115,10 @@ class ChatEncoder(Encoder):
         }
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoding]:
-        conversations = [load_messages(record.text or "") for record in records]
+        conversations = [load(record.text or "").messages for record in records]
         answered = [messages[:-1] if messages[-1].role == "user" else messages for messages in conversations]
         usable = [messages for messages in answered if messages and messages[-1].role == "assistant"]
-        fitted = iter(self._fit(usable))
+        fitted = iter(fit_each(self._template, self.tokenizer, usable, self._context))
         for all_messages, messages in zip(conversations, answered, strict=True):
             if not messages or messages[-1].role != "assistant":
                 yield Encoding(None, reason="it holds no answer")
@@ -128,15 +128,6 @@ class ChatEncoder(Encoder):
                 yield Encoding(None, reason=str(encoded))
             else:
                 yield self._encoding(messages, encoded, is_unanswered=len(messages) < len(all_messages))
-
-    def _fit(self, conversations: Sequence[Conversation]) -> list[Encoded | ConversationError]:
-        try:
-            return fit_batch(self._template, self.tokenizer, conversations, self._context)
-        except InputError as error:
-            # The template refuses one of them (a system prompt, perhaps), which is no reason to lose the others.
-            if len(conversations) == 1:
-                return [ConversationError(str(error).removesuffix("."))]
-            return [result for conversation in conversations for result in self._fit([conversation])]
 
     def _encoding(self, messages: Conversation, encoded: Encoded, is_unanswered: bool) -> Encoding:
         ids = np.array(encoded.ids, self.dtype)
@@ -152,6 +143,18 @@ class ChatEncoder(Encoder):
         }
         characters = sum(len(message.content) for message in messages)
         return Encoding(ids, characters, conversation_hash(messages), counts)
+
+
+def fit_each(
+    template: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation], context: int
+) -> list[Encoded | ConversationError]:
+    """As `fit_batch`, where a template may also refuse some of the conversations (a system prompt, perhaps)."""
+    try:
+        return fit_batch(template, tokenizer, conversations, context)
+    except InputError as error:
+        if len(conversations) == 1:
+            return [ConversationError(str(error).removesuffix("."))]
+        return [fit_each(template, tokenizer, [conversation], context)[0] for conversation in conversations]
 
 
 def as_encoder(given: TextTokenizer | Encoder) -> Encoder:

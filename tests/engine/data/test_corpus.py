@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from engine.data import duplicates
-from engine.data.corpus import Corpus, Selection, open_corpus
+from engine.data.corpus import Corpus, open_corpus
 from engine.data.mixture import Mixture
 from engine.data.prepare import prepare
+from engine.data.selection import Selection
 from engine.data.sources import ReadOptions
 from model.errors import InputError
 from tests.engine.data.stand_in import Bytes, prepare_lengths

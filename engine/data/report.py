@@ -1,0 +1,38 @@
+"""What the reports on texts and on conversations share."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+_BAR = 40  # characters of the longest bar
+
+
+def keys(hashes: np.ndarray) -> np.ndarray:
+    """[N, 2] halves as one value each, in an order of their own."""
+    return np.ascontiguousarray(hashes).view([("high", "<u8"), ("low", "<u8")]).ravel()
+
+
+def counts(counter: Counter[str]) -> str:
+    """ "3 utf-8, 1 gbk", the most common first."""
+    return ", ".join(f"{count:,} {name}" for name, count in counter.most_common())
+
+
+def unless_zero(count: int, what: str) -> str:
+    """A clause for the end of a line."""
+    return f", {count:,} {what}" if count else ""
+
+
+def histogram(lengths: np.ndarray, unit: str) -> list[str]:
+    """A bar for each doubling of the length."""
+    middle, high = np.percentile(lengths, [50, 95])
+    lines = [
+        f"Length in {unit}: median {middle:,.0f}, mean {lengths.mean():,.0f}, 95% below {high:,.0f}, "
+        f"longest {lengths.max():,}"
+    ]
+    numbers = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
+    for power in range(int(np.flatnonzero(numbers)[0]), len(numbers)):
+        bar = "█" * round(_BAR * numbers[power] / numbers.max())
+        lines.append(f"{2**power:>11,} –{2 ** (power + 1) - 1:>11,} {numbers[power]:>11,} {bar}")
+    return lines
