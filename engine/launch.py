@@ -80,7 +80,7 @@ def run(
 
 def _fail(message: str, code: int) -> int:
     """Say why, once for all ranks."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main_process():
         # Rank 0 usually has the same to say, and its exit ends the others: speak only if it does not.
         time.sleep(3)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -104,5 +104,10 @@ def _leave(code: int) -> NoReturn:
 
 def speak(message: Any) -> None:
     """A line of progress on stderr, from rank 0 only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         print(message, file=sys.stderr, flush=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, by what torchrun says; true without it."""
+    return int(os.environ.get("RANK", "0")) == 0

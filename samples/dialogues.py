@@ -7,12 +7,13 @@ combine symptoms, patients and wordings as training never does; the facts that a
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model.chat import Message
 from samples.draw import Draw
 from samples.knowledge import Knowledge
-from samples.scripts import Message, load_scripts
+from samples.scripts import load_scripts
 from samples.topics import (
     Topic,
     advice_topic,
@@ -29,7 +30,7 @@ from samples.topics import (
 HELD_OUT_FRACTION = 0.1
 
 # Copies of each kind for each condition, each purpose of its treatment, or each drug.
-CONDITION_COPIES = {"department": 12, "disease": 3, "advice": 3, "urgent": 2, "consultation": 4, "entities": 2}
+CONDITION_COPIES = {"department": 12, "disease": 3, "advice": 3, "urgent": 2, "consultation": 4, "entities": 4}
 CHOICE_COPIES = 1
 PURPOSE_COPIES = {"drug": 6}
 DRUG_COPIES = {"medicine": 3}
@@ -117,6 +118,6 @@ def _ids(copies: dict[str, int], subject: str) -> Iterator[tuple[str, str]]:
 
 def _lines(dialogues: Iterable[Dialogue]) -> Iterator[str]:
     for dialogue in dialogues:
-        messages = [message._asdict() for message in dialogue.messages]
-        record = {"id": dialogue.id, "kind": dialogue.kind, "messages": messages}
+        record = asdict(dialogue)
+        del record["accepted"]
         yield json.dumps(record, ensure_ascii=False) + "\n"

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model.chat import Message
 from samples.dialogues import Dialogue
 from samples.knowledge import Knowledge
-from samples.scripts import Message
 
 KINDS = ("department", "drug")
 REFUSALS = ("不宜", "不能", "不可", "不要", "不用", "不适合", "不建议", "避免", "避用", "禁用", "慎用")
@@ -59,10 +59,8 @@ class Score:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return (
-            f"right {self.kind} {self.right} of {self.count} "
-            f"({self.right / self.count:.0%}, 95% interval {low:.0%} to {high:.0%}; chance {self.chance:.1%})"
-        )
+        share = f"{self.right / self.count:.0%}, 95% interval {low:.0%} to {high:.0%}; chance {self.chance:.1%}"
+        return f"Right {self.kind}: {self.right} of {self.count} ({share})"
 
 
 def questions_of(dialogues: Iterable[Dialogue]) -> list[Question]:
@@ -79,8 +77,8 @@ def questions_of(dialogues: Iterable[Dialogue]) -> list[Question]:
 def write_questions(file: Path, dialogues: Iterable[Dialogue]) -> list[Question]:
     """Write the keyed questions of these conversations, an object a line; returns what was written."""
     questions = questions_of(dialogues)
-    records = (asdict(q) | {"messages": [message._asdict() for message in q.messages]} for q in questions)
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    lines = (json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions)
+    file.write_text("".join(lines), encoding="utf-8")
     return questions
 
 

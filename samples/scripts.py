@@ -11,10 +11,10 @@ facts, and from the draw.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
+from model.chat import Message
 from samples.draw import Draw
 from samples.sheets import Facts, possible
 
@@ -22,11 +22,6 @@ DIRECTORY = Path(__file__).parent / "phrases" / "dialogue"
 SYSTEM_RATE = 0.12  # how often a conversation begins with one of its kind's system prompts
 
 Parts = Sequence[Sequence[str]]
-
-
-class Message(NamedTuple):
-    role: str  # system, user or assistant
-    content: str
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained, make_run_directory
-from engine.launch import run, speak
+from engine.launch import is_main_process, run, speak
 from engine.sft import SftConfig, sft
 from samples.bundle import bundled_dialogues
+from samples.quiz import compare
 
 
 def main(config: SftConfig) -> None:
@@ -27,7 +28,7 @@ def main(config: SftConfig) -> None:
 
 
 def demo(config: SftConfig) -> None:
-    """The same on the bundled dialogues."""
+    """The same on the bundled dialogues, and how the model answers those of their questions that have keys."""
     find_trained(config.model, "tools/pretrain.py")  # before anything is written
     speak("No --data: these are the bundled dialogues.")
     with tempfile.TemporaryDirectory() as beside:
@@ -38,6 +39,9 @@ def demo(config: SftConfig) -> None:
         train, held_out = bundled_dialogues(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         sft(config)
+    if is_main_process() and not config.dry_run:
+        speak("Its answers to held-out questions, token by token the likeliest:")
+        print(compare(config.model, config.out))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from model.chat import Message
 from samples.bundle import bundled_dialogues
 from samples.dialogues import Dialogue, plan, render_dialogues
 from samples.knowledge import Condition, Drug, Knowledge, Trait
@@ -295,6 +296,6 @@ def test_the_command_and_the_bundle_write_what_the_function_returns(
         assert file.read_bytes() == (tmp_path / "command" / "dialogues" / file.name).read_bytes()
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert [record["id"] for record in records] == [dialogue.id for dialogue in written]
-        turns = [tuple((turn["role"], turn["content"]) for turn in record["messages"]) for record in records]
+        turns = [tuple(Message(**turn) for turn in record["messages"]) for record in records]
         assert turns == [dialogue.messages for dialogue in written]
         assert f"dialogues/{file.stem}: {len(written)} conversations" in printed

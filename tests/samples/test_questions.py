@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.chat import Message
 from samples.dialogues import Dialogue
 from samples.knowledge import Knowledge
 from samples.questions import (
@@ -18,7 +19,6 @@ from samples.questions import (
     wilson_interval,
     write_questions,
 )
-from samples.scripts import Message
 from tests.samples.conftest import Splits
 from tests.samples.test_dialogues import condition_of, mentions, told_traits
 
@@ -137,8 +137,8 @@ def test_intervals_are_wilsons() -> None:
 
 def test_a_score_says_its_interval_and_its_chance(asked: list[Question], names: dict[str, tuple[str, ...]]) -> None:
     department, drug = map(str, score_answers(asked, ["心内科", "不清楚"], names))
-    assert re.fullmatch(r"right department 1 of 1 \(100%, 95% interval \d+% to 100%; chance 5\.3%\)", department)
-    assert re.fullmatch(r"right drug 0 of 1 \(0%, 95% interval 0% to \d+%; chance 1\.4%\)", drug)
+    assert re.fullmatch(r"Right department: 1 of 1 \(100%, 95% interval \d+% to 100%; chance 5\.3%\)", department)
+    assert re.fullmatch(r"Right drug: 0 of 1 \(0%, 95% interval 0% to \d+%; chance 1\.4%\)", drug)
 
 
 def test_written_questions_hold_their_keys(dialogues: Splits[Dialogue], tmp_path: Path) -> None:
