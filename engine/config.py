@@ -170,7 +170,7 @@ def _option_words(flag: str, kind: Any, values: list[str]) -> list[str]:
     if typing.get_origin(kind) is dict:
         pairs = [value.partition("=") for value in values]
         if not all(separator for _, separator, _ in pairs):
-            raise InputError(f"--{flag} takes name=value pairs, as in --{flag} user=ask assistant=answer.")
+            raise InputError(f"--{flag} takes name=value pairs. Write them as in --{flag} user=ask assistant=answer.")
         return [f"--{flag}={json.dumps({key: value for key, _, value in pairs}, ensure_ascii=False)}"]
     if len(values) != 1:
         raise InputError(f"--{flag} takes one value, not {len(values)}. Give it {_type_name(kind)}.")

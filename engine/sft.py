@@ -6,7 +6,6 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.building import Base, base_tokenizer, find_trained, fit_vocabulary, make_run_directory, publisher
 from engine.config import check_range
@@ -17,9 +16,8 @@ from engine.conversations import (
     open_held_out_conversations,
 )
 from engine.data.corpus import Corpus
-from engine.data.loader import build_batch, require_a_step
-from engine.data.mixture import Mixture
-from engine.data.packing import Packer, Piece, Position
+from engine.data.loader import build_batch, packs_per_epoch, require_a_step
+from engine.data.packing import Piece
 from engine.dry_run import look_at_conversations, planned_world
 from engine.guard import Guard
 from engine.job import (
@@ -129,12 +127,13 @@ def sft(config: SftConfig) -> None:
         )
         require_a_step(documents, shape.tokens_per_step)
     model_config = model_config.with_context(shape.context)
-    epoch = look_at_epoch(documents, config.seed, shape)
-    recipe = _resolve(config, shape, epoch.packs)
+    packs = packs_per_epoch(documents, config.seed, shape.tokens_per_pack, shape.context)
+    recipe = _resolve(config, shape, packs)
     assert recipe.train.steps is not None
     if runtime.is_main:
         speak(describe_conversations(documents, held_out))
-        speak(str(epoch))
+        padding = 1 - documents.epoch_tokens / (packs * shape.tokens_per_pack)
+        speak(f"An epoch fills {packs:,} packs of {shape.tokens_per_pack:,} tokens with {padding:.2%} padding.")
         describe_run(recipe, model_config, shape, runtime)
         speak(f"The chat template is {template.name}. One conversation, trained tokens marked:")
         speak(show_conversation(documents, tokenizer, shape))
@@ -163,7 +162,7 @@ def sft(config: SftConfig) -> None:
             identity={
                 "stage": "sft",
                 "tokenizer": tokenizer.fingerprint,
-                "template": f"{template.name} ({template.fingerprint})",
+                "template": f"{template.name} ({template.fingerprint[:8]})",
                 **dataclasses.asdict(shape),
             },
             publish=publisher(model, model_config, template.store(tokenizer), "sft", STORED[precision]),
@@ -203,32 +202,6 @@ def _read_base(config: SftConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, 
 def _resolve(config: SftConfig, shape: StepShape, packs: int) -> SftConfig:
     steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
     return resolve_recipe(config, shape, steps, LEARNING_RATE)
-
-
-class Epoch(NamedTuple):
-    """What an epoch's conversations fill. `is_exact`: all were packed, not the first window of them alone."""
-
-    packs: int
-    tokens_per_pack: int
-    padding_share: float
-    is_exact: bool
-
-    def __str__(self) -> str:
-        return (
-            f"An epoch fills {'' if self.is_exact else 'about '}{self.packs:,} packs of {self.tokens_per_pack:,} "
-            f"tokens with {self.padding_share:.2%} padding."
-        )
-
-
-def look_at_epoch(documents: Corpus, seed: int, shape: StepShape) -> Epoch:
-    """Pack the first epoch, or as much of it as takes a second: conversations are not cut, so packs have gaps."""
-    packer = Packer(Mixture(documents, seed), seed, shape.tokens_per_pack, shape.context, allow_split=False)
-    packs, end = (window := packer.window(Position())).packs, window.end
-    tokens = sum(piece.length for pack in packs for piece in pack)
-    filled = tokens / (len(packs) * shape.tokens_per_pack)
-    is_exact = end.epoch > 0
-    count = len(packs) if is_exact else math.ceil(documents.epoch_tokens / (shape.tokens_per_pack * filled))
-    return Epoch(count, shape.tokens_per_pack, 1 - filled, is_exact)
 
 
 def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape) -> str:

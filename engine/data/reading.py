@@ -9,7 +9,7 @@ from engine.data.encodings import Stream
 from engine.data.read_json import json_lines, json_list
 from engine.data.read_tables import parquet, table
 from engine.data.read_text import read_lines, split_text
-from engine.data.records import Record, Schema, SourceFile, divide
+from engine.data.records import FOREIGN_BYTE, Record, Schema, SourceFile, divide
 from model.errors import InputError
 
 _PROBED_RECORDS = 100
@@ -59,4 +59,6 @@ def check_first_records(file: SourceFile, schema: Schema) -> None:
     records = list(itertools.islice(read_records(file, schema), _PROBED_RECORDS))
     if records and all(record.text is None for record in records):
         first = records[0]
-        raise InputError(f"{file.path}:{first.line}: {first.reason}. {schema.advice}")
+        is_misread = first.reason.endswith(FOREIGN_BYTE)
+        advice = "Leave --data.encoding out: it is found file by file." if is_misread else schema.advice
+        raise InputError(f"{file.path}:{first.line}: {first.reason}. {advice}")

@@ -16,6 +16,8 @@ Document = Literal["file", "paragraph", "line"]
 TEXT_FIELDS = ("text", "content", "contents", "document", "article", "body", "正文", "内容", "文本")
 # What only conversations have.
 CONVERSATION_FIELDS = {"conversations", "conversation", "messages", "instruction", "history"}
+# What a reason says of text that was read in the wrong encoding.
+FOREIGN_BYTE = "a byte outside the file's encoding"
 LONGEST_RECORD = 64 << 20  # bytes of one JSON value or one table row
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from engine.data.encodings import SAMPLE_BYTES, Encoding, Stream, detect_encoding
 from engine.data.reading import check_first_records, read_records
-from engine.data.records import Document, Format, Record, Schema, SourceFile, TextSchema
+from engine.data.records import FOREIGN_BYTE, Document, Format, Record, Schema, SourceFile, TextSchema
 from engine.data.shards import PLAN
 from model.errors import InputError
 
@@ -306,6 +306,6 @@ def refusal(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:
-            return f"character {error.start + 1} of the text is a byte outside the file's encoding"
+            return f"character {error.start + 1} of the text is {FOREIGN_BYTE}"
         return f"character {error.start + 1} of the text is half a surrogate pair"
     return ""

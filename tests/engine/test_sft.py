@@ -14,8 +14,6 @@ from engine.conversations import ConversationDataConfig, open_conversations
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, build_batch
 from engine.data.packing import Piece
-from engine.job import StepShape
-from engine.sft import look_at_epoch
 from engine.step import next_token_loss
 from model.batch import IGNORE, PackedBatch
 from model.chat import ChatTemplate, Message
@@ -166,17 +164,3 @@ def test_the_gradient_of_the_logits_is_that_of_answers_alone(packs: list[PackedB
     logits_gradient[is_target, batch.targets[is_target]] -= 1
     logits_gradient[~is_target] = 0
     torch.testing.assert_close(gradient_of_hidden(model, batch), logits_gradient @ weight, rtol=1e-4, atol=1e-6)
-
-
-def test_an_epoch_holds_every_conversation_whole_in_as_many_packs_as_are_announced(corpus: Corpus) -> None:
-    epoch = look_at_epoch(corpus, 3, StepShape(CONTEXT, PACK, 1))
-    loader = PackLoader(corpus, 3, PACK, CONTEXT, 1, allow_split=False)
-    seen = [loader.next_step()[0] for _ in range(epoch.packs)]
-    assert loader.cursor["epoch"] == 1 and loader.cursor["pack"] == 0
-    assert loader.padding_share == pytest.approx(epoch.padding_share)
-    loader.close()
-    assert epoch.is_exact
-    assert [batch.index for batch in seen] == list(range(epoch.packs))
-    found = sorted(batch.tokens[part].tolist() for batch in seen for part in documents(batch))
-    masked = (corpus.read(int(document)) & 0x7FFFFFFF for document in corpus.documents())
-    assert found == sorted(row.tolist() for row in masked)

@@ -9,22 +9,22 @@ from tests.small_base import write_small_base, write_small_conversations
 from tests.tools.in_child import Ended, start_tool
 
 RECIPE = """
-model: base
-out: run
-data: {paths: [chats.jsonl], workers: 1}
-train: {steps: 4, micro_batch_tokens: 256, batch_tokens: 1024}
-optim: {lr: 0.001}
-checkpoint: {every: 2}
-eval: {fraction: 0.1}
-log: {tensorboard: false, curves: false}
+model: {base}
+out: {out}
+data: {{paths: [chats.jsonl], workers: 1}}
+train: {{steps: 4, micro_batch_tokens: 256, batch_tokens: 1024}}
+optim: {{lr: 0.001}}
+checkpoint: {{every: 2}}
+eval: {{fraction: 0.1}}
+log: {{tensorboard: false, curves: false}}
 """
 
 
-def write_small_sft_job(folder: Path) -> Path:
-    """`base` with a context of 128, `chats.jsonl` and `sft.yaml` in a folder."""
-    write_small_base(folder / "base", context=128)
+def write_small_sft_job(folder: Path, base: str = "base", out: str = "run") -> Path:
+    """A base with a context of 128, `chats.jsonl` and `sft.yaml` in a folder."""
+    write_small_base(folder / base, context=128)
     write_small_conversations(folder / "chats.jsonl")
-    (folder / "sft.yaml").write_text(RECIPE)
+    (folder / "sft.yaml").write_text(RECIPE.format(base=base, out=out))
     return folder
 
 

@@ -17,8 +17,11 @@ from model.tokenizer_training import train_sentencepiece
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes_sft import MISTAKES_SFT, sft
 from tests.tools.small_job import write_small_job
+from tests.tools.small_sft import write_small_sft_job
 
+PLAYED = {**MISTAKES, **MISTAKES_SFT}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -38,9 +41,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data, tokenizers, prepared data and a finished run, for each mistake to copy and spoil."""
+    """Bases, data, tokenizers, prepared data and finished runs, for each mistake to copy and spoil."""
     folder = tmp_path_factory.mktemp("template")
     write_small_job(folder)
+    write_small_sft_job(folder, base="chat-base", out="tuned")
     wide = dataclasses.replace(load_config(folder / "base"), intermediate_size=64)
     shapes = parameter_shapes(wide)
     shutil.copytree(folder / "base", folder / "wide")
@@ -54,6 +58,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare("--out", "prepared-otherwise", "--tokenizer", "large"),
         prepare("--out", "parts", "--part", "1/2"),
         prepare("--out", "parts", "--part", "2/2"),
+        sft(),
     ):
         (ended,) = run_tool(command.tool, *command.words, cwd=folder)
         assert ended.code == 0, ended.stderr
@@ -61,8 +66,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_of_the_page_is_played_and_every_mistake_has_a_row() -> None:
-    assert sorted(page_rows()) == sorted(MISTAKES)
-    assert len(MISTAKES) >= 30
+    assert sorted(page_rows()) == sorted(PLAYED)
+    assert len(MISTAKES) >= 30 and len(MISTAKES_SFT) >= 15 and not MISTAKES.keys() & MISTAKES_SFT.keys()
 
 
 def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
@@ -70,11 +75,11 @@ def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
     assert [printed for printed in page_rows().values() if not finding_and_remedy.fullmatch(printed)] == []
 
 
-@pytest.mark.parametrize("situation", MISTAKES)
+@pytest.mark.parametrize("situation", PLAYED)
 def test_a_mistake_ends_with_one_sentence_and_loses_nothing(template: Path, tmp_path: Path, situation: str) -> None:
     folder = tmp_path / "work"
     shutil.copytree(template, folder)
-    mistake = MISTAKES[situation]
+    mistake = PLAYED[situation]
     mistake.set_up(folder)
     earlier = contents(folder)
     ends = run_tool(mistake.tool, *mistake.words, cwd=folder, world=mistake.world, before=mistake.before)
