@@ -264,6 +264,7 @@ def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context
         ids = corpus.read(piece.document, piece.start, piece.start + piece.length + 1)
         following = ids[1:]
         if corpus.kind == "conversations":
+            assert piece.start == 0, "a conversation is trained on whole"
             is_trained, ids = ids >= TRAINED, (ids % TRAINED).astype(np.int64)
             following = np.where(is_trained[1:], ids[1:], IGNORE)
         tokens[begin:end] = ids[: piece.length]
