@@ -1,12 +1,11 @@
 """Where contents and answers lie in a rendered conversation, learnt from rendering and never from reading it.
 
 A template is rendered once for every sequence of roles, with stand-ins for the contents: characters of the Unicode
-private-use area, between separators that show whether the template trims. What stands around the stand-ins is the
-frame. A conversation's own rendering must then be the frame filled with its contents, character for character, which
-gives every position; and the frame of the prompt before each answer must begin the frame of the whole, so that
-training sees what generation will continue.
+private-use area. What stands around them is the frame. A conversation's own rendering must then be the frame filled
+with its contents, character for character, which gives every position; and it must begin with the rendering of the
+prompt before each answer, so that training sees what generation will continue.
 
-Some templates look into contents (they move or drop what a model thought, or leave out what is empty), so that the
+Some templates alter contents (they trim them, move or drop what a model thought, leave out what is empty), so that the
 filled frame is not what they write. Then each message in turn is replaced by a stand-in among the true others, and
 what changes is its content.
 """
@@ -61,17 +60,9 @@ class Layout(NamedTuple):
     answers: list[Answer]
 
 
-class _Slot(NamedTuple):
-    message: int
-    strips_left: bool
-    strips_right: bool
-
-    def fill(self, content: str) -> str:
-        content = content.lstrip() if self.strips_left else content
-        return content.rstrip() if self.strips_right else content
-
-
 class _Gap(NamedTuple):
+    """What stands before an answer in a frame."""
+
     slot: int
     length: int
     """characters between the generation prompt and the content"""
@@ -79,17 +70,21 @@ class _Gap(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    literals: list[str]  # one more than slots
-    slots: list[_Slot]
+    """What a template writes around contents."""
+
+    literals: list[str]
+    """one more than slots"""
+    slots: list[int]
+    """numbers of the messages whose contents stand between"""
     gaps: list[_Gap]
 
 
-_STAND_IN = re.compile("(\x1d?)\ue000([0-9]+)\ue001(\x1e?)")
+_STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 _MAX_FRAMES = 4096
 
 
 def _stand_ins(roles: Sequence[Role]) -> list[Message]:
-    return [Message(role, f"\x1d\ue000{index}\ue001\x1e") for index, role in enumerate(roles)]
+    return [Message(role, f"\ue000{index}\ue001") for index, role in enumerate(roles)]
 
 
 class LayoutFinder:
@@ -111,7 +106,7 @@ class LayoutFinder:
         self._where = where
         self._frames: dict[tuple[tuple[str, ...], bool], _Frame | None] = {}
         parts = _STAND_IN.split(self._render(_stand_ins(["user", "assistant"]), False))
-        if parts[2::4] != ["0", "1"]:
+        if parts[1::2] != ["0", "1"]:
             raise InputError(
                 f"{where}: the chat template does not write a question and its answer once each, as they are. Mend it, "
                 "or name another with --chat.template."
@@ -140,7 +135,7 @@ class LayoutFinder:
 
     def literals(self, roles: Sequence[Role]) -> str:
         """What the template itself writes in a prompt of these roles."""
-        return "\0".join(_STAND_IN.split(self._render(_stand_ins(roles), True))[::4])
+        return "\0".join(_STAND_IN.split(self._render(_stand_ins(roles), True))[::2])
 
     def _find(self, conversation: Conversation, is_prompt: bool) -> Layout:
         text = self._render(conversation, is_prompt)
@@ -161,7 +156,7 @@ class LayoutFinder:
     def _fill(self, frame: _Frame, conversation: Conversation) -> Layout:
         pieces, contents, position = [], [], 0
         for literal, slot in zip(frame.literals, frame.slots, strict=False):
-            content = slot.fill(conversation[slot.message].content)
+            content = conversation[slot].content
             position += len(literal)
             contents.append((position, position + len(content)))
             position += len(content)
@@ -187,18 +182,13 @@ class LayoutFinder:
     def _build_frame(self, roles: tuple[Role, ...], is_prompt: bool) -> _Frame | None:
         messages = _stand_ins(roles)
         parts = _STAND_IN.split(self._render(messages, is_prompt))
-        literals = parts[::4]
-        slots = [
-            _Slot(int(index), not left, not right)
-            for left, index, right in zip(parts[1::4], parts[2::4], parts[3::4], strict=True)
-        ]
-        shown = [slot.message for slot in slots]
+        literals, slots = parts[::2], [int(index) for index in parts[1::2]]
         gaps = []
         for index in (index for index, role in enumerate(roles) if role == "assistant"):
             prompt = self._frame(roles[:index], True)
-            if prompt is None or shown.count(index) != 1:
+            if prompt is None or slots.count(index) != 1:
                 return None
-            place = shown.index(index)
+            place = slots.index(index)
             header = prompt.literals[-1]
             if (
                 prompt.literals[:-1] != literals[:place]
@@ -234,7 +224,10 @@ class LayoutFinder:
             if message.role != "assistant" and not message.content.strip():
                 continue  # nothing to find, and some templates leave it out with what stands around it
             replaced = [*conversation[:index], Message(message.role, stand_in), *conversation[index + 1 :]]
-            left, found, right = self._render(replaced, is_prompt).partition(stand_in)
+            rendered = self._render(replaced, is_prompt)
+            if rendered == text:
+                continue  # not shown
+            left, found, right = rendered.partition(stand_in)
             start, end = len(left), len(text) - len(right)
             if not found or stand_in in right or not text.endswith(right):
                 raise self._unclear(index, message)

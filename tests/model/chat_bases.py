@@ -151,7 +151,7 @@ FOREIGN = {
     # markers that are plain text for this tokenizer, whitespace of the template itself in the output
     "plain markers": (
         "{% for message in messages %}\n"
-        "{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+        "    {% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
         "{% endif %}\n"

@@ -101,6 +101,45 @@ def test_a_system_message_that_moves_to_the_last_question_is_refused(tokenizer: 
         template.encode(tokenizer, talk("甲", "乙", "丙", "戊", system="丁"))
 
 
+def test_questions_in_another_order_are_refused(tokenizer: Tokenizer) -> None:
+    template = own(
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% set n = namespace(i=0) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set n.i = n.i - 1 %}{{ asked[n.i].content }}:"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+        tokenizer,
+    )
+    assert template.render(talk("甲", "乙", "丙", "戊")) == "丙:乙</s>甲:戊</s>"
+    with pytest.raises(InputError, match="training would not see what generation continues"):
+        template.encode(tokenizer, talk("甲", "乙", "丙", "戊"))
+
+
+LOOKS_INTO_QUESTIONS = (
+    "{{% set urgent = '急' in messages[1].content %}}{{{{ {0} }}}}{{% for m in messages %}}{{{{ m.content }}}}"
+    "{{% if m.role == 'user' %}}{{{{ {1} }}}}:{{% elif m.role == 'assistant' %}}{{{{ eos_token }}}}{{% endif %}}"
+    "{{% endfor %}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "number"), [("'!' if urgent", "", 2), ("", "'!' if urgent and add_generation_prompt", 3)]
+)
+def test_a_question_that_changes_what_stands_before_it_or_only_its_prompt_is_refused(
+    before: str, behind: str, number: int, tokenizer: Tokenizer
+) -> None:
+    template = own(LOOKS_INTO_QUESTIONS.format(before or "''", behind or "''"), tokenizer)
+    batch = [talk("不痛", "答", system="甲"), talk("急痛", "答", system="甲")]
+    fine, refused = fit_batch(template, tokenizer, batch, 100)
+    assert fine == template.encode(tokenizer, batch[0])
+    assert isinstance(refused, ConversationError) and str(refused).startswith(f"message {number} (")
+
+
+def test_what_a_question_changes_beside_it_is_part_of_it(tokenizer: Tokenizer) -> None:
+    template = own(LOOKS_INTO_QUESTIONS.format("''", "'!</s>' if urgent"), tokenizer)
+    encoded = template.encode(tokenizer, talk("急痛", "答", system="甲"))
+    asked, said = tokenizer.encode("甲急痛!</s>:"), [*tokenizer.encode("答"), tokenizer.eos_id]
+    assert encoded == Encoded(asked + said, [False] * len(asked) + [True] * len(said))
+
+
 def test_a_conversation_that_the_template_refuses_is_skipped_among_others_and_told_when_alone(
     tokenizer: Tokenizer,
 ) -> None:
@@ -341,3 +380,6 @@ def test_half_a_marker_beside_the_templates_text_stays_text(tokenizer: Tokenizer
     )
     ids = template.encode_prompt(tokenizer, talk("a<"))
     assert ids == tokenizer.encode("a</s>") and tokenizer.eos_id not in ids
+    template = own(template.source.replace("{{ m.content }}{%", "<{{ m.content }}{%"), tokenizer)
+    ids = template.encode_prompt(tokenizer, talk("/s>a"))
+    assert ids == tokenizer.encode("</s>a/s>") and tokenizer.eos_id not in ids

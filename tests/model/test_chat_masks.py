@@ -268,6 +268,14 @@ def test_thinking_in_an_answer_is_trained(bases: dict[str, Path]) -> None:
     assert "旧" not in tokenizer.decode(encoded.ids)
 
 
+def test_thinking_that_the_template_puts_in_is_not_trained_before_an_answer_that_it_trims(
+    bases: dict[str, Path],
+) -> None:
+    tokenizer = Tokenizer.load(bases["qwen"])
+    template = ChatTemplate(FOREIGN["thinking"], tokenizer.special_names, "thinking")
+    assert template.encode(tokenizer, talk("问", "\n\n乙")) == template.encode(tokenizer, talk("问", "乙"))
+
+
 def test_an_answer_alone_trains_its_end_token(bases: dict[str, Path]) -> None:
     for base in ("trained", "ziya", "metaspace", "qwen"):
         tokenizer = Tokenizer.load(bases[base])
