@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import count
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from model.generate import Completion, Generator, Request
 from model.heads import CausalLM
 from model.kv_cache import page_bytes
 from model.sampling import SamplingOptions
-from model.scheduler import Scheduler
+from model.scheduler import Row, Scheduler
 from model.tokenizer import Tokenizer
 from tests.kernels.test_sample import assert_follows
 from tests.model.test_sampling import MIXED, described
@@ -23,6 +26,7 @@ from tests.model.test_streaming import tokenizer, up_to_a_stop
 from tests.model.tiny import LLAMA, causal_lm
 
 CONTEXT = 256
+NEVER = 10**9
 CONFIG = replace(LLAMA, vocab_size=64, max_position_embeddings=CONTEXT, initializer_range=0.2)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -115,13 +119,10 @@ def mixed_requests() -> list[Request]:
 
 @cache
 def alone() -> list[Completion]:
-    """Every answer by a generator that does nothing else."""
-    one = generator(1)
-    return [
-        replace(completion, request=at)
-        for at, request in enumerate(mixed_requests())
-        for completion in one.generate([request])
-    ]
+    """Every answer by a generator that does nothing else; the last request first, so that no number is its own."""
+    one, requests = generator(1), mixed_requests()
+    answers = {at: one.generate([requests[at]]) for at in reversed(range(len(requests)))}
+    return [replace(answer, request=at) for at in range(len(requests)) for answer in answers[at]]
 
 
 def assert_same(answers: list[Completion]) -> None:
@@ -145,17 +146,33 @@ def test_a_seeded_request_answers_the_same_in_a_batch(max_rows: int) -> None:
     assert_same(generator(max_rows).generate(mixed_requests()))
 
 
-def test_a_seeded_request_answers_the_same_after_it_had_to_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    seats = []
-    give_way = Scheduler.give_way
+@contextmanager
+def interruptions(every: int) -> Iterator[set[tuple[int, int]]]:
+    """Every so many decoding steps pages run out, for another row each time: (request, sample) of those that left."""
+    gone: set[tuple[int, int]] = set()
+    calls = count(1)
+    next_decode, give_way = Scheduler.next_decode, Scheduler.give_way
+
+    def starved(self: Scheduler) -> list[Row] | None:
+        return None if self.running and next(calls) % every == 0 else next_decode(self)
 
     def watched(self: Scheduler) -> int | None:
-        seats.append(give_way(self))
-        return seats[-1]
+        self.running.append(self.running.pop(0))
+        if not self.ready:
+            gone.add((self.running[-1].request, self.running[-1].sample))
+        return give_way(self)
 
-    monkeypatch.setattr(Scheduler, "give_way", watched)
-    assert_same(generator(12, pages=6).generate(mixed_requests()))
-    assert sum(seat is not None for seat in seats) >= 5
+    with patch.object(Scheduler, "next_decode", starved), patch.object(Scheduler, "give_way", watched):
+        yield gone
+
+
+def test_a_seeded_request_answers_the_same_after_it_had_to_give_way() -> None:
+    with interruptions(every=4) as gone:
+        assert_same(generator(12).generate(mixed_requests()))
+    assert len(gone) >= 9
+    with interruptions(NEVER) as gone:  # those that a small cache makes
+        assert_same(generator(12, pages=6).generate(mixed_requests()))
+    assert gone
 
 
 def test_a_seeded_request_answers_the_same_when_tokens_are_read_a_step_late() -> None:
@@ -188,8 +205,8 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for() -> None:
     assert three[0].ids == one.ids and len({tuple(answer.ids) for answer in three}) == 3
 
 
-@pytest.mark.parametrize("pages", [None, 5])
-def test_penalised_greedy_answers_are_those_of_transformers_processor(pages: int | None) -> None:
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_penalised_greedy_answers_are_those_of_transformers_processor(is_interrupted: bool) -> None:
     """Over prompt and answer, with neighbours that are penalised otherwise or not, and after giving way."""
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
@@ -202,7 +219,9 @@ def test_penalised_greedy_answers_are_those_of_transformers_processor(pages: int
         replace(request, options=replace(request.options, repetition_penalty=penalty))
         for request, penalty in zip(requests, penalties, strict=True)
     ]
-    answers = generator(3, pages).generate(requests)
+    with interruptions(every=3 if is_interrupted else NEVER) as gone:
+        answers = generator(3).generate(requests)
+    assert len(gone) == (3 if is_interrupted else 0)
     for request, penalty, answer in zip(requests, penalties, answers, strict=True):
         ids = list(request.prompt)
         for token in answer.ids:

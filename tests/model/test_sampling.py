@@ -96,7 +96,8 @@ def transformers_kept(x: Tensor, options: SamplingOptions) -> Tensor:
 # Multiples of 1/8 tie often, and stay distinct when divided by a temperature; far ones underflow.
 grid = st.integers(-80, 80).map(lambda n: n / 8)
 logit = st.one_of(grid, grid, st.sampled_from([0.0, 1e4, -1e4, -math.inf]))
-rows = st.builds(lambda x, at, top: torch.tensor([*x[:at], top, *x[at:]]), st.lists(logit), st.integers(0, 20), grid)
+lists = st.lists(logit) | st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=8)
+rows = st.builds(lambda x, at, top: torch.tensor([*x[:at], top, *x[at:]]), lists, st.integers(0, 20), grid)
 filters = st.builds(
     SamplingOptions,
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
@@ -155,6 +156,11 @@ def test_ties_stay_together() -> None:
     mass_above = x.softmax(0)[[0, 2]].sum().item()
     for top_p, tied in (mass_above - 1e-4, False), (mass_above + 1e-4, True):
         assert kept(x, SamplingOptions(top_p=top_p)).tolist() == [True, tied, True, tied, tied, False]
+    # Ties of the k-th that are not ranked count among what top-p is a share of: e^2 of e^2 + 10 lies above them.
+    x = torch.tensor([2.0] + [0] * 10)
+    assert (
+        kept(x, SamplingOptions(top_k=2, top_p=0.5)).all() and kept(x, SamplingOptions(top_k=2, top_p=0.4)).sum() == 1
+    )
 
 
 # How often each is drawn. As in tests/kernels/test_sample.py: seeds are fixed, one correct sampler in a million fails.
@@ -266,8 +272,8 @@ def test_a_place_forgets_who_sat_there() -> None:
     logits = random(1, 50).cpu()
     options = SamplingOptions(temperature=0, repetition_penalty=100.0)
     chooser = TokenChooser(1, 50)
-    chooser.seat(0, options, 0, range(50))
-    chooser.choose(logits)
+    chooser.seat(0, options, 0, [logits.argmax().item()])
+    assert chooser.choose(logits)[0] != logits.argmax()
     chooser.seat(0, options, 0)
     assert chooser.choose(logits)[0] == logits.argmax()
 

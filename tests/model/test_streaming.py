@@ -29,7 +29,12 @@ FALLBACK = [{"type": "ByteFallback"}, {"type": "Fuse"}]
 def tokenizer(kind: str) -> Tokenizer:
     directory = Path(mkdtemp()) / "base"
     if kind == "qwen":
-        return Tokenizer.load(write_qwen(directory))
+        table = json.loads((write_qwen(directory) / "tokenizer.json").read_text())
+        # Outside the byte-level alphabet, and inside it, where decoding takes it for bytes.
+        for index, content in enumerate(("【思】", "°é"), start=table["added_tokens"][-1]["id"] + 1):
+            table["added_tokens"].append({**table["added_tokens"][-1], "id": index, "content": content})
+        (directory / "tokenizer.json").write_text(json.dumps(table))
+        return Tokenizer.load(directory)
     return Tokenizer.load(write_llama(directory, add_dummy_prefix=kind == "llama"))
 
 
