@@ -115,9 +115,7 @@ class Decoder:
 
     def start(self, starts: Sequence[Start]) -> Result:
         """Seat rows and choose their first tokens."""
-        copies = [start.copy for start in starts if start.copy is not None]
-        if copies:
-            self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
+        self._copy([start.copy for start in starts if start.copy is not None])
         for _, row, _ in starts:
             self._held[row.seat] = 0
             self.chooser.seat(row.seat, row.options, row.seed, row.prompt + row.ids, len(row.ids))
@@ -125,6 +123,12 @@ class Decoder:
         seats = self._send(torch.tensor([start.row.seat for start in starts]))
         hidden = torch.stack([start.prompt.hidden for start in starts])
         return self._result([start.row for start in starts], *self._choose(hidden, seats))
+
+    def move(self, moves: dict[int, int]) -> None:
+        """Copy pages to the places that their holders name by now."""
+        self._copy(list(moves.items()))
+        if moves:
+            self._held = [0] * self.max_rows
 
     def decode(self, rows: Sequence[Row]) -> Result:
         """One more token for each row."""
@@ -165,6 +169,10 @@ class Decoder:
         tokens, logprobs = self.chooser.choose(logits, seats)
         self._latest[seats] = tokens
         return tokens, logprobs
+
+    def _copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        if pages:
+            self.cache.copy_pages(*self._send(torch.tensor(pages).t()))
 
     def _replay(self, size: int, host: Inputs) -> tuple[Tensor, Tensor]:
         key = size, self.chooser.filters

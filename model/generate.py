@@ -301,6 +301,8 @@ class Generator:
             elif (seat := scheduler.give_way()) is not None:
                 self._decoder.leave(seat)
         if rows:
+            if self.device.type == "cpu":
+                self._decoder.move(scheduler.next_moves())
             self._pending.append(self._decoder.decode(rows))
         return events + self._read(keep=1 if self._is_late and rows else 0)
 

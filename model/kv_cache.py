@@ -70,9 +70,9 @@ class KVCache:
         """Keys and values as `attention` takes them, [pages, PAGE, K, h] each."""
         return self.data[layer, 0].transpose(1, 2), self.data[layer, 1].transpose(1, 2)
 
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        index = torch.tensor((sources, targets), device=self.data.device)
-        self.data[:, :, index[1]] = self.data[:, :, index[0]]
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """int64 [n] each, on the device."""
+        self.data[:, :, targets] = self.data[:, :, sources]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -138,6 +138,7 @@ class PagePool:
     def __init__(self, pages: int) -> None:
         self._free = list(range(1, pages))  # a heap: the lowest first, so that what is in use lies together
         self._holders = [0] * pages
+        self._highest = 0  # no page above is held
 
     @property
     def free(self) -> int:
@@ -147,6 +148,7 @@ class PagePool:
         pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
+        self._highest = max([self._highest, *pages])
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -160,6 +162,19 @@ class PagePool:
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 heapq.heappush(self._free, page)
+
+    def close_gaps(self) -> dict[int, int]:
+        """Move held pages, the highest to the lowest free places, until they lie side by side. Returns the moves."""
+        moves: dict[int, int] = {}
+        while True:
+            while self._highest > 0 and self._holders[self._highest] == 0:
+                self._highest -= 1
+            if not self._free or self._free[0] > self._highest:
+                return moves
+            source, target = self._highest, heapq.heappop(self._free)
+            self._holders[target], self._holders[source] = self._holders[source], 0
+            heapq.heappush(self._free, source)
+            moves[source] = target
 
 
 def count_pages(

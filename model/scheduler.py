@@ -156,6 +156,14 @@ class Scheduler:
             starts.append(Start(prompt, row, copy))
         return starts
 
+    def next_moves(self) -> dict[int, int]:
+        """Pages to be moved, from where to where, so that those in use lie side by side (see `decode_pages`)."""
+        moves = self.pool.close_gaps()
+        if moves:
+            for holder in (*self.running, *self.ready):
+                holder.pages = [moves.get(page, page) for page in holder.pages]
+        return moves
+
     def next_decode(self) -> list[Row] | None:
         """The rows that decode now, each with a page for its new token; None if a row has to give way first."""
         rows = [row for row in self.running if row.launched < row.limit]
