@@ -20,9 +20,10 @@ text gives again. It is also what the token was drawn from if there is no penalt
 importance ratios must be exact use none.
 
 Cost beside `kernels.sample`: nothing while no row in the batch asks for more. Otherwise the logits are copied once,
-and ranked as deeply as the deepest row needs: 1 for min-p, the largest k for top-k, with or without top-p; only
-top-p without top-k makes a whole sort of [B, V], since its border may lie anywhere. All rows then go the same way,
-because choosing some of them would need a shape that changes from step to step.
+and ranked as deeply as the deepest row needs: 1 for min-p, the largest k for top-k, with or without top-p. Only top-p
+without top-k needs all of them, as its border may lie anywhere: on a GPU, where nobody waits to look, a sort of
+[B, V]; on a CPU the first thousand, and more if they do not do. All rows then go the same way, because choosing some
+of them would need a shape that changes from step to step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from kernels.backend import accumulation_dtype, next_power_of_2
 from kernels.sample import sample
 from model.errors import InputError
 
+# How many logits a CPU ranks before it looks whether the border of top-p is among them.
+FIRST_RANKED = 1024
 # Below the smallest normal number of fp32, `kernels.sample` takes a temperature for 0.
 _SMALLEST = 2.0**-126
 
@@ -108,11 +111,13 @@ def row_seed(seed: int, sample: int) -> int:
 class Filters(NamedTuple):
     """What `choose` does beside drawing. A captured CUDA graph of it holds as long as this stays the same.
 
-    ranked: how many of the largest logits are ranked, 0 if nothing is filtered.
+    ranked: how many of the largest logits may have to be ranked, 0 if nothing is filtered.
+    has_top_p: whether masses are summed.
     is_penalised: whether repetition penalties are applied.
     """
 
     ranked: int = 0
+    has_top_p: bool = False
     is_penalised: bool = False
 
 
@@ -182,10 +187,14 @@ class TokenChooser:
         return token, logprob
 
     def _plan(self) -> None:
-        ranked = max((_ranked(options, self._vocab_size) for options in self._seated.values()), default=0)
-        is_penalised = any(options.repetition_penalty != 1 for options in self._seated.values())
-        # A power of two, so that few different numbers, and graphs, come up.
-        self.filters = Filters(min(next_power_of_2(ranked), self._vocab_size) if ranked else 0, is_penalised)
+        seated = self._seated.values()
+        ranked = max((_ranked(options, self._vocab_size) for options in seated), default=0)
+        self.filters = Filters(
+            # A power of two, so that few different numbers, and graphs, come up.
+            ranked=min(next_power_of_2(ranked), self._vocab_size) if ranked else 0,
+            has_top_p=any(options.top_p < 1 and not options.is_greedy for options in seated),
+            is_penalised=any(options.repetition_penalty != 1 for options in seated),
+        )
 
     def _choose_filtered(
         self, logits: Tensor, index: slice | Tensor, temperature: Tensor, seeds: Tensor, step: Tensor
@@ -198,7 +207,7 @@ class TokenChooser:
         x = logits if seen is None else penalise(logits, seen[index], penalty.to(logits.dtype))
         kept = x
         if self.filters.ranked:
-            kept = x.masked_fill(x < least_kept(x, divisor, top_k, top_p, min_p, self.filters.ranked), -math.inf)
+            kept = x.masked_fill(x < least_kept(x, divisor, top_k, top_p, min_p, self.filters), -math.inf)
         token, drawn_logprob = sample(kept, temperature, seeds, step)
         if seen is not None:
             seen[torch.arange(len(x), device=x.device) if isinstance(index, slice) else index, token] = True
@@ -224,7 +233,7 @@ def penalise(logits: Tensor, is_seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(is_seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def least_kept(x: Tensor, divisor: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, ranked: int) -> Tensor:
+def least_kept(x: Tensor, divisor: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, filters: Filters) -> Tensor:
     """The cut of each row: tokens with smaller logits are not drawn.
 
     Args:
@@ -232,22 +241,26 @@ def least_kept(x: Tensor, divisor: Tensor, top_k: Tensor, top_p: Tensor, min_p: 
         divisor: [B, 1] temperatures, positive.
         top_k: [B, 1], V for none.
         top_p, min_p: [B, 1] fp64, 1 and 0 for none.
-        ranked: how many of the largest to rank. At least the largest k below V; V if a row has a top_p and no k.
+        filters: what the rows need; more changes nothing.
     Returns:
         [B, 1], dtype of x.
     """
-    if ranked < x.shape[1]:
-        ranking = x.topk(ranked, dim=1).values  # [B, ranked], the largest first
-    else:
-        ranking = x.sort(dim=1, descending=True).values
-    top = ranking[:, :1]
-    kth = ranking.gather(1, top_k.long().clamp(max=ranked) - 1)
-    cut_k = kth.where(top_k <= ranked, -math.inf)
-    # Masses relative to the likeliest token's, in fp64: sums over a vocabulary, compared with a top_p near 1.
-    mass = ((ranking - top).double() / divisor).exp().where(ranking >= cut_k, 0)
-    unranked = (x == kth).sum(dim=1, keepdim=True) - (ranking == kth).sum(dim=1, keepdim=True)  # ties of the k-th
-    total = mass.sum(dim=1, keepdim=True) + unranked * ((kth - top).double() / divisor).exp()
-    count = (mass.cumsum(dim=1) - mass < top_p * total).sum(dim=1, keepdim=True)
-    cut_p = ranking.gather(1, count.clamp(min=1) - 1).where(top_p < 1, -math.inf)  # none, if the row holds NaN
-    cut_min_p = top + divisor * min_p.log()
-    return cut_k.maximum(cut_p).maximum(cut_min_p.to(x.dtype))
+    columns, depth = x.shape[1], filters.ranked
+    if not x.is_cuda:
+        depth = min(depth, FIRST_RANKED)
+    while True:
+        ranking = (x.topk(depth, dim=1) if depth < columns else x.sort(dim=1, descending=True)).values
+        top, kth = ranking[:, :1], ranking.gather(1, top_k.long().clamp(max=depth) - 1)
+        cut = kth.where(top_k <= depth, -math.inf)
+        is_settled = (top_k <= depth) | (top_k == columns)
+        if filters.has_top_p:
+            # Masses relative to the likeliest token's, in fp64: sums over a vocabulary, compared with a top_p near 1.
+            total = ((x - top).double() / divisor).exp().where(x >= cut, 0).sum(dim=1, keepdim=True)
+            mass = ((ranking - top).double() / divisor).exp().where(ranking >= cut, 0)
+            count = (mass.cumsum(dim=1) - mass < top_p * total).sum(dim=1, keepdim=True)
+            last = ranking.gather(1, count.clamp(min=1) - 1)  # no token counts, if the row holds NaN
+            cut = cut.maximum(last.where(top_p < 1, -math.inf))
+            is_settled &= (top_k <= depth) | (top_p == 1) | (count < depth)
+        if depth == filters.ranked or is_settled.all():
+            return cut.maximum((top + divisor * min_p.log()).to(x.dtype))
+        depth = min(8 * depth, filters.ranked)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,14 +51,15 @@ def seated(vocab: int, options: Sequence[SamplingOptions], seeds: Sequence[int] 
 # Which tokens are kept.
 
 
-def kept(x: Tensor, options: SamplingOptions, ranked: int | None = None) -> Tensor:
-    """bool [V]: what a chooser keeps of one row, ranking as deeply as it has to or, to compare, deeper."""
-    needed = seated(len(x), [options]).filters.ranked
+def kept(x: Tensor, options: SamplingOptions, filters: Filters | None = None) -> Tensor:
+    """bool [V]: what a chooser keeps of one row, doing what it has to do or, to compare, more."""
     top_k = torch.tensor([[min(options.top_k or len(x), len(x))]])
     numbers = torch.tensor([options.temperature, options.top_p, options.min_p], dtype=torch.float64)
     temperature, top_p, min_p = numbers.view(3, 1, 1)
-    cut = least_kept(x[None], temperature.float(), top_k, top_p, min_p, ranked or max(needed, 1))[0]
-    return (x >= cut) & (x > -math.inf)
+    filters = filters or seated(len(x), [options]).filters
+    if not filters.ranked:
+        return x > -math.inf
+    return (x >= least_kept(x[None], temperature.float(), top_k, top_p, min_p, filters)[0]) & (x > -math.inf)
 
 
 def definition(x: Tensor, options: SamplingOptions, margin: float) -> tuple[Tensor, Tensor]:
@@ -136,6 +138,8 @@ def test_kept_sets_are_those_of_transformers(x: Tensor, options: SamplingOptions
         SamplingOptions(top_p=0.9),
         SamplingOptions(temperature=0.7, top_p=0.95, min_p=0.01),
         SamplingOptions(temperature=1.5, top_k=200, top_p=0.8, min_p=0.001),
+        SamplingOptions(temperature=50.0, top_p=0.7),
+        SamplingOptions(temperature=50.0, top_k=5000, top_p=0.7),
     ],
     ids=described,
 )
@@ -144,10 +148,13 @@ def test_kept_sets_are_those_of_transformers_over_a_vocabulary(options: Sampling
     assert torch.equal(kept(x, options), transformers_kept(x, options))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(rows, filters)
-def test_ranking_deeper_than_needed_changes_nothing(x: Tensor, options: SamplingOptions) -> None:
-    assert torch.equal(kept(x, options), kept(x, options, ranked=len(x)))
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(rows, filters, st.integers(1, 9))
+def test_how_deeply_logits_are_ranked_changes_nothing(x: Tensor, options: SamplingOptions, first: int) -> None:
+    whole = kept(x, options, Filters(ranked=len(x), has_top_p=True))
+    with patch.object(sampling, "FIRST_RANKED", first):
+        assert torch.equal(kept(x, options), whole)
+        assert torch.equal(kept(x, options, Filters(ranked=len(x), has_top_p=True)), whole)
 
 
 def test_ties_stay_together() -> None:
@@ -360,16 +367,32 @@ def test_rows_without_filters_are_drawn_by_the_kernel_alone(monkeypatch: pytest.
 
 def test_logits_are_ranked_no_deeper_than_the_rows_need() -> None:
     chooser = TokenChooser(4, 1000)
-    assert chooser.filters == Filters(0, False)
+    assert chooser.filters == Filters(0, False, False)
     chooser.seat(0, SamplingOptions(min_p=0.1), 0)
-    assert chooser.filters == Filters(1, False)
+    assert chooser.filters == Filters(1, False, False)
     chooser.seat(1, SamplingOptions(top_k=40, top_p=0.9), 0)
-    assert chooser.filters == Filters(64, False)
+    assert chooser.filters == Filters(64, True, False)
     chooser.seat(2, SamplingOptions(top_p=0.9, repetition_penalty=1.1), 0)
-    assert chooser.filters == Filters(1000, True)
+    assert chooser.filters == Filters(1000, True, True)
     chooser.leave(2)
     chooser.seat(1, SamplingOptions(top_k=10**9), 0)
-    assert chooser.filters == Filters(1, False)
+    assert chooser.filters == Filters(1, False, False)
+
+
+def test_a_cpu_ranks_more_only_where_the_border_of_top_p_lies_deeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+    topk = torch.Tensor.topk
+
+    def watched(x: Tensor, k: int, **rest: int) -> Any:
+        depths.append(k)
+        return topk(x, k, **rest)
+
+    monkeypatch.setattr(torch.Tensor, "topk", watched)
+    x = random(20000).cpu()
+    for temperature, expected in ((0.2, [1024]), (1.0, [1024, 8192])):
+        depths.clear()
+        kept(x, SamplingOptions(temperature=temperature, top_p=0.9))
+        assert depths == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
