@@ -54,7 +54,7 @@ def train_tokenizer(
 
     Args:
         texts: documents; read once, never held together.
-        vocab_size: ids in all: 4 special tokens, 256 bytes, the characters covered, and merges.
+        vocab_size: ids in all: 4 special tokens, 256 bytes, the space, the characters covered, and merges.
         character_coverage: share of the running characters that get a piece of their own; the rest become bytes.
         max_characters: how much of the stream is kept; beyond it, lines are sampled uniformly.
     Raises:
@@ -91,6 +91,7 @@ def train_sentencepiece(
             vocab_size=vocab_size,
             hard_vocab_limit=not is_limit_soft,
             character_coverage=1.0,
+            required_chars="\u2581",  # a space is written so; without a piece its bytes would come back as this mark
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -117,7 +118,7 @@ def coverage_that_fits(lines: Sequence[str], vocab_size: int) -> float:
         lines: from `sample_lines`.
     """
     ranked = Counter(itertools.chain.from_iterable(lines)).most_common()
-    most = max(1, (vocab_size - 260) // 2)  # 260: 256 bytes and the special tokens
+    most = max(1, (vocab_size - 261) // 2)  # 261: 256 bytes, the special tokens and the space
     covered = sum(count for _, count in ranked[:most])
     return min(0.9999, covered / max(1, sum(count for _, count in ranked)))
 

@@ -57,6 +57,14 @@ def test_special_tokens_line_ends_and_digits_are_as_in_llama(tmp_path: Path) -> 
     assert tokenizer.vocab_size == 480 and tokenizer.padded_vocab_size == 512
 
 
+def test_spaces_come_back_from_a_tokenizer_that_saw_none(tmp_path: Path) -> None:
+    texts = [text.replace(" ", "") for text in sentences(0, 300)]
+    train_tokenizer(iter(texts), tmp_path, 460)
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in ("药物 阿司匹林", " 前后 "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_a_size_that_cannot_be_met_is_refused_with_the_one_that_can(size: int, tmp_path: Path) -> None:
     texts = sentences(0, 100)
@@ -85,9 +93,9 @@ def test_a_coverage_that_is_no_share_is_refused(coverage: float) -> None:
 
 
 def learnt(model: bytes) -> tuple[set[str], list[str]]:
-    """The single characters and the longer pieces of a model."""
+    """The single characters, but for the space that every model has, and the longer pieces of a model."""
     pieces = [piece.piece for piece in read_sentencepiece(model, Path("m")).pieces if piece.type == NORMAL]
-    return {piece for piece in pieces if len(piece) == 1}, [piece for piece in pieces if len(piece) > 1]
+    return {piece for piece in pieces if len(piece) == 1} - {"\u2581"}, [piece for piece in pieces if len(piece) > 1]
 
 
 @pytest.mark.parametrize(("coverage", "characters"), [(1.0, "甲乙丙丁"), (0.81, "甲乙丙"), (0.8, "甲乙"), (0.5, "甲")])
@@ -103,8 +111,8 @@ def test_a_coverage_that_fits_leaves_half_of_the_vocabulary_to_longer_pieces(voc
     lines = [alphabet[start : start + 60] for start in range(0, 3000, 30)] * 3
     coverage = coverage_that_fits(lines, vocab_size)
     singles, longer = learnt(train_sentencepiece(lines, vocab_size, coverage))
-    assert len(singles) == (vocab_size - 260) // 2
-    assert len(longer) == vocab_size - 260 - len(singles)
+    assert len(singles) == (vocab_size - 261) // 2
+    assert len(longer) == vocab_size - 261 - len(singles)
 
 
 def test_a_text_of_few_characters_is_covered_as_usual() -> None:
@@ -117,7 +125,7 @@ def test_classical_chinese_fits_into_small_vocabularies_and_comes_back(real_data
     lines, _ = sample_lines(texts, 1_000_000, 0)
     for vocab_size in (512, 4096):
         model = train_sentencepiece(lines, vocab_size, coverage_that_fits(lines, vocab_size))
-        assert len(learnt(model)[1]) >= (vocab_size - 260) // 2
+        assert len(learnt(model)[1]) >= (vocab_size - 261) // 2
         tokenizer = Tokenizer.from_sentencepiece(model, {})
         assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:200])
 
