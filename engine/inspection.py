@@ -48,7 +48,7 @@ def describe_model(directory: Path | str) -> str:
         raise InputError(f"{directory}: there is no such directory. Check the path.")
     facts, missing = read_json(directory / "config.json"), _Missing()
     missing.attempt(lambda: require_model(directory))
-    is_scorer = _is_scorer(facts)
+    scores = is_scorer(facts)
     # A scorer has a decoder of the same kinds under another name.
     config = missing.attempt(lambda: config_from_hf({**facts, "architectures": None}, str(directory / "config.json")))
     store = missing.attempt(lambda: TensorStore(directory))
@@ -59,9 +59,9 @@ def describe_model(directory: Path | str) -> str:
         missing.add(f"{directory} holds no tokenizer. Training takes one by --tokenizer; chatting needs it there.")
     if tokenizer is not None:
         template = missing.attempt(lambda: ChatTemplate.of(tokenizer))
-        if template is None and not is_scorer:
+        if template is None and not scores:
             missing.add("There is no chat template: train one in with tools/sft.py, or chat with --chat.template NAME.")
-    if config is not None and store is not None and not is_scorer:
+    if config is not None and store is not None and not scores:
         missing.attempt(lambda: read_model(directory, config))
 
     lines = [("model", str(directory)), ("made by", _maker(directory))]
@@ -104,7 +104,8 @@ def _with_names_before(lines: list[tuple[str, str]]) -> list[tuple[str, tuple[st
     return list(zip(["", *(name for name, _ in lines)], lines, strict=False))
 
 
-def _is_scorer(facts: dict[str, Any]) -> bool:
+def is_scorer(facts: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a reward or value model: one number a token, and no words."""
     return any("SequenceClassification" in name for name in facts.get("architectures") or [])
 
 

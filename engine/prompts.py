@@ -1,0 +1,116 @@
+"""Files of questions: any record that holds a conversation, or only its beginning, gives a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from engine.data.conversation_files import ConversationOptions, ConversationSchema
+from engine.data.conversations import recognise
+from engine.data.reading import read_records
+from engine.data.records import Document, RecordError, SourceFile
+from engine.data.sources import list_files, probe, refusal
+from model.chat import ConversationError, Message
+
+# Where records of questions and answers hold the answer; a record of a question alone has none of these.
+_ANSWERS = ("output", "response", "completion", "answer", "answers", "回答", "答案", "a")
+_ANSWER = "…"  # stands for the one that is to be given
+_NO_FIELD = "\0"  # a name that no field has
+
+
+class PromptRecord(NamedTuple):
+    """A record of a file.
+
+    line: where it begins, from 1 (the row, for Parquet).
+    fields: all of them, as they stand there; of a plain text {"prompt": text}.
+    messages: up to the question that is to be answered; empty if the record was refused, and `reason` says why.
+    """
+
+    line: int
+    fields: dict[str, Any]
+    messages: list[Message]
+    reason: str = ""
+
+
+def read_prompts(path: Path | str, keys: Mapping[str, str] | None = None) -> Iterator[PromptRecord]:
+    """The records of a file (json, jsonl, csv, tsv, parquet; txt, a question a line), in order.
+
+    A conversation whose last turn is an answer loses that answer.
+
+    Args:
+        keys: what fields mean where the schema is not known by itself, as --data.keys of tools/sft.py;
+            "assistant" may be left out.
+    Raises:
+        InputError: the file cannot be read, or nothing in its first records is a question.
+    """
+    options = _PromptOptions(keys=dict(keys or {}))
+    for listed in list_files([path]).files:
+        file = probe(listed, options)
+        for record in read_records(file, options.schema):
+            if record.text is None:
+                yield PromptRecord(record.line, {}, [], record.reason)
+            elif file.format == "text":
+                yield PromptRecord(record.line, {"prompt": record.text}, [Message("user", record.text)])
+            else:
+                found = json.loads(record.text)
+                yield PromptRecord(record.line, found["fields"], [Message(*message) for message in found["messages"]])
+
+
+@dataclass(frozen=True)
+class _PromptSchema(ConversationSchema):
+    """A record's text is its fields and its prompt, in JSON."""
+
+    advice: ClassVar[str] = (
+        "Say which field asks with --data.keys user=FIELD (docs/chatting.md), or leave the file out."
+    )
+
+    def text(self, value: Any) -> str:
+        fields = value if isinstance(value, dict) else {"prompt": value} if isinstance(value, str) else {"turns": value}
+        messages = [Message("user", value)] if isinstance(value, str) else self._messages(value)
+        for message in messages:
+            if reason := refusal(message.content):
+                raise RecordError(reason)
+        return json.dumps({"fields": fields, "messages": [[message.role, message.content] for message in messages]})
+
+    def _messages(self, value: Any) -> list[Message]:
+        if isinstance(value, dict) and "user" in self.keys:
+            # The answer's field need not be there: a placeholder is.
+            value = {**dict.fromkeys(self.keys["assistant"], _ANSWER), **value}
+        try:
+            messages = self._recognise(value)
+        except RecordError as refused:
+            # A record without its answer is recognised by what it is with one.
+            if not isinstance(value, dict):
+                raise
+            answers = {name: _ANSWER for name in _ANSWERS if not value.get(name)}
+            try:
+                messages = self._recognise({**value, **answers})
+            except RecordError:
+                raise refused from None
+        return messages[:-1] if messages[-1].role == "assistant" else messages
+
+    def _recognise(self, value: Any) -> list[Message]:
+        try:
+            return recognise(value, self.keys).messages
+        except ConversationError as refused:
+            raise RecordError(str(refused)) from None
+
+
+@dataclass
+class _PromptOptions(ConversationOptions):
+    """How files become prompts."""
+
+    def __post_init__(self) -> None:
+        if "user" in self.keys:
+            self.keys = {"assistant": _NO_FIELD, **self.keys}
+        super().__post_init__()
+
+    @property
+    def schema(self) -> ConversationSchema:
+        return _PromptSchema({key: names.split("+") for key, names in self.keys.items()}, None, False)
+
+    def document_of(self, file: SourceFile, sample: bytes) -> Document:
+        return "line"
