@@ -1,0 +1,24 @@
+"""The demo asks what training has not shown, and its commands name tools and files that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from samples.dialogues import render_dialogues
+from samples.knowledge import load_knowledge
+from samples.questions import questions_of
+from tools.demo import ROOT, SAMPLE, STAGES
+
+
+def test_the_questions_asked_are_held_out_ones_of_each_kind() -> None:
+    _, held_out = render_dialogues(load_knowledge())
+    kinds = {question.messages[-1].content: question.kind for question in questions_of(held_out)}
+    assert [kinds[stage.typed] for stage in STAGES if stage.typed] == ["department", "drug"]
+
+
+def test_every_stage_runs_a_tool_that_is_there_on_files_that_rendering_writes() -> None:
+    rendered = {f"{SAMPLE}/{folder}{name}.jsonl" for folder in ("", "dialogues/") for name in ("train", "held_out")}
+    for stage in STAGES:
+        tool, *words = stage.command.split()
+        assert (ROOT / tool).is_file()
+        assert {word for word in words if Path(word).suffix == ".jsonl"} <= rendered
