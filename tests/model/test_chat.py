@@ -121,7 +121,12 @@ LOOKS_INTO_QUESTIONS = (
 
 
 @pytest.mark.parametrize(
-    ("before", "behind", "number"), [("'!' if urgent", "", 2), ("", "'!' if urgent and add_generation_prompt", 3)]
+    ("before", "behind", "number"),
+    [
+        ("'!' if urgent", "", 2),
+        ("'!' if urgent else '.'", "", 2),
+        ("", "'!' if urgent and add_generation_prompt", 3),
+    ],
 )
 def test_a_question_that_changes_what_stands_before_it_or_only_its_prompt_is_refused(
     before: str, behind: str, number: int, tokenizer: Tokenizer
@@ -383,3 +388,18 @@ def test_half_a_marker_beside_the_templates_text_stays_text(tokenizer: Tokenizer
     template = own(template.source.replace("{{ m.content }}{%", "<{{ m.content }}{%"), tokenizer)
     ids = template.encode_prompt(tokenizer, talk("/s>a"))
     assert ids == tokenizer.encode("</s>a/s>") and tokenizer.eos_id not in ids
+
+
+# The page.
+
+
+def test_the_page_shows_what_is_rendered(tokenizer: Tokenizer) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)`( and so on)? \| `(.+?)`", page.replace("\\|", "\0"), re.MULTILINE)
+    assert [name for name, *_ in rows] == list(NAMED_TEMPLATES)
+    for name, shown, is_begun, with_system in rows:
+        template = own(NAMED_TEMPLATES[name].source, tokenizer)
+        whole, begun = template.render(talk("Q", "A", "R", "B")), template.render(talk("Q", system="S"))
+        start, _, rest = shown.replace("\0", "|").replace("⏎", "\n").rpartition("…")
+        assert whole.startswith(start) and (rest in whole if is_begun else whole.endswith(rest))
+        assert begun.startswith(with_system.replace("\0", "|").replace("⏎", "\n"))
