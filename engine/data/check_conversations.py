@@ -279,7 +279,7 @@ def render_conversations(report: ConversationReport, context: int | None = None)
         ("encodings", counts(report.encodings)),
         ("recognised", counts(report.schemas)),
         ("conversations", f"{report.conversations:,}"),
-        ("answers", f"{sum(number * count for number, count in report.answers.items()):,} ({_turns(report.answers)})"),
+        ("answers", _answers(report.answers)),
         ("characters", f"{report.characters:,}"),
     ]
     if report.tokens is not None:
@@ -309,8 +309,10 @@ def render_conversations(report: ConversationReport, context: int | None = None)
     return "\n".join(lines)
 
 
-def _turns(answers: Counter[int]) -> str:
-    """ "1: 600, 2: 30, 8+: 2", by answers a conversation."""
+def _answers(answers: Counter[int]) -> str:
+    """ "700 (1: 600, 2: 30, 8+: 2 by answers a conversation)"."""
+    total = sum(number * count for number, count in answers.items())
     few = [f"{number}: {answers[number]:,}" for number in sorted(answers) if number < _MOST_TURNS]
     many = sum(count for number, count in answers.items() if number >= _MOST_TURNS)
-    return ", ".join([*few, *([f"{_MOST_TURNS}+: {many:,}"] if many else [])]) + " by answers a conversation"
+    each = ", ".join([*few, *([f"{_MOST_TURNS}+: {many:,}"] if many else [])])
+    return f"{total:,}" + (f" ({each} by answers a conversation)" if each else "")
