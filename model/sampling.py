@@ -256,11 +256,11 @@ def least_kept(x: Tensor, divisor: Tensor, top_k: Tensor, top_p: Tensor, min_p: 
         if filters.has_top_p:
             # Masses relative to the likeliest token's, in fp64: sums over a vocabulary, compared with a top_p near 1.
             total = ((x - top).double() / divisor).exp().where(x >= cut, 0).sum(dim=1, keepdim=True)
-            mass = ((ranking - top).double() / divisor).exp().where(ranking >= cut, 0)
+            mass = ((ranking - top).double() / divisor).exp()
             count = (mass.cumsum(dim=1) - mass < top_p * total).sum(dim=1, keepdim=True)
             last = ranking.gather(1, count.clamp(min=1) - 1)  # no token counts, if the row holds NaN
             cut = cut.maximum(last.where(top_p < 1, -math.inf))
-            is_settled &= (top_k <= depth) | (top_p == 1) | (count < depth)
+            is_settled &= (top_p == 1) | (count < depth)
         if depth == filters.ranked or is_settled.all():
             return cut.maximum((top + divisor * min_p.log()).to(x.dtype))
         depth = min(8 * depth, filters.ranked)
