@@ -292,29 +292,28 @@ def _check_same_run(output: Path, identity: dict[str, Any], file: BinaryIO) -> N
         raise InputError(f"{path}: not readable as JSON. Move it and {output.name} away.") from None
     for name, value in identity.items():
         if before.get(name) != value:
-            raise InputError(
-                f"{output} was begun with {name} {before.get(name)!r}, this command says {value!r}. Use the same, or "
-                "another --output."
-            )
+            is_digest = name in ("input", "model")
+            found = f"another {name}" if is_digest else f"{name} {before.get(name)!r}, this command says {value!r}"
+            raise InputError(f"{output} was begun with {found}. Use the same, or another --output.")
 
 
 def _identity(model: ChatModel, options: BatchOptions, max_rows: int) -> dict[str, Any]:
     """What decides the answers."""
     generator = model.generator
     return {
-        "input": _file_digest(Path(options.input)),
-        "model": model.fingerprint,
-        "template": f"{model.template.name} {model.template.fingerprint}",
-        "stop_ids": list(model.stop_ids),
-        "device": generator.device.type,
-        "dtype": str(generator.dtype).removeprefix("torch."),
-        "context": generator.context,
-        "max_rows": max_rows,
-        "samples": options.samples,
         "seed": options.seed,
+        "samples": options.samples,
         "system": options.system,
         "keys": options.keys,
         **dataclasses.asdict(options.sampling),
+        "context": generator.context,
+        "max_rows": max_rows,
+        "device": generator.device.type,
+        "dtype": str(generator.dtype).removeprefix("torch."),
+        "template": f"{model.template.name} {model.template.fingerprint}",
+        "stop_ids": list(model.stop_ids),
+        "input": _file_digest(Path(options.input)),
+        "model": model.fingerprint,
     }
 
 

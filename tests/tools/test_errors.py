@@ -18,10 +18,11 @@ from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
 from tests.tools.mistakes_sft import MISTAKES_SFT, sft
+from tests.tools.mistakes_tools import MISTAKES_TOOLS
 from tests.tools.small_job import write_small_job
 from tests.tools.small_sft import write_small_sft_job
 
-PLAYED = {**MISTAKES, **MISTAKES_SFT}
+PLAYED = {**MISTAKES, **MISTAKES_SFT, **MISTAKES_TOOLS}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -67,7 +68,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_row_of_the_page_is_played_and_every_mistake_has_a_row() -> None:
     assert sorted(page_rows()) == sorted(PLAYED)
-    assert len(MISTAKES) >= 30 and len(MISTAKES_SFT) >= 15 and not MISTAKES.keys() & MISTAKES_SFT.keys()
+    assert len(MISTAKES) >= 30 and len(MISTAKES_SFT) >= 15
+    assert len(PLAYED) == len(MISTAKES) + len(MISTAKES_SFT) + len(MISTAKES_TOOLS), "a situation is played twice"
 
 
 def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
