@@ -153,8 +153,6 @@ def test_the_command_finds_conversations_by_itself(tmp_path: Path, raw: Path, to
     assert "A chat between a curious user" in found and f"{A}<eos>⟧" in found
     odd = write(tmp_path / "odd.jsonl", [{"ctx": Q, "reply": A}])
     assert "recognised     1 --data.keys" in page("--data", odd, "--data.keys", "user=ctx", "assistant=reply")
-    as_text = page("--kind", "text", "--data", raw, "--data.fields", "question", "--data.min_characters", 1)
-    assert "documents   4\n" in as_text and "5 x" in as_text
 
 
 def test_real_files_are_reported_as_they_are_prepared(real_data: Path, tmp_path: Path, encoding: Encoding) -> None:
