@@ -58,8 +58,9 @@ def talk(*contents: str, system: str | None = None) -> list[Message]:
 
 # Shapes of templates that bases bring along, each with what makes its family hard.
 FOREIGN = {
-    # a system message of its own where none is given
+    # a system message of its own where none is given, and a look at tools
     "default system": (
+        "{%- if tools is not none or documents is not none %}tools{%- endif %}\n"
         "{%- if messages[0]['role'] == 'system' %}\n"
         "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
         "{%- else %}\n"
