@@ -20,6 +20,7 @@ from samples.topics import (
     case_topic,
     choice_topics,
     department_topic,
+    disease_topic,
     drug_topic,
     entity_topic,
     medicine_topic,
@@ -37,7 +38,7 @@ DRUG_COPIES = {"medicine": 3}
 
 _TOPICS = {
     "department": department_topic,
-    "disease": department_topic,
+    "disease": disease_topic,
     "advice": advice_topic,
     "urgent": advice_topic,
     "consultation": case_topic,
@@ -49,7 +50,8 @@ _TOPICS = {
 class Dialogue:
     """A conversation: [system] user assistant user assistant ...
 
-    accepted: for department and drug, what a right first answer names: one or more of these, nothing else of its kind.
+    accepted: for department, disease and drug: what a right first answer names, one or more of it and nothing else of
+        its kind.
     """
 
     id: str  # kind/subject/copy

@@ -60,6 +60,11 @@ def department_topic(condition: Condition, knowledge: Knowledge, draw: Draw) -> 
     return Topic(facts, (condition.department,), _complaint(symptoms))
 
 
+def disease_topic(condition: Condition, knowledge: Knowledge, draw: Draw) -> Topic:
+    """The same symptoms: which condition it could be."""
+    return replace(department_topic(condition, knowledge, draw), accepted=(condition.name,))
+
+
 def drug_topic(condition: Condition, therapy: Therapy, knowledge: Knowledge, draw: Draw) -> Topic:
     """A patient with the condition asks for a drug of this purpose: any that suits the patient is right."""
     patient = draw_patient(condition, knowledge, draw)
@@ -161,7 +166,7 @@ def telling_symptoms(condition: Condition, knowledge: Knowledge, draw: Draw) -> 
     symptoms = draw.shuffled(condition.symptoms)
     count = draw.integer(2, 4)
     others = [set(other.symptoms) for other in knowledge.conditions if other is not condition]
-    while any(set(symptoms[:count]) <= other for other in others):
+    while count < len(symptoms) and any(set(symptoms[:count]) <= other for other in others):
         count += 1
     return Items(symptoms[:count])
 
@@ -193,7 +198,6 @@ def _alternatives(therapy: Therapy, traits: Sequence[Trait], knowledge: Knowledg
     facts: Facts = {
         "purpose": therapy.purpose,
         "suitable": Items(drug.name for drug in suitable),
-        "unsuitable": Items(reasons),
         "refusals": Items(REFUSAL.format(group=group, drug=drug) for drug, group in reasons.items()),
         "unserved": "" if suitable else therapy.purpose,
     }
