@@ -96,7 +96,11 @@ def recognise(record: Any, keys: Mapping[str, Sequence[str]] | None = None) -> R
     found = found or _by_turns(fields) or _by_table(fields)
     if found is None:
         missing = _missing(record, keys) if keys else []
-        what = f"{names_in(missing)} is missing" if missing else "no conversation is known by these fields"
+        what = (
+            f"{names_in(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+            if missing
+            else "no conversation is known by these fields"
+        )
         hint = "; texts are for tools/pretrain.py" if "text" in fields else ""
         raise ConversationError(f"{what}; this record has {names_in(record)}{hint}")
     return found
