@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu lint bench-train bench-kernels tune-kernels clean
+.PHONY: setup demo test test-gpu lint bench-train bench-generate bench-kernels tune-kernels clean
 
 setup: $(READY)
 
@@ -35,6 +35,9 @@ lint: $(READY)
 
 bench-train: $(READY)
 	$(BIN)/python tools/bench_train.py
+
+bench-generate: $(READY)
+	$(BIN)/python tools/bench_generate.py
 
 bench-kernels: $(READY)
 	$(BIN)/python tools/bench_kernels.py

@@ -199,6 +199,11 @@ class Generator:
     def is_idle(self) -> bool:
         return self._scheduler.is_idle and not self._pending
 
+    @property
+    def running(self) -> int:
+        """Answers that are being decoded."""
+        return len(self._scheduler.running)
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers in the order of requests, the samples of one side by side."""
         text = None if self.tokenizer is None else ""

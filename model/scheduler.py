@@ -160,7 +160,8 @@ class Scheduler:
         """Pages to be moved, from where to where, so that those in use lie side by side (see `decode_pages`)."""
         moves = self.pool.close_gaps()
         if moves:
-            for holder in (*self.running, *self.ready):
+            holders: list[Row | Prompt] = [*self.running, *self.ready]
+            for holder in holders:
                 holder.pages = [moves.get(page, page) for page in holder.pages]
         return moves
 
