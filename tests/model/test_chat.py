@@ -246,11 +246,20 @@ def test_fingerprints_tell_templates_apart(bases: dict[str, Path], tokenizer: To
     assert ChatTemplate.named("chimed", Tokenizer.load(bases["trained"])).fingerprint == templates[0].fingerprint
 
 
-def test_a_used_template_can_be_pickled(tokenizer: Tokenizer) -> None:
+def test_a_used_template_can_be_pickled(bases: dict[str, Path]) -> None:
+    tokenizer = Tokenizer.load(bases["ziya"])
     template = resolve_template("vicuna", tokenizer)
-    encoded = template.encode(tokenizer, LONG)
+    conversation = talk("什么是</s>？", "</s>是结束。", "<human>", "<bot>")
+    encoded = template.encode(tokenizer, conversation)
     copy, other = pickle.loads(pickle.dumps((template, tokenizer)))
-    assert copy.encode(other, LONG) == encoded and copy.fingerprint == template.fingerprint
+    assert copy.encode(other, conversation) == encoded and copy.fingerprint == template.fingerprint
+
+
+def test_one_template_serves_two_tokenizers(bases: dict[str, Path], tokenizer: Tokenizer) -> None:
+    other = Tokenizer.load(bases["ziya"])
+    template = ChatTemplate.named("chimed", tokenizer)
+    for current in (tokenizer, other, tokenizer):
+        assert template.encode(current, LONG) == ChatTemplate.named("chimed", current).encode(current, LONG)
 
 
 def test_the_end_of_an_answer_is_the_templates_and_then_the_tokenizers(bases: dict[str, Path]) -> None:
@@ -348,14 +357,16 @@ def test_tokens_that_take_the_space_around_them_take_it_in_the_guarded_way_too(
 ) -> None:
     backend = Backend.from_file(str(bases["qwen"] / "tokenizer.json"))
     greedy = [AddedToken("<|end|>", rstrip=True, normalized=False), AddedToken("<|user|>", rstrip=True)]
+    greedy.append(AddedToken("<|sep|>", lstrip=True, normalized=False))
     backend.add_special_tokens([*greedy, AddedToken("<|assistant|>", lstrip=True, rstrip=True, normalized=False)])
     backend.save(str(tmp_path / "tokenizer.json"))
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
     tokenizer = Tokenizer.load(tmp_path)
     source = (
-        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + ' <|end|>\\n' }}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\\n' + m.content + ' <|sep|>.<|end|>\\n' }}"
+        "{% else %}{{ '  <|assistant|>\\n' + m.content + ' <|end|>\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '  <|assistant|>\\n' }}{% endif %}"
-    ).replace("'<|' + m.role", "('  ' if m.role == 'assistant' else '') + '<|' + m.role")
+    )
     asked = talk("  发热 ", "多喝水", " 咳嗽")
     from transformers import AutoTokenizer
 
@@ -365,6 +376,22 @@ def test_tokens_that_take_the_space_around_them_take_it_in_the_guarded_way_too(
     oracle = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(ConversationEncoder, "_holds_marker", lambda *_: True)
     assert own(source, tokenizer).encode_prompt(tokenizer, asked) == prompt == oracle
+
+
+def test_added_tokens_of_white_space_are_nobodys_markers(bases: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    backend = Backend.from_file(str(bases["qwen"] / "tokenizer.json"))
+    backend.add_tokens([AddedToken("\n", normalized=False), AddedToken("  ", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
+    tokenizer = Tokenizer.load(tmp_path)
+    template = resolve_template("chimed", tokenizer)
+    asked = talk("第一行\n第二行  末", "答\n  案", "问")
+    text = template.render(asked, add_generation_prompt=True)
+    oracle = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert template.encode_prompt(tokenizer, asked) == oracle
+    assert template.end_ids(tokenizer) == (tokenizer.eos_id,)
 
 
 def test_a_marker_in_a_content_leaves_the_rest_of_the_prompt_alone(bases: dict[str, Path]) -> None:
