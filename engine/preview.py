@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from model.batch import IGNORE, PackedBatch
 from model.tokenizer import Tokenizer
@@ -11,27 +12,37 @@ from model.tokenizer import Tokenizer
 _BOLD, _DIM, _RESET = "\033[1m", "\033[2m", "\033[0m"
 
 
-def show_document(batch: PackedBatch, tokenizer: Tokenizer, index: int = 0, most_tokens: int = 200) -> str:
+def show_document(
+    batch: PackedBatch, tokenizer: Tokenizer, index: int = 0, most_tokens: int = 200, stream: TextIO | None = None
+) -> str:
     """A document of a pack as text: trained tokens bold on a terminal, between ⟦ and ⟧ elsewhere.
 
     Args:
         index: which of the pack's documents.
         most_tokens: longer ones are cut, and say so.
+        stream: where the text will be printed; by default stdout.
     """
     begin, end = batch.cu_seqlens[index : index + 2].tolist()
     # A token is trained where the token before it has it as its target.
     trained = [False, *(batch.targets[begin : end - 1] != IGNORE).tolist()]
-    return show_ids(batch.tokens[begin:end].tolist(), trained, tokenizer, most_tokens)
+    return show_ids(batch.tokens[begin:end].tolist(), trained, tokenizer, most_tokens, stream)
 
 
-def show_ids(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer, most_tokens: int = 200) -> str:
+def show_ids(
+    ids: Sequence[int],
+    trained: Sequence[bool],
+    tokenizer: Tokenizer,
+    most_tokens: int = 200,
+    stream: TextIO | None = None,
+) -> str:
     """Tokens as text: trained ones bold on a terminal, between ⟦ and ⟧ elsewhere."""
+    is_terminal = (stream or sys.stdout).isatty()
     shown = min(len(ids), most_tokens)
     parts: list[str] = []
     start = 0
     for position in range(1, shown + 1):
         if position == shown or trained[position] != trained[start]:
-            parts.append(_mark(_decode(list(ids[start:position]), tokenizer), trained[start]))
+            parts.append(_mark(_decode(list(ids[start:position]), tokenizer), trained[start], is_terminal))
             start = position
     rest = f" … and {len(ids) - shown} tokens more" if shown < len(ids) else ""
     return "".join(parts) + rest
@@ -50,7 +61,7 @@ def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
     return text + tokenizer.decode(run)
 
 
-def _mark(text: str, is_trained: bool) -> str:
-    if sys.stdout.isatty():
+def _mark(text: str, is_trained: bool, is_terminal: bool) -> str:
+    if is_terminal:
         return f"{_BOLD if is_trained else _DIM}{text}{_RESET}"
     return f"⟦{text}⟧" if is_trained else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,8 +206,8 @@ def _resolve(config: SftConfig, shape: StepShape, packs: int) -> SftConfig:
 
 
 def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape) -> str:
-    """The first conversation as the model will see it."""
+    """The first conversation as the model will see it, for stderr."""
     first = int(documents.documents()[0])
     length = len(documents.read(first))
     batch = build_batch(documents, [Piece(0, first, 0, length)], shape.tokens_per_pack, shape.context)
-    return show_document(batch, tokenizer)
+    return show_document(batch, tokenizer, stream=sys.stderr)

@@ -15,13 +15,12 @@ from model.chat import ChatTemplate, Message
 from model.generate import Generator, Request
 from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer
-from tests.small_base import small_conversations, write_small_base
+from tests.small_base import small_conversations, write_small_base, write_small_conversations
 from tests.tools.in_child import TOOLS, run_tool
 from tests.tools.small_job import held_out_losses, losses, rows, weights
 from tests.tools.small_sft import sft, write_small_sft_job
 
 QUIET = ("--log.tensorboard", "false", "--log.curves", "false")
-QUESTION = [Message("system", "你是医生。"), Message("user", "患者7，头晕，怎么办？")]
 SHOWN = "你是医生。\n[human]:患者0，头晕，怎么办？\n[bot]:⟦可能是高血压，注意休息。<eos>⟧\n"
 
 
@@ -75,18 +74,25 @@ def test_steps_follow_from_epochs_and_packs(folder: Path) -> None:
 def test_the_published_directory_chats_in_transformers_as_it_does_here(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "run", dtype=torch.float32)
-    reader = AutoTokenizer.from_pretrained(folder / "run")
-    messages = [{"role": message.role, "content": message.content} for message in QUESTION]
-    prompt = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    tokenizer = Tokenizer.load(folder / "run")
+    # Long enough on few conversations for answers that end.
+    write_small_conversations(folder / "few.jsonl", 8)
+    learn = ("--data", "few.jsonl", "--train.steps", 80, "--train.batch_tokens", 256, "--optim.lr", 0.03)
+    sft(folder, "tuned", *learn, "--eval.fraction", 0, "--checkpoint.every", 0)
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "tuned", dtype=torch.float32)
+    reader = AutoTokenizer.from_pretrained(folder / "tuned")
+    tokenizer = Tokenizer.load(folder / "tuned")
     template = ChatTemplate.of(tokenizer)
     assert template is not None and template.name == "chimed"
-    assert template.encode_prompt(tokenizer, QUESTION) == prompt
-    answered = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0, len(prompt) :].tolist()
     greedy = SamplingOptions(temperature=0.0, max_new_tokens=40, stop_ids=template.end_ids(tokenizer))
-    ours = Generator.from_directory(folder / "run").generate([Request(prompt, greedy)])[0]
-    assert ours.ids == answered
+    generator = Generator.from_directory(folder / "tuned")
+    for record in small_conversations(8):
+        messages = [message for message in record[:2] if message["role"] != "assistant"]
+        prompt = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert template.encode_prompt(tokenizer, [Message(**message) for message in messages]) == prompt  # type: ignore[arg-type]
+        answered = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0, len(prompt) :]
+        (ours,) = generator.generate([Request(prompt, greedy)])
+        assert ours.ids == answered.tolist()
+        assert ours.end_reason == "stop" and (ours.text or "").startswith("可能是")
 
 
 def write_chatml_base(directory: Path) -> Path:
@@ -119,8 +125,6 @@ def test_noise_is_the_same_on_any_number_of_processes_and_none_is_in_held_out_lo
     noisy = ("--train.neftune_alpha", 5)
     sft(folder, "noisy", *noisy)
     sft(folder, "noisy-2", *noisy, world=2)
-    sft(folder, "plain-2", world=2)
-    assert losses(folder / "plain-2") == pytest.approx(losses(folder / "run"), rel=1e-5)
     assert losses(folder / "noisy-2") == pytest.approx(losses(folder / "noisy"), rel=1e-5)
     assert held_out_losses(folder / "noisy-2") == pytest.approx(held_out_losses(folder / "noisy"), rel=1e-5)
     # The same weights at first: noise shows in the loss that is trained, and not in the one that is judged.
