@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import check_range
 from engine.data.check import check, render
-from engine.data.check_conversations import Encoding, are_conversations, check_conversations, render_conversations
+from engine.data.check_conversations import Counting, are_conversations, check_conversations, render_conversations
 from engine.data.conversation_files import ConversationOptions
 from engine.data.progress import ProgressLine
 from engine.data.sources import DataOptions, only
@@ -66,11 +66,11 @@ def main(config: CheckConfig) -> None:
     options = only(ConversationOptions, config.data)
     is_conversations = config.kind == "conversations" or bool(config.data.keys)
     if is_conversations or (config.kind == "auto" and are_conversations(config.data.paths, options)):
-        encoding = None
+        counting = None
         if tokenizer is not None:
             template = resolve_template(config.template, tokenizer, replace=True)
-            encoding = Encoding(template, tokenizer, config.context)
-        report = check_conversations(config.data.paths, options, encoding, config.held_out, progress)
+            counting = Counting(template, tokenizer, config.context)
+        report = check_conversations(config.data.paths, options, counting, config.held_out, progress)
         print(render_conversations(report, config.context))
     else:
         print(render(check(config.data.paths, tokenizer, config.data, config.held_out, config.verify, progress)))

@@ -34,7 +34,7 @@ _UNLIMITED = 1 << 40
 _UNANSWERED = "the last question has no answer and is left out"
 
 
-class Encoding(NamedTuple):
+class Counting(NamedTuple):
     """With what tokens are counted; context None: without asking what would not fit."""
 
     template: ChatTemplate
@@ -117,14 +117,14 @@ def are_conversations(paths: Sequence[str], options: ConversationOptions) -> boo
 def check_conversations(
     paths: Sequence[str],
     options: ConversationOptions,
-    encoding: Encoding | None = None,
+    counting: Counting | None = None,
     held_out: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversationReport:
     """Read raw conversations through and report on them.
 
     Args:
-        encoding: to count tokens, and to see what exceeds a context.
+        counting: to count tokens, and to see what exceeds a context.
         held_out: raw or prepared; its first questions are looked for in `paths`.
     Raises:
         InputError: as `prepare`.
@@ -132,7 +132,7 @@ def check_conversations(
     for path in filter(is_prepared, paths):
         raise InputError(f"{path}: prepared. Check the raw files that it was prepared from.")
     report = ConversationReport()
-    tally = _Tally(report, encoding)
+    tally = _Tally(report, counting)
     for found in _read(paths, options, report, progress):
         tally.add(found)
     tally.finish()
@@ -187,14 +187,14 @@ def _read(
 class _Tally:
     """Counts conversations, many at a time."""
 
-    def __init__(self, report: ConversationReport, encoding: Encoding | None) -> None:
+    def __init__(self, report: ConversationReport, counting: Counting | None) -> None:
         self._report = report
-        self._encoding = encoding
+        self._counting = counting
         self._waiting: list[_Found] = []
         self._lengths = array("q")
         self._hashes = bytearray()
         self._sampled: set[bool] = set()  # a conversation of one turn, and one of several
-        if encoding is not None:
+        if counting is not None:
             report.tokens = 0
 
     @property
@@ -231,9 +231,9 @@ class _Tally:
 
     def _fit(self, waiting: list[_Found]) -> Sequence[Encoded | ConversationError | None]:
         """Each conversation as a whole, or why it cannot be trained on; what the context costs goes into the report."""
-        if self._encoding is None:
+        if self._counting is None:
             return [None] * len(waiting)
-        template, tokenizer, context = self._encoding
+        template, tokenizer, context = self._counting
         results = fit_each(template, tokenizer, [found.messages for found in waiting], _UNLIMITED)
         if context is None:
             return results
@@ -249,13 +249,13 @@ class _Tally:
         return results
 
     def _count_tokens(self, place: str, encoded: Encoded, answers: int) -> None:
-        assert self._encoding is not None
+        assert self._counting is not None
         self._report.tokens = (self._report.tokens or 0) + len(encoded.ids)
         self._report.trained += sum(encoded.trained)
         has_turns = answers > 1
         if has_turns not in self._sampled:
             self._sampled.add(has_turns)
-            shown = show_ids(encoded.ids, encoded.trained, self._encoding.tokenizer, _SAMPLE_TOKENS)
+            shown = show_ids(encoded.ids, encoded.trained, self._counting.tokenizer, _SAMPLE_TOKENS)
             self._report.samples.append(f"{place}\n{shown}")
 
 

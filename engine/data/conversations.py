@@ -95,12 +95,9 @@ def recognise(record: Any, keys: Mapping[str, Sequence[str]] | None = None) -> R
     found = _by_keys(record, keys) if keys else None
     found = found or _by_turns(fields) or _by_table(fields)
     if found is None:
-        missing = _missing(record, keys) if keys else []
-        what = (
-            f"{names_in(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-            if missing
-            else "no conversation is known by these fields"
-        )
+        what = "no conversation is known by these fields"
+        if keys and (missing := _missing(record, keys)):
+            what = f"{names_in(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         hint = "; texts are for tools/pretrain.py" if "text" in fields else ""
         raise ConversationError(f"{what}; this record has {names_in(record)}{hint}")
     return found

@@ -40,7 +40,7 @@ class TextTokenizer(Protocol):
     def save(self, directory: Path, /) -> None: ...
 
 
-class Encoding(NamedTuple):
+class Stored(NamedTuple):
     """A record as it is stored, or why it is not.
 
     ids: [L], of the encoder's dtype.
@@ -71,8 +71,8 @@ class Encoder(ABC):
     facts: Mapping[str, Any]
 
     @abstractmethod
-    def encode(self, records: Sequence[Record]) -> Iterator[Encoding]:
-        """One encoding for each record; all of them have texts."""
+    def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
+        """What is stored of each record; all of them have texts."""
 
 
 class TextEncoder(Encoder):
@@ -85,13 +85,13 @@ class TextEncoder(Encoder):
         self.dtype = np.dtype("<u2" if largest < 1 << 16 else "<u4")
         self.fingerprint = tokenizer.fingerprint
 
-    def encode(self, records: Sequence[Record]) -> Iterator[Encoding]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
         texts = [record.text or "" for record in records]
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         for record, text, ids in zip(records, texts, self.tokenizer.encode_batch(texts), strict=True):
             whole = [*(begin if record.is_first else []), *ids, *([self.tokenizer.eos_id] if record.is_last else [])]
             counts = {"divided": int(record.is_first and not record.is_last)}
-            yield Encoding(np.array(whole, self.dtype), len(text), text_hash(text), counts)
+            yield Stored(np.array(whole, self.dtype), len(text), text_hash(text), counts)
 
 
 class ChatEncoder(Encoder):
@@ -114,22 +114,22 @@ class ChatEncoder(Encoder):
             "context": context,
         }
 
-    def encode(self, records: Sequence[Record]) -> Iterator[Encoding]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
         conversations = [load(record.text or "").messages for record in records]
         answered = [messages[:-1] if messages[-1].role == "user" else messages for messages in conversations]
         usable = [messages for messages in answered if messages and messages[-1].role == "assistant"]
         fitted = iter(fit_each(self._template, self.tokenizer, usable, self._context))
         for all_messages, messages in zip(conversations, answered, strict=True):
             if not messages or messages[-1].role != "assistant":
-                yield Encoding(None, reason="it holds no answer")
+                yield Stored(None, reason="it holds no answer")
                 continue
             encoded = next(fitted)
             if isinstance(encoded, ConversationError):
-                yield Encoding(None, reason=str(encoded))
+                yield Stored(None, reason=str(encoded))
             else:
-                yield self._encoding(messages, encoded, is_unanswered=len(messages) < len(all_messages))
+                yield self._stored(messages, encoded, is_unanswered=len(messages) < len(all_messages))
 
-    def _encoding(self, messages: Conversation, encoded: Encoded, is_unanswered: bool) -> Encoding:
+    def _stored(self, messages: Conversation, encoded: Encoded, is_unanswered: bool) -> Stored:
         ids = np.array(encoded.ids, self.dtype)
         trained = np.array(encoded.trained, bool)
         ids[trained] |= TRAINED
@@ -142,7 +142,7 @@ class ChatEncoder(Encoder):
             "cut": int(encoded.is_cut),
         }
         characters = sum(len(message.content) for message in messages)
-        return Encoding(ids, characters, conversation_hash(messages), counts)
+        return Stored(ids, characters, conversation_hash(messages), counts)
 
 
 def fit_each(
@@ -158,5 +158,5 @@ def fit_each(
 
 
 def as_encoder(given: TextTokenizer | Encoder) -> Encoder:
-    """A tokenizer by itself stands for the encoding of texts."""
+    """A tokenizer by itself stands for the encoder of texts."""
     return given if isinstance(given, Encoder) else TextEncoder(given)

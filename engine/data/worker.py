@@ -68,15 +68,15 @@ def tokenise(unit: Unit, files: Mapping[int, SourceFile], encoder: Encoder, sett
 
     try:
         for batch in _batches(_usable(unit, files, setting.options, found)):
-            encodings = encoder.encode([record for _, record in batch if record.text is not None])
+            outcomes = encoder.encode([record for _, record in batch if record.text is not None])
             for segment, record in batch:
-                encoding = None if record.text is None else next(encodings)
-                if encoding is None or encoding.ids is None:
-                    reject(segment, record, record.reason if encoding is None else encoding.reason)
+                stored = None if record.text is None else next(outcomes)
+                if stored is None or stored.ids is None:
+                    reject(segment, record, record.reason if stored is None else stored.reason)
                     continue
-                writer.add(encoding.ids, encoding.characters, encoding.digest)
+                writer.add(stored.ids, stored.characters, stored.digest)
                 numbers = found[segment.file]
-                for name, number in {"documents": 1, "characters": encoding.characters, **encoding.counts}.items():
+                for name, number in {"documents": 1, "characters": stored.characters, **stored.counts}.items():
                     numbers[name] += number
         counts = [{"file": file, **numbers} for file, numbers in sorted(found.items())]
         return writer.commit({"files": counts})

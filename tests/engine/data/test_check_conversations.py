@@ -12,7 +12,7 @@ import pytest
 from engine.conversations import ConversationDataConfig, open_conversations
 from engine.data.check_conversations import (
     ConversationReport,
-    Encoding,
+    Counting,
     are_conversations,
     check_conversations,
     render_conversations,
@@ -40,13 +40,13 @@ RECORDS: list[Any] = [
 ]
 
 
-def report(paths: list[Path], encoding: Encoding | None = None, **more: Any) -> ConversationReport:
+def report(paths: list[Path], encoding: Counting | None = None, **more: Any) -> ConversationReport:
     return check_conversations(list(map(str, paths)), ConversationOptions(), encoding, **more)
 
 
 @pytest.fixture
-def encoding(tokenizer: Tokenizer) -> Encoding:
-    return Encoding(ChatTemplate.named("chimed", tokenizer), tokenizer, 64)
+def encoding(tokenizer: Tokenizer) -> Counting:
+    return Counting(ChatTemplate.named("chimed", tokenizer), tokenizer, 64)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_faults_are_counted_by_reason_and_named_by_place(raw: Path) -> None:
         check_conversations([str(raw)], ConversationOptions(on_error="fail"))
 
 
-def test_tokens_are_those_that_preparation_stores(tmp_path: Path, raw: Path, encoding: Encoding) -> None:
+def test_tokens_are_those_that_preparation_stores(tmp_path: Path, raw: Path, encoding: Counting) -> None:
     found = report([raw], encoding._replace(context=4096))
     prepared = prepare_records(tmp_path / "1", RECORDS, encoding.tokenizer, context=4096)
     manifest = read_manifest(prepared)
@@ -95,7 +95,7 @@ def test_tokens_are_those_that_preparation_stores(tmp_path: Path, raw: Path, enc
     assert (found.conversations, found.unanswered) == (manifest["documents"], manifest["unanswered"])
 
 
-def test_what_a_context_costs_is_what_preparation_counts(tmp_path: Path, encoding: Encoding) -> None:
+def test_what_a_context_costs_is_what_preparation_counts(tmp_path: Path, encoding: Counting) -> None:
     records = [*RECORDS, {"question": "己", "answer": A * 30}, {"question": Q * 30, "answer": A}]
     found = report([write(tmp_path / "a.jsonl", records)], encoding)
     manifest = read_manifest(prepare_records(tmp_path / "1", records, encoding.tokenizer, context=64))
@@ -107,7 +107,7 @@ def test_what_a_context_costs_is_what_preparation_counts(tmp_path: Path, encodin
     assert f"1 lose {found.dropped_turns} oldest turns at 64 tokens" in render_conversations(found, 64)
 
 
-def test_a_sample_of_one_turn_and_one_of_several_show_their_trained_tokens(raw: Path, encoding: Encoding) -> None:
+def test_a_sample_of_one_turn_and_one_of_several_show_their_trained_tokens(raw: Path, encoding: Counting) -> None:
     samples = report([raw], encoding).samples
     assert len(samples) == 2
     assert samples[0] == f"{raw}/a.jsonl:1\n[human]:{Q}\n[bot]:⟦{A}<eos>⟧"
@@ -155,7 +155,7 @@ def test_the_command_finds_conversations_by_itself(tmp_path: Path, raw: Path, to
     assert "recognised     1 --data.keys" in page("--data", odd, "--data.keys", "user=ctx", "assistant=reply")
 
 
-def test_real_files_are_reported_as_they_are_prepared(real_data: Path, tmp_path: Path, encoding: Encoding) -> None:
+def test_real_files_are_reported_as_they_are_prepared(real_data: Path, tmp_path: Path, encoding: Counting) -> None:
     path = str(real_data / "sft" / "sharegpt_medical_1k.jsonl")
     found = report([Path(path)], encoding._replace(context=512))
     config = ConversationDataConfig(paths=[path], workers=1)
