@@ -55,6 +55,14 @@ class BatchOptions:
     system: str | None = None
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def check(self) -> None:
+        """See to what can be seen before a model is loaded. Raises InputError."""
+        self.sampling.options(())
+        if self.samples < 1:
+            raise InputError(f"--samples is {self.samples}. Use at least 1.")
+        if not Path(self.input).is_file():
+            raise InputError(f"--input {self.input}: there is no such file. Check the path.")
+
 
 class _Question(NamedTuple):
     """A prompt in ids, and where it is from."""
@@ -77,9 +85,7 @@ def answer_file(model: ChatModel, options: BatchOptions, output: Path, max_rows:
         InputError: the input cannot be read or holds no question; `output` was begun with other options, is not what
             this wrote, or cannot be written.
     """
-    if options.samples < 1:
-        raise InputError(f"--samples is {options.samples}. Use at least 1.")
-    options.sampling.options(())
+    options.check()
     refusals = _Refusals(options.input)
     try:
         with _claimed(output) as file:
@@ -279,13 +285,12 @@ def _whole_lines(file: BinaryIO, output: Path) -> tuple[int, tuple[int, int]]:
 
 
 def _check_same_run(output: Path, identity: dict[str, Any], file: BinaryIO) -> None:
-    """Compare with what the file was begun with; write it down where it is new."""
+    """Compare with what the file was begun with; write it down where nothing is in it yet."""
     path = output.with_name(f"{output.name}.meta.json")
+    if not file.seek(0, os.SEEK_END):
+        return write_durably(path, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
     if not path.exists():
-        if file.seek(0, os.SEEK_END):
-            raise InputError(f"{output} exists and {path.name} does not, so nobody knows what made it. Move it away.")
-        write_durably(path, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
-        return
+        raise InputError(f"{output} exists and {path.name} does not, so nobody knows what made it. Move it away.")
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

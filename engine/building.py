@@ -22,7 +22,7 @@ from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.hf import load_config, read_model, write_model
 from model.init import initial_value
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def fit_vocabulary(base: Base, tokenizer: Tokenizer) -> ModelConfig:
             f"{base.config.vocab_size} rows. Use the model's own tokenizer, or extend the model with "
             "tools/train_tokenizer.py --extend."
         )
-    if _has_tokenizer(base.directory) and Tokenizer.load(base.directory).fingerprint != tokenizer.fingerprint:
+    if has_tokenizer(base.directory) and Tokenizer.load(base.directory).fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"--tokenizer is not the one in {base.directory}; its ids would mean other words. "
             "Leave --tokenizer out, or extend the model with tools/train_tokenizer.py --extend."
@@ -114,7 +114,7 @@ def base_tokenizer(base: Base, given: str | None) -> Tokenizer | None:
         return Tokenizer.load(given)
     if base.directory is None:
         return None
-    if not _has_tokenizer(base.directory):
+    if not has_tokenizer(base.directory):
         raise InputError(f"{base.directory} holds no tokenizer. Give --tokenizer the one it was trained with.")
     return Tokenizer.load(base.directory)
 
@@ -163,10 +163,6 @@ def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
                 (directory / name).rename(directory / new_name)
     except OSError as error:
         raise InputError(f"--out {directory}: {explain(error)}") from None
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def fill_from_base(model: nn.Module, config: ModelConfig, base: Base, seed: int, runtime: Runtime) -> None:

@@ -71,24 +71,29 @@ def main(config: ChatConfig) -> int:
     config.sampling.options(())  # before the weights are read
     if (config.input is None) != (config.output is None):
         raise InputError("Batch mode takes --input FILE and --output FILE. Give both, or neither to chat.")
-    is_batch = config.input is not None
     if config.max_rows < 1:
         raise InputError(f"--max_rows is {config.max_rows}. Use at least 1.")
+    if config.input is None or config.output is None:
+        model = open_model(config, max_rows=1)
+        return talk(Chat(model, config.sampling, config.system or "", config.seed))
+    asked = BatchOptions(config.input, config.sampling, config.samples, config.seed, config.system, config.data.keys)
+    asked.check()
+    written = answer_file(open_model(config, config.max_rows), asked, Path(config.output), config.max_rows)
+    print(f"{config.output}: {written:,} answers written")
+    return 0
+
+
+def open_model(config: ChatConfig, max_rows: int) -> ChatModel:
     model = ChatModel.open(
         config.model,
         config.chat.template,
         device=config.device,
         dtype=config.dtype,
         context=config.context,
-        max_rows=config.max_rows if is_batch else 1,
+        max_rows=max_rows,
     )
     speak(DISCLAIMER)
-    if config.input is None or config.output is None:
-        return talk(Chat(model, config.sampling, config.system or "", config.seed))
-    options = BatchOptions(config.input, config.sampling, config.samples, config.seed, config.system, config.data.keys)
-    written = answer_file(model, options, Path(config.output), config.max_rows)
-    print(f"{config.output}: {written:,} answers written")
-    return 0
+    return model
 
 
 if __name__ == "__main__":

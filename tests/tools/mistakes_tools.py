@@ -72,7 +72,7 @@ def make_a_reward_model(folder: Path) -> None:
 def begin_answers(folder: Path) -> None:
     """With another seed."""
     (folder / "questions.jsonl").write_text(QUESTIONS)
-    (folder / "answers.jsonl").write_text("")
+    (folder / "answers.jsonl").write_text('{"line": 1, "sample": 0, "answer": ""}\n')
     (folder / "answers.jsonl.meta.json").write_text('{"seed": 7}')
 
 
@@ -98,6 +98,7 @@ CHATTING = {
     "chatting with a model without a tokenizer": chat("--model", "base", spoil={"base/*token*": None}),
     "a sampling option out of its range": chat("--sampling.top_p", 2),
     "a conversation longer than the model's context": chat("--context", 4096),
+    "a file of questions that does not exist": chat("--input", "questions.jsonl", "--output", "answers.jsonl"),
     "questions without a file for the answers": chat("--input", "questions.jsonl"),
     "a file of questions that holds none": answer(spoil={"questions.jsonl": '{"题目": "头晕"}\n'}),
     "answers that were begun in another way": chat(
