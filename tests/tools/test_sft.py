@@ -121,6 +121,14 @@ def test_generation_config_lists_every_token_that_ends_an_answer(folder: Path) -
     assert json.loads((folder / "more" / "generation_config.json").read_text())["eos_token_id"] == [401, 2]
 
 
+def test_a_model_is_trained_into_another_template_when_it_is_asked_to_replace_its_own(folder: Path) -> None:
+    plain = ("--model", "run", "--chat.template", "plain", "--chat.replace", "true", "--train.steps", 1)
+    said = sft(folder, "plain", *plain).stderr
+    assert "The chat template is plain." in said
+    stored = ChatTemplate.of(Tokenizer.load(folder / "plain"))
+    assert stored is not None and stored.name == "plain"
+
+
 def test_noise_is_the_same_on_any_number_of_processes_and_none_is_in_held_out_loss(folder: Path) -> None:
     noisy = ("--train.neftune_alpha", 5)
     sft(folder, "noisy", *noisy)
@@ -130,6 +138,14 @@ def test_noise_is_the_same_on_any_number_of_processes_and_none_is_in_held_out_lo
     # The same weights at first: noise shows in the loss that is trained, and not in the one that is judged.
     assert held_out_losses(folder / "noisy")[0] == held_out_losses(folder / "run")[0]
     assert abs(losses(folder / "noisy")[0] - losses(folder / "run")[0]) > 1e-4
+
+
+def test_bf16_with_noise_and_recomputed_activations_learns(folder: Path) -> None:
+    sft(folder, "half", "--train.precision", "bf16", "--train.recompute", "full", "--train.neftune_alpha", 5)
+    assert [row["skipped"] for row in rows(folder / "half") if "loss" in row] == [0, 0, 0, 0]
+    assert losses(folder / "half")[-1] < losses(folder / "half")[0]
+    # The judged loss has no noise in it, and eight bits of mantissa.
+    assert held_out_losses(folder / "half")[0] == pytest.approx(held_out_losses(folder / "run")[0], rel=2**-8)
 
 
 def test_the_same_command_gives_the_same_bits_and_a_longer_one_goes_on(folder: Path) -> None:
