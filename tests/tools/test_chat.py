@@ -130,12 +130,13 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(folder: Path) -> None:
 
 
 def test_a_second_ctrl_c_leaves() -> None:
+    earlier = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), _noted_interrupts() as is_interrupted:
         assert not is_interrupted()
         signal.raise_signal(signal.SIGINT)
         assert is_interrupted()
         signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is earlier
 
 
 def test_ctrl_c_between_answers_leaves(folder: Path) -> None:
@@ -245,7 +246,7 @@ def test_a_run_that_is_killed_again_and_again_writes_the_same_bytes(folder: Path
     chance, kills, out = random.Random(3), 0, folder / "killed.jsonl"
     for _ in range(30):
         running = start_tool("chat", "--model", "model", *KILLED, "--output", "killed.jsonl", cwd=folder)
-        until, process = size(out) + chance.randrange(1, len(whole) // 3), running.processes[0]
+        until, process = size(out) + chance.randrange(1, len(whole) // 2), running.processes[0]
         wait_for(lambda: size(out) >= until or not process.is_alive(), "no line came")  # noqa: B023
         process.kill()
         (ended,) = running.wait()
