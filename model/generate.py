@@ -168,9 +168,11 @@ class Generator:
             tensors: (name, full tensor) for every name of `parameter_shapes`, in any order, dtype and place; one is
                 held at a time.
         Raises:
-            InputError: names are missing, unknown or given twice, or a shape is wrong.
+            InputError: names are missing, unknown or given twice, or a shape is wrong. The weights are then neither
+                the old nor the new ones: load again before anything else.
         """
         assert self.is_idle, "load() while requests are running"
+        self.cache.clear()
         shapes, missing = parameter_shapes(self.config), set(parameter_shapes(self.config))
         for name, tensor in tensors:
             if name not in shapes:
@@ -191,7 +193,9 @@ class Generator:
         path, _, kind = name.rpartition(".")
         module = self.model.get_submodule(path)
         if self.device.type == "cpu" and isinstance(module, Linear) and kind == "weight":
-            module.weight = nn.Parameter(pack(tensor.to(self.device, self.dtype, copy=True)), requires_grad=False)
+            tensor = pack(tensor.to(self.device, self.dtype))
+        if tensor.is_mkldnn:
+            module.weight = nn.Parameter(tensor, requires_grad=False)
         else:
             getattr(module, kind).copy_(tensor, non_blocking=True)
 

@@ -56,6 +56,11 @@ class KVCache:
         )
         self._heads = torch.arange(config.num_kv_heads, device=device)
 
+    def clear(self) -> None:
+        """Forget what weights that are no more have left: NaN would spread where whole pages are multiplied."""
+        if self.data.device.type == "cpu":
+            self.data = _lazy_zeros(tuple(self.data.shape), self.data.dtype)
+
     def places(self, pages: Tensor, rows: Tensor) -> Tensor:
         """Where the heads of tokens go, int64 [T * K], from the tokens' pages and rows within them, int64 [T]."""
         heads = len(self._heads)

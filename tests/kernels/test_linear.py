@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from kernels.linear import linear, linear_reference
+from kernels.linear import linear, linear_reference, pack
 from tests.kernels.oracle import assert_faithful, random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,3 +42,19 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         linear(random(3, 4), random(5, 3))
     with pytest.raises(ValueError, match="bias"):
         linear(random(3, 4), random(5, 4), random(4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a layout for processors")
+@pytest.mark.parametrize("rows", [1, 2, 16, 65])
+def test_a_packed_weight_multiplies_like_the_plain_one(rows: int) -> None:
+    weight, bias = random(37, 24), random(37, seed=1)
+    x = random(rows, 24, seed=2)
+    packed = pack(weight)
+    assert packed.is_mkldnn and packed.shape == weight.shape and pack(packed) is packed
+    expected = x.double() @ weight.double().t() + bias.double()
+    assert (linear(x, packed, bias) - expected).abs().max() <= 1e-5
+
+
+def test_a_weight_that_has_no_other_layout_stays_as_it_is() -> None:
+    weight = random(8, 8).double()
+    assert pack(weight) is weight
