@@ -183,7 +183,9 @@ def _line(question: _Question, sample: int, row: _Row) -> bytes:
     }
     given = {name: value for name, value in question.record.fields.items() if name in ours or name == "given"}
     rest = {name: value for name, value in question.record.fields.items() if name not in given}
-    return json.dumps({**rest, **({"given": given} if given else {}), **ours}, ensure_ascii=False).encode() + b"\n"
+    line = json.dumps({**rest, **({"given": given} if given else {}), **ours}, ensure_ascii=False)
+    # Half a surrogate pair in a field is no UTF-8; written as an escape it is JSON again.
+    return line.encode(errors="backslashreplace") + b"\n"
 
 
 def _questions(model: ChatModel, options: BatchOptions, refusals: _Refusals) -> Iterator[_Question]:

@@ -73,7 +73,8 @@ class _PromptSchema(ConversationSchema):
         for message in messages:
             if reason := refusal(message.content):
                 raise RecordError(reason)
-        return json.dumps({"fields": fields, "messages": [[message.role, message.content] for message in messages]})
+        turns = [[message.role, message.content] for message in messages]
+        return json.dumps({"fields": fields, "messages": turns}, default=str)  # a date, in Parquet
 
     def _messages(self, value: Any) -> list[Message]:
         if isinstance(value, dict) and "user" in self.keys:

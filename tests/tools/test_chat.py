@@ -217,12 +217,14 @@ def test_records_that_are_no_questions_are_named_by_line_and_counted(folder: Pat
         '{"text": "一段文本"}',
         "",
         '"' + "长" * 300 + '"',
-        '{"question": "咳嗽？"}',
+        '{"question": "咳嗽？", "note": "\\ud83d"}',
     ]
     (folder / "mixed.jsonl").write_text("\n".join(lines))
     ended = batch(folder, "--input", "mixed.jsonl", "--output", "mixed-out.jsonl", *GREEDY)
     assert ended.code == 0, ended.stderr
-    assert [row["line"] for row in answers(folder / "mixed-out.jsonl")] == [1, 6]
+    found = answers(folder / "mixed-out.jsonl")
+    assert [row["line"] for row in found] == [1, 6]
+    assert found[1]["note"] == "\ud83d", "fields come back as they were"
     assert "mixed.jsonl:2: left out: broken JSON" in ended.stderr
     assert 'mixed.jsonl:3: left out: no conversation is known by these fields; this record has "text"' in ended.stderr
     assert "mixed.jsonl:5: left out: its last question takes" in ended.stderr
