@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"kernels": 0, "model": 1, "engine": 2, "rlhf": 3, "evals": 3, "tools": 4}
 ORACLES = {"transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"}
 # These race against transformers, or compare with it when asked to; nothing else may import it.
-RACERS = {"tools/bench_train.py", "engine/verification.py"}
+RACERS = {"tools/bench_train.py", "tools/bench_generate.py", "engine/verification.py"}
 
 
 def imported_packages(path: Path) -> Iterator[tuple[int, str]]:
