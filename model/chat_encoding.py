@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
     """A conversation in tokens; the last is the end token of the last answer, unless it is cut.
 
     Attributes:
-        trained: for every id, whether it is a target: those of the answers and their end tokens.
+        trained: for every id, whether it is a target: those from the end of a prompt to the end token of its answer.
         dropped_turns: turns (a question with its answer) left out from the front.
         is_cut: whether the last answer lost its end.
     """
@@ -85,9 +85,9 @@ class ConversationEncoder:
             trained: list[bool] = []
             for answer in found.answers:
                 ids += next(prompts)
+                trained += [False] * (len(ids) - len(trained))
                 if answer.start > answer.border:
                     ids += self._insert(found.text[answer.border : answer.start])
-                trained += [False] * (len(ids) - len(trained))
                 ids += next(continued)
                 ids.append(self.end_id)
                 trained += [True] * (len(ids) - len(trained))
@@ -153,7 +153,7 @@ class ConversationEncoder:
         return self._tokenizer.encode_batch(texts, is_continuation=True, text_only=self._marker_names)
 
     def _insert(self, text: str) -> list[int]:
-        """What a template puts between the generation prompt and an answer: its own text, not trained."""
+        """What a template puts between the generation prompt and an answer: its own text."""
         if text not in self._inserted:
             [self._inserted[text]] = self._tokenizer.encode_batch([text], allow_special=True, is_continuation=True)
         return self._inserted[text]

@@ -66,7 +66,7 @@ class _Gap(NamedTuple):
     slot: int
     length: int
     """characters between the generation prompt and the content"""
-    is_trained: bool
+    is_space: bool
 
 
 class _Frame(NamedTuple):
@@ -167,7 +167,7 @@ class LayoutFinder:
         for gap in frame.gaps:
             start, end = contents[gap.slot]
             border = start - gap.length
-            answers.append(Answer(border, border if gap.is_trained else start, end + space))
+            answers.append(Answer(border, border if gap.is_space else start, end + space))
         return Layout("".join(pieces), contents, answers)
 
     def _frame(self, roles: tuple[Role, ...], is_prompt: bool) -> _Frame | None:
@@ -238,9 +238,9 @@ class LayoutFinder:
                     raise self._unclear(index, message)
                 # Where the frame depends on the content (thinking in it), the whole of what was written is the answer.
                 start = start if text.startswith(left) and start >= border else border
-                is_trained = not text[border:start].strip()
+                is_space = not text[border:start].strip()
                 answers.append(
-                    Answer(border, border if is_trained else start, end + len(self.closing) - len(self.end_token))
+                    Answer(border, border if is_space else start, end + len(self.closing) - len(self.end_token))
                 )
             elif not text.startswith(left):
                 raise self._unclear(index, message)

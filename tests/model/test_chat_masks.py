@@ -219,6 +219,8 @@ def test_laws_hold_for_any_contents(base: str, bases: dict[str, Path]) -> None:
                 if is_trained
             )
             expected = [SAID.get(name, str)(text).replace("\0", "") for text in (texts[1], texts[3])]
+            if name == "thinking":
+                expected[1] = "<think>\n\n</think>\n\n" + expected[1]
             if base == "qwen":
                 expected = [unicodedata.normalize("NFC", text) for text in expected]
             else:
@@ -248,13 +250,17 @@ def test_a_template_that_takes_contents_apart_keeps_the_law_or_refuses(bases: di
     check()
 
 
-def test_thinking_that_the_template_puts_in_is_not_trained(bases: dict[str, Path]) -> None:
+def test_everything_behind_the_prompt_is_trained_also_thinking_that_the_template_puts_in(
+    bases: dict[str, Path],
+) -> None:
     tokenizer = Tokenizer.load(bases["qwen"])
     template = ChatTemplate(FOREIGN["thinking"], tokenizer.special_names, "thinking")
-    encoded = template.encode(tokenizer, talk("问", "甲", "再问", "乙"))
-    said = [token for token, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained]
-    assert said == [*tokenizer.encode("甲"), template.end_ids(tokenizer)[0], *tokenizer.encode("乙"), said[-1]]
-    assert "<think>\n\n</think>\n\n乙" in tokenizer.decode(encoded.ids)
+    for conversation in (talk("问", "乙"), talk("问", "甲", "再问", "乙"), talk("问", "\n\n乙")):
+        ids, trained, *_ = template.encode(tokenizer, conversation)
+        prompt = template.encode_prompt(tokenizer, conversation[:-1])
+        thought = tokenizer.encode("<think>\n\n</think>\n\n", allow_special=True)
+        assert ids[len(prompt) :] == [*thought, *tokenizer.encode("乙"), template.end_ids(tokenizer)[0]]
+        assert all(trained[len(prompt) :])  # whoever generates has the prompt alone
 
 
 def test_thinking_in_an_answer_is_trained(bases: dict[str, Path]) -> None:
@@ -266,14 +272,6 @@ def test_thinking_in_an_answer_is_trained(bases: dict[str, Path]) -> None:
     end = template.end_ids(tokenizer)[0]
     assert said == [*tokenizer.encode("甲"), end, *tokenizer.encode(answer, allow_special=True), end]
     assert "旧" not in tokenizer.decode(encoded.ids)
-
-
-def test_thinking_that_the_template_puts_in_is_not_trained_before_an_answer_that_it_trims(
-    bases: dict[str, Path],
-) -> None:
-    tokenizer = Tokenizer.load(bases["qwen"])
-    template = ChatTemplate(FOREIGN["thinking"], tokenizer.special_names, "thinking")
-    assert template.encode(tokenizer, talk("问", "\n\n乙")) == template.encode(tokenizer, talk("问", "乙"))
 
 
 def test_an_answer_alone_trains_its_end_token(bases: dict[str, Path]) -> None:
