@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -294,24 +295,30 @@ class Generator:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Do a little of everything that is due; the tokens that arrived."""
-        scheduler, events = self._scheduler, []
-        chunks = scheduler.next_prefill()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            events = self._prefill_and_start()
+            return events + self._decode()
+
+    def _prefill_and_start(self) -> list[Event]:
+        chunks = self._scheduler.next_prefill()
         if chunks:
             self._decoder.prefill(chunks)
-        starts = scheduler.next_starts()
+        starts = self._scheduler.next_starts()
         if starts:
             self._pending.append(self._decoder.start(starts))
-            if not self._is_late:
-                events += self._read()
-        while (rows := scheduler.next_decode()) is None:
+        return self._read(keep=len(self._pending) if self._is_late else 0)
+
+    def _decode(self) -> list[Event]:
+        events: list[Event] = []
+        while (rows := self._scheduler.next_decode()) is None:
             # Rows that ended may have left pages; if all that was launched is known, somebody has to.
             if self._pending:
                 events += self._read()
-            elif (seat := scheduler.give_way()) is not None:
+            elif (seat := self._scheduler.give_way()) is not None:
                 self._decoder.leave(seat)
         if rows:
             if self.device.type == "cpu":
-                self._decoder.move(scheduler.next_moves())
+                self._decoder.move(self._scheduler.next_moves())
             self._pending.append(self._decoder.decode(rows))
         return events + self._read(keep=1 if self._is_late and rows else 0)
 

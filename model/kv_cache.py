@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.attention import attention, decode_attention
 from kernels.attention.decode_pages import PagesInSight, decode_pages
-from kernels.backend import cdiv
+from kernels.backend import cdiv, use_reference, use_triton
 from model.batch import Layout
 from model.config import ModelConfig
 from model.errors import InputError
@@ -128,7 +128,7 @@ class Decode:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         self.cache.write(layer, k, v, self.places)
-        if q.is_cuda:
+        if q.is_cuda or use_triton(q) or use_reference():
             pages = self.cache.paged(layer)
             return decode_attention(q, *pages, self.lengths, window=window, block_table=self.block_table)
         if window not in self.sights:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import backend
 from model import generate
 from model.batch import IGNORE, PackedBatch
 from model.config import ModelConfig
@@ -131,6 +132,22 @@ def test_rows_that_fill_up_a_graph_s_number_change_nothing(is_late: bool) -> Non
     made._decoder.sizes, made._is_late = graph_sizes(7), is_late
     answers = made.generate(requests)
     assert [answer.ids for answer in answers] == [answer.ids for answer in plain]
+    assert_trained(long_model(), requests, answers)
+
+
+@pytest.mark.parametrize("face", ["triton", "reference"])
+def test_other_faces_read_the_cache_as_it_lies(face: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of a GPU, interpreted, with pages full of NaN where nothing was written."""
+    if face == "triton" and torch.cuda.is_available():
+        pytest.skip("compiled kernels take no tensors of a processor")
+    requests = [greedy(list(range(3, 3 + length)), 3) for length in (PAGE + 5, PAGE - 1)]
+    expected = generator().generate(requests)
+    monkeypatch.setattr(backend, "FACE", face)
+    made = generator()
+    made.cache.data.fill_(float("nan"))
+    answers = made.generate(requests)
+    monkeypatch.undo()
+    assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
     assert_trained(long_model(), requests, answers)
 
 
