@@ -13,6 +13,7 @@ what changes is its content.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -181,27 +182,28 @@ class LayoutFinder:
 
     def _build_frame(self, roles: tuple[Role, ...], is_prompt: bool) -> _Frame | None:
         messages = _stand_ins(roles)
-        parts = _STAND_IN.split(self._render(messages, is_prompt))
+        text = self._render(messages, is_prompt)
+        parts = _STAND_IN.split(text)
         literals, slots = parts[::2], [int(index) for index in parts[1::2]]
+        answers = [index for index, role in enumerate(roles) if role == "assistant"]
+        counts = Counter(slots)
+        if any(counts[index] != 1 for index in answers):
+            return None
+        places = {index: place for place, index in enumerate(slots)}
+        ends = [0, *(found.end() for found in _STAND_IN.finditer(text))]  # of the slots before, then of each
         gaps = []
-        for index in (index for index, role in enumerate(roles) if role == "assistant"):
-            prompt = self._frame(roles[:index], True)
-            if prompt is None or slots.count(index) != 1:
-                return None
-            place = slots.index(index)
-            header = prompt.literals[-1]
-            if (
-                prompt.literals[:-1] != literals[:place]
-                or prompt.slots != slots[:place]
-                or not literals[place].startswith(header)
-            ):
+        for index in answers:
+            place = places[index]
+            prompt = self._render(messages[:index], True)
+            before, after = ends[place], ends[place] + len(literals[place])
+            if not text.startswith(prompt) or not before <= len(prompt) <= after:
                 raise InputError(
                     f"{self._where}: the chat template writes the turns before an answer otherwise once the answer is "
                     "there, so that training would not see what generation continues. Name another with "
                     "--chat.template."
                 )
-            inserted = literals[place][len(header) :]
-            if inserted.strip() and self._render(messages[:index], True) == self._render(messages[:index], False):
+            inserted = text[len(prompt) : after]
+            if inserted.strip() and prompt == self._render(messages[:index], False):
                 raise InputError(
                     f"{self._where}: the chat template ignores add_generation_prompt, so that generation could not "
                     f"begin an answer with {inserted!r}. Mend it, or name another with --chat.template."

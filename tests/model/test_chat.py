@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,20 @@ def test_the_oldest_turns_are_left_out_whole_and_the_system_message_stays(tokeni
         more = template.encode(tokenizer, [LONG[0], *LONG[2 * turns - 1 :]])
         for context in (len(rest.ids), len(more.ids) - 1):
             assert fit(template, tokenizer, LONG, context) == rest._replace(dropped_turns=turns)
+
+
+def test_what_is_kept_of_a_long_conversation_grows_with_its_length_and_not_its_square(tokenizer: Tokenizer) -> None:
+    def kept(turns: int) -> int:
+        template = ChatTemplate.named("chimed", tokenizer)
+        template.check(tokenizer)
+        tracemalloc.start()
+        try:
+            template.encode(tokenizer, talk(*["问", "答"] * turns))
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert kept(200) < 3 * kept(100)
 
 
 def test_the_last_answer_is_cut_without_an_end_token(tokenizer: Tokenizer) -> None:
