@@ -109,6 +109,21 @@ def test_samples_share_one_prefill_even_when_they_do_not_fit_at_once() -> None:
     assert machine.prefilled == {0: PAGE + 9}
 
 
+def test_samples_that_cannot_have_a_last_page_each_go_one_by_one() -> None:
+    """Three pages are all there are, and the prompt alone takes them."""
+    machine = Machine(pages=4, max_rows=3, prefill_tokens=1000)
+    machine.run([prompt(0, 2 * PAGE + 5, [9, 9, 9])])
+    assert sorted(row.sample for row in machine.done) == [0, 1, 2]
+    assert machine.prefilled == {0: 3 * (2 * PAGE + 5)}
+
+
+def test_prompts_wait_for_a_place_before_they_take_pages() -> None:
+    machine = Machine(pages=60, max_rows=2, prefill_tokens=1000)
+    for number in range(3):
+        machine.scheduler.add(prompt(number, 5, [9]))
+    assert len(machine.step()) == 2 and machine.scheduler.pool.free == 59 - 2
+
+
 def test_full_pages_of_a_prompt_are_held_once() -> None:
     machine = Machine(pages=60, max_rows=8, prefill_tokens=1000)
     machine.scheduler.add(prompt(0, 4 * PAGE + 1, [5] * 8))
