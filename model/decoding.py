@@ -196,7 +196,8 @@ class Decoder:
                 self._step(*arguments)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        # Its stream, for the current device may be another; and other threads may go on, such as one that pins memory.
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local"):
             tokens, logprobs = self._step(*arguments)
         self._graph_memory = graph.pool()
         return graph, tokens, logprobs
@@ -208,7 +209,7 @@ class Decoder:
             torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in (tokens, logprobs)
         )
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return Result(rows, tokens, logprobs, event)
 
     def _send(self, x: Tensor) -> Tensor:

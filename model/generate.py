@@ -103,7 +103,7 @@ class Generator:
         max_rows: answers that are decoded at once.
         context: the longest prompt with its answer; by default the model's.
     Raises:
-        InputError: the memory does not hold one sequence of that context.
+        InputError: the memory does not hold one sequence of that context, or nobody could be answered.
     """
 
     def __init__(
@@ -117,6 +117,10 @@ class Generator:
         max_rows: int = 64,
         context: int | None = None,
     ) -> None:
+        if max_rows < 1:
+            raise InputError(f"max_rows is {max_rows}. Use at least 1.")
+        if context is not None and context < 2:
+            raise InputError(f"A context of {context} tokens holds no prompt and answer. Use at least 2.")
         self.config = config if context is None else config.with_context(context)
         self.context = self.config.rope_length
         self.tokenizer = tokenizer
@@ -245,7 +249,8 @@ class Generator:
         """Queue a request; its number comes back with its events.
 
         Raises:
-            InputError: the prompt is empty, leaves no room for an answer, or holds ids that the model does not know.
+            InputError: the prompt is empty, leaves no room for an answer, or holds ids that the model does not know;
+                texts cannot be streamed with the tokenizer. Nothing is queued then.
         """
         prompt = list(request.prompt)
         if not prompt:
@@ -265,15 +270,15 @@ class Generator:
         if request.options.stop_texts and self.tokenizer is None:
             raise InputError("stop_texts need a tokenizer. Give one, or use stop_ids.")
         number = self._requests
-        self._requests += 1
         limit = min(request.options.max_new_tokens, self.context - len(prompt))
         rows = [
             Row(number, sample, prompt, request.options, row_seed(request.seed, sample), limit)
             for sample in range(request.samples)
         ]
-        self._live[number] = list(rows)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None:  # a tokenizer that cannot be streamed is refused here
             self._texts |= {row: TextStream(self.tokenizer, row.options.stop_texts) for row in rows}
+        self._live[number] = list(rows)
+        self._requests += 1
         self._scheduler.add(Prompt(prompt, deque(rows)))
         return number
 
@@ -343,7 +348,9 @@ class Generator:
         elif len(row.ids) == row.limit:
             reason = "length"
         if reason is not None:
-            text += "" if stream is None else stream.finish()
+            if stream is not None:
+                text += stream.finish()
+                reason = "stop" if stream.is_stopped else reason  # characters held back to the end may complete one
             self._end(row)
         return Event(row.request, row.sample, token, logprob, text, reason)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from model.errors import InputError
 from model.generate import Completion, Generator, Request
 from model.heads import CausalLM
 from model.kv_cache import PAGE, page_bytes
-from model.sampling import SamplingOptions
+from model.sampling import SamplingOptions, TokenChooser
 from model.scheduler import Chunk, Scheduler
-from tests.model.test_streaming import tokenizer
+from tests.model.test_streaming import byte_ids, tokenizer
 from tests.model.tiny import CONFIGS, LLAMA, causal_lm
 
 TOLERANCE = 1e-5
@@ -205,6 +206,15 @@ def test_text_comes_without_what_ended_it() -> None:
     assert [event.end_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
 
 
+def test_a_stop_text_whose_last_character_was_held_back_to_the_limit_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = tokenizer("llama")
+    given = iter(byte_ids("llama", "吉".encode()))
+    monkeypatch.setattr(TokenChooser, "choose", lambda *_: (torch.tensor([next(given)]), torch.zeros(1)))
+    made = generator(of=causal_lm(replace(LONG, vocab_size=of.padded_vocab_size)), tokenizer=of)
+    [answer] = made.generate([greedy([1], 3, stop_texts=("吉",))])
+    assert (answer.text, answer.end_reason, len(answer.ids)) == ("", "stop", 3)
+
+
 def pages_are_back(made: Generator) -> bool:
     return made.is_idle and made._scheduler.pool.free == made.cache.data.shape[2] - 1
 
@@ -281,6 +291,45 @@ def test_requests_that_cannot_be_answered_are_refused(request_: Request, message
     with pytest.raises(InputError, match=message):
         made.generate([greedy([1], 3), request_])
     assert pages_are_back(made)
+
+
+def test_a_request_whose_text_cannot_be_streamed_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generator(tokenizer=tokenizer("llama"))
+    monkeypatch.setattr(generate, "TextStream", MagicMock(side_effect=InputError("another decoder")))
+    with pytest.raises(InputError, match="another decoder"):
+        made.add(greedy([1], 3))
+    assert made.is_idle and not made._live
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": 0}, "max_rows is 0. Use at least 1."),
+        ({"context": 1}, "A context of 1 tokens holds no"),
+        ({"context": 0}, "A context of 0 tokens holds no"),
+        ({"context": -5}, "A context of -5 tokens holds no"),
+    ],
+)
+def test_a_generator_that_could_answer_nobody_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Generator(LONG, device="cpu", **options)
+
+
+def test_a_gpu_that_is_not_the_current_one_is_captured_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one's stream would record nothing, and an event on it would be there before the tokens are."""
+    decoder, ours = generator(max_rows=2)._decoder, torch.device("cuda", 1)
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: torch.zeros(shape, dtype=dtype))
+    decoder.device = ours
+    with torch.inference_mode():
+        decoder._capture(2)
+    cuda.Stream.assert_called_once_with(ours)
+    assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream.return_value
+    cuda.current_stream.reset_mock()
+    decoder._result([], torch.zeros(0), torch.zeros(0))
+    cuda.current_stream.assert_called_once_with(ours)
+    cuda.Event.return_value.record.assert_called_once_with(cuda.current_stream.return_value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
