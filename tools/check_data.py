@@ -65,7 +65,7 @@ def main(config: CheckConfig) -> None:
     progress = ProgressLine("Reading")
     options = only(ConversationOptions, config.data)
     is_conversations = config.kind == "conversations" or bool(config.data.keys)
-    if is_conversations or (config.kind == "auto" and are_conversations(config.data.paths, options)):
+    if is_conversations or (config.kind == "auto" and are_conversations(config.data.paths, options, config.data)):
         counting = None
         if tokenizer is not None:
             template = resolve_template(config.template, tokenizer, replace=True)

@@ -20,7 +20,7 @@ from engine.data.prepare import Progress
 from engine.data.reading import read_records
 from engine.data.report import counts, histogram, keys, unless_zero
 from engine.data.shards import is_prepared, prepared_parts, read_manifest
-from engine.data.sources import list_files, malformed, probe
+from engine.data.sources import ReadOptions, list_files, malformed, probe
 from engine.preview import show_ids
 from model.chat import ChatTemplate, ConversationError, Encoded, Message
 from model.errors import InputError
@@ -100,8 +100,12 @@ def _kind(reason: str) -> str:
     return re.sub(r"\d+", "N", reason)
 
 
-def are_conversations(paths: Sequence[str], options: ConversationOptions) -> bool:
-    """Whether the first file's first records are conversations, or its directory was prepared from some."""
+def are_conversations(paths: Sequence[str], options: ConversationOptions, texts: ReadOptions) -> bool:
+    """Whether the first file's first records are conversations, or its directory was prepared from some.
+
+    Raises:
+        InputError: they are no texts either.
+    """
     if paths and is_prepared(paths[0]):
         return read_manifest(next(prepared_parts(paths[0]))).get("kind") == "conversations"
     first = list_files(paths).files[0]
@@ -109,7 +113,13 @@ def are_conversations(paths: Sequence[str], options: ConversationOptions) -> boo
         return False
     try:
         probe(first, options)
-    except InputError:
+    except InputError as no_conversation:
+        try:
+            probe(first, texts)
+        except InputError as no_text:
+            if str(no_text) == str(no_conversation):
+                raise
+            raise InputError(f"{no_conversation} Of texts, name the fields with --data.fields.") from None
         return False
     return True
 

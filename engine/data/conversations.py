@@ -167,7 +167,7 @@ def _by_table(fields: dict[str, Any]) -> Recognised | None:
         asked = user.split("+")
         if assistant not in fields or not all(name in fields for name in asked if not name.endswith("?")):
             continue
-        if any(name in fields for name in _CHOICES) or {"a", "b"} <= fields.keys():
+        if any(fields.get(name) for name in _CHOICES) or {"a", "b"} <= fields.keys():
             raise ConversationError(f"it is a multiple-choice question; this record has {names_in(fields)}")
         names = [name.removesuffix("?") for name in asked]
         turns = list(_pairs([fields[name] for name in names if name in fields], [fields[assistant]]))
@@ -246,7 +246,7 @@ def _turns_of(turn: dict[str, Any], number: int, role_key: str | None, content_k
     """One turn with a role, or a turn of each speaker who has a field in the object."""
     if any(turn.get(name) for name in _TOOLS):
         raise ConversationError(f"turn {number} calls a tool, which is not trained on")
-    if turn.get("weight", 1) != 1:
+    if turn.get("weight") not in (None, 1):
         raise ConversationError(f"turn {number} has a weight; here every answer counts alike")
     role_key = role_key or next((name for name in ("from", "role") if name in turn), None)
     content_key = content_key or next((name for name in ("value", "content") if name in turn), None)

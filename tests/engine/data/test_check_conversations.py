@@ -19,6 +19,7 @@ from engine.data.check_conversations import (
 )
 from engine.data.conversation_files import ConversationOptions
 from engine.data.shards import read_manifest
+from engine.data.sources import ReadOptions
 from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -136,7 +137,7 @@ def test_kinds_are_told_apart_by_the_first_records(tmp_path: Path, tokenizer: To
         (tmp_path / "a.txt", False),
         (prepared, True),
     ):
-        assert are_conversations([str(path)], options) == expected
+        assert are_conversations([str(path)], options, ReadOptions()) == expected
     with pytest.raises(InputError, match="Check the raw files"):
         report([prepared])
 
@@ -152,6 +153,8 @@ def test_the_command_finds_conversations_by_itself(tmp_path: Path, raw: Path, to
     assert "recognised     3 conversations, 2 question = answer, 1 Alpaca" in found
     assert "A chat between a curious user" in found and f"{A}<eos>⟧" in found
     odd = write(tmp_path / "odd.jsonl", [{"ctx": Q, "reply": A}])
+    with pytest.raises(AssertionError, match=r'this record has "ctx", "reply"\. .*--data\.keys .*--data\.fields'):
+        page("--data", odd)
     assert "recognised     1 --data.keys" in page("--data", odd, "--data.keys", "user=ctx", "assistant=reply")
 
 

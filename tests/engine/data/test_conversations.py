@@ -118,6 +118,21 @@ KNOWN: dict[str, tuple[Any, list[tuple[str, str]], str]] = {
         TWO[:3],
         "ShareGPT",
     ),
+    "columns that a table holds for other records": (
+        {"question": Q1, "answer": A1, "options": None, "option": "", "history": None, "tools": None},
+        ONE,
+        "question = answer",
+    ),
+    "fields that a table holds for other turns": (
+        {
+            "messages": [
+                {"role": "user", "content": Q1, "weight": None, "tool_calls": None},
+                {"role": "assistant", "content": A1, "weight": None, "tool_calls": None},
+            ]
+        },
+        ONE,
+        "messages",
+    ),
     "nothing but a question": ({"messages": said("user", Q1)}, ONE[:1], "messages"),
     "space is kept": (
         {"instruction": " a\r\n", "output": "\tb "},
