@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -198,10 +199,9 @@ class Chat:
 def _checked_device(name: str | None) -> str | None:
     if name is None:
         return None
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise InputError(f"--device {name}: no such device. Use cuda, cuda:1 or cpu.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: there is no GPU here. Use cpu.")
+    found = re.fullmatch("cpu|cuda(?::([0-9]+))?", name)
+    if found is None:
+        raise InputError(f"--device {name}: no such device. Use cuda, cuda:1 or cpu.")
+    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there is no such GPU here. Use another, or cpu.")
     return name

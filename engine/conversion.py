@@ -256,6 +256,8 @@ def _new_directory(path: Path, size: int) -> Iterator[Path]:
     Raises:
         InputError: `path` holds something; there is no room; the filesystem refuses.
     """
+    if path.name in ("", ".."):
+        raise InputError(f"--out {path} names no new directory. Give one a name, as in --out {path / 'served'}.")
     beside = path.with_name(f".{path.name}.converting")
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import signal
 import sys
 import time
@@ -25,13 +26,14 @@ from model.errors import InputError
 
 PROMPT = "> "
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
 
 
 def talk(chat: Chat) -> int:
     """Hold a conversation on this process's stdin, stdout and stderr until one side leaves.
 
     Returns:
-        the exit code: 0, or 130 after Ctrl-C.
+        the exit code: 0, 130 after Ctrl-C, or 141 when nobody reads the answers any more.
     """
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
@@ -49,6 +51,9 @@ def talk(chat: Chat) -> int:
     except KeyboardInterrupt:
         _say("")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read the answers has left, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     return 0
 
 
@@ -116,14 +121,17 @@ class _Talk:
         self._chat.system = text
 
     def _save(self, name: str) -> None:
+        if not self._chat.turns:
+            raise InputError("Nothing was said yet that could be saved. Ask first.")
         messages = [{"role": message.role, "content": message.content} for message in self._chat.messages]
         try:
             with open(_named(name, "/save"), "x", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except FileExistsError:
             raise InputError(f"{name} exists, and nothing is overwritten. Choose another name.") from None
-        except OSError as error:
-            raise InputError(f"{name}: cannot be written ({error.strerror}). Choose another place.") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            reason = getattr(error, "strerror", error)
+            raise InputError(f"{name}: cannot be written ({reason}). Choose another place.") from None
         _say(f"{len(messages)} messages in {name}.")
 
     def _load(self, name: str) -> None:
@@ -132,7 +140,7 @@ class _Talk:
             messages = parse_conversation(_first_value(text))
         except OSError as error:
             raise InputError(f"{name}: cannot be read ({error.strerror}). Check the path.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: JSON of a thousand brackets
             raise InputError(f"{name}: no conversation ({error}). Give a file that /save wrote.") from None
         system = [message.content for message in messages if message.role == "system"]
         turns: list[Message] = [message for message in messages if message.role != "system"]

@@ -135,3 +135,12 @@ def test_what_does_not_chat_is_refused(directory: Path, tmp_path: Path) -> None:
         ChatModel.open(str(scorer))
     with pytest.raises(InputError, match=r"there is no such directory. Run tools/sft.py first"):
         ChatModel.open(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("mps", "no such device"), ("gpu", "no such device"), ("cuda:99", "there is no such GPU here")],
+)
+def test_a_device_that_is_not_there_is_refused(directory: Path, device: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=f"--device {device}: {sentence}"):
+        ChatModel.open(str(directory), device=device)

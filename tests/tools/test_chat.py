@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import shutil
 import signal
@@ -72,6 +73,39 @@ def test_commands_change_the_conversation_and_mistakes_in_them_do_not_end_it(fol
         "nothing.json: cannot be read (No such file or directory). Check the path.",
     ):
         assert sentence in ended.stderr
+
+
+def test_no_file_and_no_name_of_one_ends_a_conversation(folder: Path) -> None:
+    (folder / "deep.json").write_text("[" * 100_000)
+    lines = [
+        "/system 你是医生。",
+        "/save nothing.json",
+        "/load deep.json",
+        "/load a\0b",
+        QUESTIONS[0],
+        "/save a\0b",
+    ]
+    ended = chat(folder, lines, *GREEDY)
+    assert ended.code == 0, ended.stderr
+    assert "Nothing was said yet that could be saved. Ask first." in ended.stderr
+    assert not (folder / "nothing.json").exists()
+    assert "deep.json: no conversation (maximum recursion depth exceeded" in ended.stderr
+    assert "a\0b: no conversation (embedded null byte)" in ended.stderr
+    assert "a\0b: cannot be written (embedded null byte)" in ended.stderr
+
+
+def close_the_pipe(name: str) -> None:
+    """Stdin from a file, and stdout to somebody who has left."""
+    read_from(name)
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = open(writer, "w")  # noqa: SIM115
+
+
+def test_a_reader_that_leaves_ends_the_conversation_without_a_word(folder: Path) -> None:
+    ended = chat(folder, QUESTIONS, *GREEDY, before=functools.partial(close_the_pipe, "lines"))
+    assert ended.code == 141
+    assert "Traceback" not in ended.stderr and "Broken pipe" not in ended.stderr
 
 
 def test_turns_that_are_left_out_are_said_once(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -198,6 +199,14 @@ def test_values_that_would_be_lost_are_refused(
         import_model(base, tmp_path / "ours", dtype)
     assert sentence in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/", "new/.."])
+def test_a_directory_without_a_name_of_its_own_is_refused(base: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "here").mkdir()
+    with contextlib.chdir(tmp_path / "here"), pytest.raises(InputError, match="names no new directory"):
+        import_model(base, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "here"}
 
 
 def slow_down_casting() -> None:
