@@ -79,7 +79,7 @@ def open_held_out_conversations(
         InputError: as `open_conversations`; or nothing is left to train on.
     """
     if paths:
-        held_out = _open(paths, [], config, ChatEncoder(template, tokenizer, context), directory)
+        held_out = _open(paths, [], config, ChatEncoder(template, tokenizer, context), directory, "--eval.data")
         rest, overlap = train.without(held_out)
         if overlap:
             speak(f"{overlap:,} training conversations begin with a held-out question; they are not trained on.")
@@ -95,7 +95,12 @@ def open_held_out_conversations(
 
 
 def _open(
-    paths: Sequence[str], weights: list[float], config: ConversationDataConfig, encoder: ChatEncoder, directory: Path
+    paths: Sequence[str],
+    weights: list[float],
+    config: ConversationDataConfig,
+    encoder: ChatEncoder,
+    directory: Path,
+    option: str = "--data",
 ) -> Corpus:
     if not paths:
         raise InputError("There is no data. Name files or directories with --data.")
@@ -103,7 +108,7 @@ def _open(
     if not ready:
         target = directory / "prepared" / preparation_key(paths, encoder, config)
         prepare(paths, encoder, target, config, workers=config.workers, progress=ProgressLine("Preparing"))
-        _report(paths, target)
+        _report(paths, target, option)
         ready = [str(target)]
     elif len(ready) < len(paths):
         raw = next(path for path in paths if path not in ready)
@@ -116,7 +121,7 @@ def _open(
     return corpus
 
 
-def _report(paths: Sequence[str], directory: Path) -> None:
+def _report(paths: Sequence[str], directory: Path, option: str) -> None:
     """What the files were, and what became of their conversations.
 
     Raises:
@@ -127,7 +132,7 @@ def _report(paths: Sequence[str], directory: Path) -> None:
     skipped = [f"{count:,} x {reason}" for reason, count in _reasons(rejects).most_common()]
     if not manifest["documents"]:
         why = f" ({skipped[0]})" if skipped else ""
-        raise InputError(f"{', '.join(paths)}: there is no conversation to train on{why}. Give --data other files.")
+        raise InputError(f"{', '.join(paths)}: there is no conversation{why}. Give {option} other files.")
     encodings = ", ".join(f"{count:,} {name}" for name, count in sorted(manifest["encodings"].items()))
     speak(
         f"Files read: {encodings}; {manifest['documents']:,} conversations with {manifest['answers']:,} answers; "

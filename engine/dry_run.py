@@ -170,9 +170,7 @@ def look_at_conversations(
     usable = [(messages, row) for messages, row in zip(found, fitted, strict=True) if isinstance(row, Encoded)]
     if not usable:
         why = next((f" ({error})" for error in fitted), "")
-        raise InputError(
-            f"{', '.join(config.paths)}: there is no conversation to train on{why}. Give --data other files."
-        )
+        raise InputError(f"{', '.join(config.paths)}: there is no conversation{why}. Give --data other files.")
     # As most files write them; the names of fields and roles take a third of their bytes where turns are short.
     size = sum(
         len(json.dumps([vars(message) for message in messages], ensure_ascii=False).encode()) for messages, _ in usable

@@ -163,7 +163,13 @@ def test_texts_and_conversations_are_not_taken_for_one_another(tmp_path: Path, t
 
 def test_records_without_answers_are_no_training_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
     raw = write(tmp_path / "a.jsonl", [{"conversations": [Q], "chosen": A, "rejected": "不知道。"}])
-    with pytest.raises(InputError, match=r"no conversation to train on \(1 x it holds no answer\)"):
+    with pytest.raises(InputError, match=r"no conversation \(1 x it holds no answer\)"):
         opened(tmp_path, tokenizer, [raw])
     with pytest.raises(InputError, match="There is no data"):
         opened(tmp_path, tokenizer, [])
+
+
+def test_held_out_files_without_conversations_name_their_own_option(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = opened(tmp_path, tokenizer, [write(tmp_path / "a.jsonl", [ask(Q)])])
+    with pytest.raises(InputError, match=r"empty\.jsonl: there is no conversation\. Give --eval\.data other files"):
+        hold_out(corpus, tmp_path, tokenizer, paths=(write(tmp_path / "empty.jsonl", []),))
