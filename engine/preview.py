@@ -19,7 +19,7 @@ def show_document(
 
     Args:
         index: which of the pack's documents.
-        most_tokens: longer ones are cut, and say so.
+        most_tokens: longer ones lose their middle, and say so; how the last answer ends is always seen.
         stream: where the text will be printed; by default stdout.
     """
     begin, end = batch.cu_seqlens[index : index + 2].tolist()
@@ -37,15 +37,20 @@ def show_ids(
 ) -> str:
     """Tokens as text: trained ones bold on a terminal, between ⟦ and ⟧ elsewhere."""
     is_terminal = (stream or sys.stdout).isatty()
-    shown = min(len(ids), most_tokens)
-    parts: list[str] = []
-    start = 0
-    for position in range(1, shown + 1):
-        if position == shown or trained[position] != trained[start]:
-            parts.append(_mark(_decode(list(ids[start:position]), tokenizer), trained[start], is_terminal))
-            start = position
-    rest = f" … and {len(ids) - shown} tokens more" if shown < len(ids) else ""
-    return "".join(parts) + rest
+
+    def part(start: int, end: int) -> str:
+        text = ""
+        for position in range(start + 1, end + 1):
+            if position == end or trained[position] != trained[start]:
+                text += _mark(_decode(list(ids[start:position]), tokenizer), trained[start], is_terminal)
+                start = position
+        return text
+
+    if len(ids) <= most_tokens:
+        return part(0, len(ids))
+    head = most_tokens // 2
+    tail = len(ids) - (most_tokens - head)
+    return f"{part(0, head)} … {tail - head} tokens more … {part(tail, len(ids))}"
 
 
 def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
