@@ -255,6 +255,8 @@ class _Meter:
 @contextlib.contextmanager
 def _claimed(output: Path) -> Iterator[BinaryIO]:
     """The file, open for this process alone, as far as the filesystem knows locks."""
+    if output.exists() and not output.is_file():
+        raise InputError(f"--output {output} is no file that could be gone on with. Choose another.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a+b") as file:
         try:

@@ -236,7 +236,7 @@ def _largest(tensor: Tensor) -> float:
 def _write(
     folder: Path, model: _Source, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype, max_shard_gb: float
 ) -> None:
-    if not max_shard_gb > 0:
+    if not 0 < max_shard_gb < math.inf:
         raise InputError(f"--max_shard_gb is {max_shard_gb}. Use a number above 0, such as 5.")
     write_model(folder, model.config, tensors, dtype, int(max_shard_gb * 1e9))
     read_model(folder, model.config)  # opens every file, and compares names and shapes

@@ -94,6 +94,7 @@ def verify_model(directory: Path | str, against: Path | str | None = None, toler
         template = ChatTemplate.of(ours)
         checks = [_compare_ids(ours, theirs), _compare_template(template, ours, theirs)]
         ends |= set() if template is None else set(template.end_ids(ours))
+    prompts = [ids[: config.rope_length] for ids in prompts]
     logits = _logits(directory, prompts)
     model = _open(transformers.AutoModelForCausalLM, other, torch_dtype=torch.float32).eval()
     checks.append(_compare_ends(ends, model.generation_config.eos_token_id))

@@ -37,7 +37,7 @@ class TensorStore:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        self.files, promised = _weight_files(directory)
+        self.files, self._promised = _weight_files(directory)
         for path in self.files:
             if not path.is_file():
                 raise InputError(f"{path}: this shard is listed in the index but missing. Download it again.")
@@ -45,7 +45,7 @@ class TensorStore:
                 self._open_safetensors(path)
             else:
                 self._open_bin(path)
-        for name, file in promised.items():
+        for name, file in self._promised.items():
             if name not in self.shapes:
                 raise InputError(f"{directory / file}: {name} is listed in the index but missing. Download it again.")
 
@@ -57,9 +57,8 @@ class TensorStore:
         try:
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118  not a dict
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                self.dtypes[name] = file.get_slice(name).get_dtype()
-                self._readers[name] = partial(file.get_tensor, name)
+                piece = file.get_slice(name)
+                self._keep(path, name, tuple(piece.get_shape()), piece.get_dtype(), partial(file.get_tensor, name))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}). Download or copy it again.") from error
 
@@ -79,9 +78,13 @@ class TensorStore:
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise InputError(f"{path}: holds more than named tensors. Save the model's state dict alone.")
         for name, tensor in content.items():
-            self.shapes[name] = tuple(tensor.shape)
-            self.dtypes[name] = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            self._readers[name] = partial(content.__getitem__, name)
+            kind = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            self._keep(path, name, tuple(tensor.shape), kind, partial(content.__getitem__, name))
+
+    def _keep(self, path: Path, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Tensor]) -> None:
+        """Of a tensor that several files hold, the one that the index names."""
+        if name not in self.shapes or self._promised.get(name) == path.name:
+            self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, read
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
@@ -90,8 +93,10 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         path = directory / index
         if path.is_file():
             weight_map = read_json(path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{path}: weight_map is missing. Download the file again.")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                weight_map = {}
+            if not weight_map:
+                raise InputError(f"{path}: weight_map is missing, or does not name files. Download it again.")
             return [directory / file for file in dict.fromkeys(weight_map.values())], weight_map
         if (directory / single).is_file():
             return [directory / single], {}

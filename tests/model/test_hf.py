@@ -196,6 +196,10 @@ def damage_weight_map(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text("{}")
 
 
+def damage_file_names(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": 1}}')
+
+
 def damage_no_weights(directory: Path) -> None:
     for path in directory.glob("model*"):
         path.unlink()
@@ -225,6 +229,7 @@ def damage_bin(directory: Path) -> None:
         (damage_missing_in_shard, "lm_head.weight is listed in the index but missing"),
         (damage_index, "index.json: not valid JSON"),
         (damage_weight_map, "weight_map is missing"),
+        (damage_file_names, "weight_map is missing, or does not name files"),
         (damage_no_weights, "no weights here"),
         (damage_pickle, "pytorch_model.bin: not a whole file of weights"),
         (damage_bin_content, "pytorch_model.bin: holds more than named tensors"),
@@ -235,6 +240,16 @@ def test_damaged_files_are_named(damage: Callable[[Path], None], says: str, shar
     damage(sharded)
     with pytest.raises(InputError, match=says):
         read_model(sharded, LLAMA)
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_of_a_tensor_in_two_files_the_index_says_which(sharded: Path, at: int) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    other = sorted(sharded.glob("*.safetensors"))[at]
+    name = next(name for name, file in index.items() if file != other.name)
+    tensors = load_file(other)
+    save_file({**tensors, name: load_file(sharded / index[name])[name] + 1}, other)
+    expect_same(sharded)
 
 
 def test_wrong_tensors_are_named_with_a_remedy(whole: Path) -> None:

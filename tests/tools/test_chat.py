@@ -307,6 +307,14 @@ def test_a_torn_line_is_written_anew(folder: Path, kept: int) -> None:
     assert (folder / "torn.jsonl").read_bytes() == whole
 
 
+def test_answers_go_into_a_file_and_nothing_else(folder: Path) -> None:
+    write_lines(folder / "asked.jsonl", RECORDS)
+    os.mkfifo(folder / "fifo")
+    ended = batch(folder, "--input", "asked.jsonl", "--output", "fifo")
+    assert ended.code == 2 and "--output fifo is no file that could be gone on with." in ended.last_line
+    assert not (folder / "fifo.meta.json").exists()
+
+
 def test_only_one_process_writes_a_file(folder: Path) -> None:
     many_questions(folder)
     words = ("--model", "model", *KILLED, "--output", "twice.jsonl")

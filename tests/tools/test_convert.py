@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 import time
@@ -265,6 +266,17 @@ def test_verify_finds_each_difference(base: Path, original: Path) -> None:
     table["normalizer"] = {"type": "Lowercase"}
     (base / "tokenizer.json").write_text(json.dumps(table))
     assert not outcome(verify_model(base, original))["tokenizer"]
+
+
+def test_verify_takes_models_of_any_context(base: Path) -> None:
+    change(base, "config.json", max_position_embeddings=16)
+    assert outcome(verify_model(base))["logits"]
+
+
+@pytest.mark.parametrize("size", [0, -1, math.nan, math.inf])
+def test_a_size_of_shards_that_is_none_is_refused(base: Path, tmp_path: Path, size: float) -> None:
+    with pytest.raises(InputError, match=f"--max_shard_gb is {size}"):
+        import_model(base, tmp_path / "ours", max_shard_gb=size)
 
 
 def test_nan_is_a_difference(base: Path) -> None:
