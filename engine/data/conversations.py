@@ -188,7 +188,7 @@ def _list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConversationError(f'"{name}" is a text, not a list of turns') from None
     if not value:
         return []

@@ -43,8 +43,11 @@ def _json_line(number: int, line: bytes, codec: str, schema: Schema) -> Record:
         return Record(number, None, "broken JSON: nested too deeply")
     except json.JSONDecodeError as error:
         return Record(number, None, f"broken JSON: {error.msg} at character {error.pos + 1}")
+    except ValueError:  # Python's own limit, against quadratic time
+        return Record(number, None, f"broken JSON: {_TOO_MANY_DIGITS}")
 
 
+_TOO_MANY_DIGITS = "a number of thousands of digits"
 _DELIMITERS = (" ", "\t", "\r", "\n", ",", "]")
 _ENOUGH_FOLLOWING = 16
 _SPACES = re.compile(r"[ \t\r\n]*")
@@ -88,6 +91,8 @@ class _JsonText:
             except json.JSONDecodeError as error:
                 if self._is_end:
                     raise self.error(error.msg) from None
+            except ValueError:
+                raise self.error(_TOO_MANY_DIGITS) from None
             else:
                 # A number may go on behind the window ("1.5" of "1.5e3"): what follows shows whether it is whole.
                 following = self._window[stop : stop + _ENOUGH_FOLLOWING]

@@ -227,6 +227,7 @@ def test_keys_map_any_other_schema(record: Any, keys: dict[str, str], expected: 
         ({"prompt": [Q1, Q2, Q1], "output": [A1]}, "3 questions beside 1 answers do not make turns"),
         ({"instruction": Q1, "output": [A1, A2]}, "1 questions beside 2 answers do not make turns"),
         ({"question": Q1, "answer": A1, "history": "前文"}, '"history" is a text, not a list of turns'),
+        ({"question": Q1, "answer": A1, "history": "[" * 100_000}, '"history" is a text, not a list of turns'),
         ({"question": Q1, "answer": A1, "history": 3}, '"history" is a number, not a list of turns'),
         ({"question": Q1, "options": {"A": "甲"}, "answer": "A"}, "it is a multiple-choice question"),
         ({"Question": Q1, "A": "甲", "B": "乙", "Answer": "A"}, "it is a multiple-choice question"),

@@ -358,3 +358,14 @@ def test_real_text_is_read_exactly(real_data: Path) -> None:
         assert read(path) == [path.read_bytes().decode("gb18030")]
     path = real_data / "pretrain" / "tcm_classics.jsonl"
     assert read(path) == [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
+
+
+def test_a_number_that_python_does_not_read_is_broken_json(tmp_path: Path) -> None:
+    long = '{"text": "甲", "id": %s}' % ("1" * 5000)
+    (tmp_path / "a.jsonl").write_text(f'{long}\n{{"text": "乙"}}\n')
+    (tmp_path / "b.json").write_text(f"[{long}]")
+    lines = probe(list_files([tmp_path / "a.jsonl"]).files[0], ReadOptions())
+    first, second = read_records(lines, TextSchema())
+    assert first.reason == "broken JSON: a number of thousands of digits" and second.text == "乙"
+    with pytest.raises(InputError, match=r"b\.json:1: broken JSON list: a number of thousands of digits"):
+        list(read_texts([tmp_path / "b.json"]))
