@@ -2,7 +2,7 @@
 
 A `Prompt` waits until there are rows and pages for it, is prefilled chunk by chunk, and then starts its rows, one for
 each of its samples. A `Row` decodes a token a step until it ends. `max_rows` rows decode at once; the place of one
-that ends is taken in the same step.
+that ends is taken in the next step.
 
     waiting ── next_prefill ──► ready ── next_starts ──► running ── end ──► gone
        ▲                                                    │
@@ -115,18 +115,19 @@ class Scheduler:
 
     def next_prefill(self) -> list[Chunk]:
         """The next chunks, of at most prefill_tokens together."""
-        budget, chunks = self.prefill_tokens, []
-        for prompt in [prompt for prompt in self.ready if not prompt.is_computed]:
-            chunks += self._chunk(prompt, budget)
-            budget -= sum(chunk.end - chunk.start for chunk in chunks[-1:])
+        chunks = []
+        if self.ready and not self.ready[-1].is_computed:  # no other can be: nobody is let in behind it
+            chunks.append(self._chunk(self.ready[-1], self.prefill_tokens))
         expected = sum(len(prompt.rows) for prompt in self.ready)
-        while self.waiting and budget > 0 and len(self._seats) > expected and self._fits(self.waiting[0]):
+        while self.waiting and len(self._seats) > expected and self._fits(self.waiting[0]):
+            budget = self.prefill_tokens - sum(chunk.end - chunk.start for chunk in chunks)
+            if budget == 0:
+                break
             prompt = self.waiting.popleft()
             prompt.pages = self.pool.take(pages_for(len(prompt.ids)))
             self.ready.append(prompt)
             expected += len(prompt.rows)
-            chunks += self._chunk(prompt, budget)
-            budget -= chunks[-1].end - chunks[-1].start
+            chunks.append(self._chunk(prompt, budget))
         return chunks
 
     def next_starts(self) -> list[Start]:
@@ -195,21 +196,21 @@ class Scheduler:
         row.is_over = True
         if row in self.running:
             return self._leave(row)
-        for queue in (self.waiting, self.ready):
-            for prompt in [prompt for prompt in queue if row in prompt.rows]:
-                prompt.rows.remove(row)
-                if not prompt.rows:
-                    self._forget(prompt)
-                    queue.remove(prompt)
+        queues = self.ready, self.waiting
+        queue, prompt = next((queue, prompt) for queue in queues for prompt in queue if row in prompt.rows)
+        prompt.rows.remove(row)
+        if not prompt.rows:
+            self._forget(prompt)
+            queue.remove(prompt)
         return None
 
     def _fits(self, prompt: Prompt) -> bool:
         """Whether there are pages for a prompt, with one more for every row that runs, so that none gives way soon."""
         return self.pool.free >= pages_for(len(prompt.ids)) + len(self.running) + len(self.ready)
 
-    def _chunk(self, prompt: Prompt, budget: int) -> list[Chunk]:
+    def _chunk(self, prompt: Prompt, budget: int) -> Chunk:
         start, prompt.computed = prompt.computed, min(len(prompt.ids), prompt.computed + budget)
-        return [Chunk(prompt, start, prompt.computed)] if prompt.computed > start else []
+        return Chunk(prompt, start, prompt.computed)
 
     def _leave(self, row: Row) -> int:
         self.running.remove(row)
