@@ -77,4 +77,5 @@ def main(config: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CheckConfig, aliases={"data": "data.paths"})
+    # Messages about templates name the training job's flag.
+    run(main, CheckConfig, aliases={"data": "data.paths", "chat.template": "template"})

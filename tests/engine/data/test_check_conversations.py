@@ -152,6 +152,8 @@ def test_the_command_finds_conversations_by_itself(tmp_path: Path, raw: Path, to
     found = page("--data", raw, "--model", tokenizer_directory, "--template", "vicuna", "--context", 512)
     assert "recognised     3 conversations, 2 question = answer, 1 Alpaca" in found
     assert "A chat between a curious user" in found and f"{A}<eos>⟧" in found
+    named_as_for_training = page("--data", raw, "--model", tokenizer_directory, "--chat.template", "plain")
+    assert f"{Q}\n⟦{A}<eos>⟧" in named_as_for_training
     odd = write(tmp_path / "odd.jsonl", [{"ctx": Q, "reply": A}])
     with pytest.raises(AssertionError, match=r'this record has "ctx", "reply"\. .*--data\.keys .*--data\.fields'):
         page("--data", odd)
