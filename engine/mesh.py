@@ -113,7 +113,10 @@ def start(config: ParallelConfig) -> Runtime:
     if config.replicas > 1:
         shape, names = (config.replicas, world // config.replicas), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return Runtime(rank, world, device, mesh, dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    # A rank that went on to find a mistake and leave would take the store along that others are still joining through.
+    dist.barrier(patient_group)
+    return Runtime(rank, world, device, mesh, patient_group)
 
 
 def stop() -> None:

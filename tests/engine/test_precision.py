@@ -30,7 +30,7 @@ def test_blocks_compute_in_bf16_with_rotary_tables_in_fp32(one_process: Runtime)
     parallelize(model, one_process, ParallelConfig(), "bf16", "none")
     seen: list[tuple[torch.dtype, ...]] = []
 
-    def look(hidden: torch.Tensor, rotation: Rotation, layout: object) -> torch.Tensor:
+    def look(hidden: torch.Tensor, rotation: Rotation, *_: object) -> torch.Tensor:
         seen.append((hidden.dtype, rotation.cos.dtype, rotation.sin.dtype))
         return hidden.clone()
 
