@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import backend
 from model import generate
@@ -265,6 +266,27 @@ def test_cache_bytes_are_kept_to_the_page() -> None:
     assert made.cache.data.nbytes == 9 * one
     # No more than can be used: two rows of five pages, and the page that belongs to nobody.
     assert Generator(LONG, device="cpu", max_rows=2).cache.data.shape[2] == 11
+
+
+def test_pages_on_their_way_take_the_memory_of_one_layer() -> None:
+    made = generator(pages=9)
+    data, targets = made.cache.data, torch.tensor([5, 6, 7, 8])
+    data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = data.clone()
+    expected[:, :, targets] = data[:, :, targets - 4]
+    sizes = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = op(*args, **(kwargs or {}))
+            if op is torch.ops.aten.index.Tensor:
+                sizes.append(result.nbytes)
+            return result
+
+    with Watched():
+        made.cache.copy_pages(targets - 4, targets)
+    assert max(sizes) * LONG.num_layers == len(targets) * page_bytes(LONG, torch.float32)
+    assert torch.equal(made.cache.data, expected)
 
 
 def test_a_cache_that_cannot_hold_one_sequence_is_refused() -> None:
