@@ -206,7 +206,8 @@ class Generator:
 
     @property
     def is_idle(self) -> bool:
-        return self._scheduler.is_idle and not self._pending
+        """Whether every answer is over. What is still launched then belongs to nobody, and is passed over when read."""
+        return self._scheduler.is_idle
 
     @property
     def running(self) -> int:

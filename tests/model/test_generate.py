@@ -239,6 +239,18 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(is_late: bool) -> 
     assert pages_are_back(made)
 
 
+def test_after_the_last_request_is_cancelled_others_are_answered_at_once() -> None:
+    requests = ragged_requests(3, answer=20)
+    expected = generator(max_rows=3).generate(requests)
+    made = generator(max_rows=3)
+    made._is_late = True
+    number = made.add(requests[0])
+    made.step()
+    made.cancel(number)
+    assert pages_are_back(made)
+    assert made.generate(requests) == expected
+
+
 def test_a_single_sample_can_be_cancelled() -> None:
     made = generator()
     number = made.add(Request([1, 2], SamplingOptions(max_new_tokens=5), samples=3))
