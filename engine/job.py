@@ -227,11 +227,12 @@ def held_out_batches(
     )
 
 
-def describe_run(recipe: JobConfig, model: ModelConfig, shape: StepShape, runtime: Runtime) -> None:
-    """What is about to happen, in a line."""
+def describe_run(recipe: JobConfig, model: ModelConfig, shape: StepShape, runtime: Runtime, pieces: str) -> None:
+    """What is about to happen, in a line; `pieces`: words before the context's length."""
+    packs = f"{shape.packs_per_step} pack{'s' if shape.packs_per_step > 1 else ''}"
     speak(
         f"{model.num_parameters:,} parameters; {recipe.train.steps:,} steps of {shape.tokens_per_step:,} "
-        f"tokens ({shape.packs_per_step} packs of {shape.tokens_per_pack:,}, documents cut at {shape.context:,}) on "
+        f"tokens ({packs} of {shape.tokens_per_pack:,}, {pieces} {shape.context:,}) on "
         f"{runtime.world} process{'es' if runtime.world > 1 else ''}; peak learning rate {recipe.optim.lr:.2e}."
     )
     if peak_flops(runtime.device) is not None:

@@ -1,7 +1,7 @@
 """The edge of every process: a command line in, an exit code out, and one sentence when something is wrong.
 
     0 done   1 unexpected   2 bad config, data or checkpoint   3 diverged   4 a gate failed
-    130 / 143 stopped by SIGINT / SIGTERM or SIGUSR1, after saving
+    130 / 143 stopped by SIGINT / SIGTERM or SIGUSR1, after saving   141 nobody reads stdout any more
 
 torchrun itself returns 1 whatever its workers return, and ends with a report that names the first failing
 rank's code. Under it the sentence goes into that report, so that it comes last and once.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ EXIT_UNEXPECTED = 1
 EXIT_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_GATE = 4
+EXIT_UNREAD = 141
 
 
 class DivergedError(RuntimeError):
@@ -69,6 +71,8 @@ def run(
         code = _fail(str(error), error.code)
     except KeyboardInterrupt:
         code = _fail("Interrupted. What was saved before is intact.", 130)
+    except BrokenPipeError:
+        code = EXIT_UNREAD if _is_stdout_unread() else _fail(traceback.format_exc().rstrip(), EXIT_UNEXPECTED)
     except OSError as error:
         is_refusal = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         message = f"Cannot write the run's files: {explain(error)}" if is_refusal else traceback.format_exc().rstrip()
@@ -95,11 +99,24 @@ def _fail(message: str, code: int) -> int:
 
 def _leave(code: int) -> NoReturn:
     """Exit without waiting for threads or process groups whose peers may be gone."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or (EXIT_UNREAD if _is_stdout_unread() else EXIT_UNEXPECTED)
     sys.stderr.flush()
     if code == 0:
         sys.exit(0)
     os._exit(code)
+
+
+def _is_stdout_unread() -> bool:
+    """Whether who read stdout has left, such as head. What is still to be written then goes nowhere."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    is_unread = any(event & select.POLLERR for _, event in asked.poll(0))
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
 
 
 def speak(message: Any) -> None:

@@ -209,7 +209,10 @@ def train(
                 dog.beat("finishing the save")
                 checkpointer.wait()
                 run_log.say(loader.describe())
-                raise StoppedError(f"Stopped by a signal; saved after step {progress.step}.", signals.exit_code)
+                raise StoppedError(
+                    f"Stopped by a signal; saved after step {progress.step}. The same command goes on from there.",
+                    signals.exit_code,
+                )
 
         dog.beat("publishing the model")
         checkpointer.wait()

@@ -54,7 +54,9 @@ def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
     limit = int(max(_DEVICES.values()) * GIB) if device_bytes is None else device_bytes
     if not memory.fits(limit):
         changes = advice(memory, limit)
-        lines.append("Any of these makes it fit:" if changes else "No option makes it fit. Use a smaller model.")
+        device = f" one {max(_DEVICES, key=lambda name: _DEVICES[name])}" if device_bytes is None else ""
+        head = f"Any of these makes it fit{device}:"
+        lines.append(head if changes else "No option makes it fit. Use a smaller model.")
         lines += [f"  {change.options}  ({change.cost}; {_gib(change.plan.needed_bytes)})" for change in changes]
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig) -> None:
     assert recipe.train.steps is not None
     if runtime.is_main:
         speak(describe(documents, held_out))
-        describe_run(recipe, model_config, shape, runtime)
+        describe_run(recipe, model_config, shape, runtime, "documents cut at")
         everything = held_out_batches(held_out, shape, config.eval.max_tokens, 0, 1)
         if everything is not None:
             print_baselines(documents, everything(), tokenizer.vocab_size)

@@ -135,7 +135,7 @@ def sft(config: SftConfig) -> None:
         speak(describe_conversations(documents, held_out))
         padding = 1 - documents.epoch_tokens / (packs * shape.tokens_per_pack)
         speak(f"An epoch fills {packs:,} packs of {shape.tokens_per_pack:,} tokens with {padding:.2%} padding.")
-        describe_run(recipe, model_config, shape, runtime)
+        describe_run(recipe, model_config, shape, runtime, "conversations of at most")
         speak(f"The chat template is {template.name}. One conversation, trained tokens marked:")
         speak(show_conversation(documents, tokenizer, shape))
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from model.errors import InputError
 PROMPT = "> "
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte
 
 
 def talk(chat: Chat) -> int:
@@ -35,8 +37,8 @@ def talk(chat: Chat) -> int:
     Returns:
         the exit code: 0, 130 after Ctrl-C, or 141 when nobody reads the answers any more.
     """
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     model = chat.model
     _say(
         f"Template {model.template.name}, context {model.generator.context:,} tokens, "
@@ -77,6 +79,11 @@ class _Talk:
     def take(self, line: str) -> None:
         """Do what a line asks for."""
         try:
+            if _UNDECODED.search(line):
+                raise InputError(
+                    "This line is not UTF-8, and is left out. Set the terminal to UTF-8, "
+                    "or convert the text: iconv -f gb18030 -t utf-8."
+                )
             if line.startswith("/"):
                 self._command(*line.partition(" ")[::2])
             elif line:
@@ -116,9 +123,11 @@ class _Talk:
 
     def _reset(self, _: str) -> None:
         self._chat.turns, self._has_said_dropped = [], False
+        _say("What was said is forgotten.")
 
     def _system(self, text: str) -> None:
         self._chat.system = text
+        _say(f"The system message is {'set' if text else 'removed'}.")
 
     def _save(self, name: str) -> None:
         if not self._chat.turns:
@@ -154,6 +163,8 @@ class _Talk:
         names = [word.partition("=")[0] for word in argument.split()]
         if unknown := [name for name in names if name not in vars(sampling)]:
             raise InputError(f"/set {unknown[0]}: there is no such option. There are {', '.join(vars(sampling))}.")
+        if bare := [word for word in argument.split() if "=" not in word]:
+            raise InputError(f"/set {bare[0]} needs a value, as in /set {bare[0]}={getattr(sampling, bare[0])}.")
         given = parse(SamplingConfig, [f"--{word}" for word in argument.split()], "/set")
         changed = dataclasses.replace(sampling, **{name: getattr(given, name) for name in names})
         changed.options(())  # refuses what is out of range

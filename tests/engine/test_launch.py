@@ -34,7 +34,7 @@ def job(config):
         raise KeyError("oops")
     if config.end == "gate":
         return 4
-    print("result")
+    print("result" * (100_000 if config.end == "long" else 1))
 
 run(job, Recipe)
 """
@@ -75,6 +75,15 @@ def test_success_is_zero_and_an_unknown_option_is_two(script: Path) -> None:
     assert (well.returncode, well.stdout) == (0, "result\n")
     wrong = start(sys.executable, script, "--ent", "well")
     assert (wrong.returncode, wrong.stderr) == (2, "--ent is not an option. Did you mean --end?\n")
+
+
+@pytest.mark.parametrize("end", ["well", "long"])
+def test_a_reader_that_has_left_is_no_mistake(script: Path, end: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, script, "--end", end], stdout=writer, stderr=subprocess.PIPE, timeout=90)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_under_torchrun_the_sentence_comes_once_and_in_the_final_report(script: Path) -> None:

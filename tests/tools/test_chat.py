@@ -57,7 +57,7 @@ def test_a_pipe_reads_answers_alone_and_they_are_those_of_transformers(folder: P
 
 def test_commands_change_the_conversation_and_mistakes_in_them_do_not_end_it(folder: Path) -> None:
     lines = ["/set temperature=0 max_new_tokens=5", QUESTIONS[0], "/save said.json", "/save said.json", "/sytem x"]
-    lines += ["/set temprature=1", "/set top_p=2", "/load nothing.json", "/reset", "/load said.json", QUESTIONS[1]]
+    lines += ["/set temprature=1", "/set top_p=2", "/set top_p", "/load nothing.json", "/reset", "/load said.json", QUESTIONS[1]]
     ended = chat(folder, [*lines, "/save both.json", "/quit", "never asked"])
     assert ended.code == 0, ended.stderr
     first, second = (json.loads((folder / name).read_text()) for name in ("said.json", "both.json"))
@@ -71,6 +71,8 @@ def test_commands_change_the_conversation_and_mistakes_in_them_do_not_end_it(fol
         "/set temprature: there is no such option.",
         "sampling option top_p is 2.0; give a number above 0 and at most 1.",
         "nothing.json: cannot be read (No such file or directory). Check the path.",
+        "/set top_p needs a value, as in /set top_p=0.9.",
+        "What was said is forgotten.",
     ):
         assert sentence in ended.stderr
 
@@ -92,6 +94,19 @@ def test_no_file_and_no_name_of_one_ends_a_conversation(folder: Path) -> None:
     assert "deep.json: no conversation (maximum recursion depth exceeded" in ended.stderr
     assert "a\0b: no conversation (embedded null byte)" in ended.stderr
     assert "a\0b: cannot be written (embedded null byte)" in ended.stderr
+
+
+def read_in_two_encodings() -> None:
+    """Stdin from a file that is UTF-8 but for its first line."""
+    Path("lines").write_bytes(f"{QUESTIONS[0]}\n".encode("gbk") + f"{QUESTIONS[0]}\n".encode())
+    read_from("lines")
+
+
+def test_a_question_that_is_not_utf8_is_not_answered(folder: Path) -> None:
+    ended = chat(folder, [], *GREEDY, before=read_in_two_encodings)
+    assert ended.code == 0, ended.stderr
+    assert "This line is not UTF-8, and is left out. Set the terminal to UTF-8" in ended.stderr
+    assert ended.stdout == chat(folder, [QUESTIONS[0]], *GREEDY).stdout
 
 
 def close_the_pipe(name: str) -> None:

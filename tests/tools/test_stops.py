@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_ends_bitwise_as_unbroke
     (saved,) = checkpoints(folder / name)
     step = int(saved.removeprefix("step-"))
     assert 4 <= step < STEPS
-    assert ends[0].last_line == f"Stopped by a signal; saved after step {step}."
+    assert ends[0].last_line == f"Stopped by a signal; saved after step {step}. The same command goes on from there."
     assert "Traceback" not in ends[0].stderr + ends[1].stderr
     assert not (folder / name / "MODEL_COMPLETE").exists()
 
