@@ -57,7 +57,8 @@ def test_a_pipe_reads_answers_alone_and_they_are_those_of_transformers(folder: P
 
 def test_commands_change_the_conversation_and_mistakes_in_them_do_not_end_it(folder: Path) -> None:
     lines = ["/set temperature=0 max_new_tokens=5", QUESTIONS[0], "/save said.json", "/save said.json", "/sytem x"]
-    lines += ["/set temprature=1", "/set top_p=2", "/set top_p", "/load nothing.json", "/reset", "/load said.json", QUESTIONS[1]]
+    lines += ["/set temprature=1", "/set top_p=2", "/set top_p", "/load nothing.json"]
+    lines += ["/reset", "/load said.json", QUESTIONS[1]]
     ended = chat(folder, [*lines, "/save both.json", "/quit", "never asked"])
     assert ended.code == 0, ended.stderr
     first, second = (json.loads((folder / name).read_text()) for name in ("said.json", "both.json"))
