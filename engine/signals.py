@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
@@ -37,6 +38,9 @@ class StopSignals:
             raise KeyboardInterrupt
         if self._received is None:
             self._received, self._when = number, time.monotonic()
+            if int(os.environ.get("RANK", "0")) == 0:
+                # Not print: what the signal broke into may be a print itself.
+                os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then stopping.\n".encode())
 
     @property
     def wants_stop(self) -> bool:

@@ -51,6 +51,8 @@ _TABLES = (
     "问题 = 答案",
     "提问 = 回答",
     "提问 = 答案",
+    "患者提问 = 医生回答",
+    "患者提问 = 医生回复",
     "input = output",
 )
 # What tells a multiple-choice question, whose answer is a letter, from an open one.

@@ -82,7 +82,9 @@ def test_one_slow_rank_of_two_is_named_too() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_a_signal_raises_a_flag_and_says_the_exit_code(number: signal.Signals, code: int) -> None:
+def test_a_signal_raises_a_flag_says_so_once_and_gives_the_exit_code(
+    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
         assert not signals.wants_stop
@@ -90,3 +92,4 @@ def test_a_signal_raises_a_flag_and_says_the_exit_code(number: signal.Signals, c
         os.kill(os.getpid(), number)  # the terminal and torchrun may both deliver it
         assert signals.wants_stop and signals.exit_code == code
     assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.split() == f"{number.name}: saving after this step, then stopping.".split()

@@ -113,6 +113,7 @@ KNOWN: dict[str, tuple[Any, list[tuple[str, str]], str]] = {
     "q and a": ({"q": Q1, "a": A1}, ONE, "q = a"),
     "Chinese names": ({"问题": Q1, "回答": A1}, ONE, "问题 = 回答"),
     "other Chinese names": ({"提问": Q1, "答案": A1}, ONE, "提问 = 答案"),
+    "a hospital's names": ({"患者提问": Q1, "医生回复": A1}, ONE, "患者提问 = 医生回复"),
     "a last question without an answer": (
         {"conversations": spoken("human", Q1, "gpt", A1, "human", Q2)},
         TWO[:3],
