@@ -40,7 +40,7 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import EvalConfig, Run, train
-from engine.mesh import start, stop
+from engine.mesh import Runtime, start, stop
 from engine.neftune import neftune
 from engine.optim import AdamW, OptimConfig
 from engine.preview import show_document
@@ -105,11 +105,16 @@ def sft(config: SftConfig) -> None:
         DivergedError, StoppedError: see `engine.loop.train`.
     """
     config.check()
-    directory = Path(config.out)
     base = find_trained(config.model, "tools/pretrain.py")
     if config.dry_run:
         return dry_run(config, base)
-    runtime = start(config.parallel)
+    fine_tune(config, base, start(config.parallel))
+    stop()
+
+
+def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
+    """The job within a process group, which another job may have formed. Raises as `sft` does."""
+    directory = Path(config.out)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
         if runtime.is_main:
@@ -175,7 +180,6 @@ def sft(config: SftConfig) -> None:
         recipe=recipe,
     )
     speak(f"Done: {directory} is a model directory.")
-    stop()
 
 
 def dry_run(config: SftConfig, base: Base) -> None:
