@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class LogConfig:
 
 
 _CURVE_POINTS = 2000
+PANELS = (("loss", "held_out_loss"), ("lr",), ("grad_norm",), ("tokens_per_second",))
+"""What curves.png shows: the numbers of each panel, an even count of panels."""
 
 
 class RunLog:
@@ -52,16 +54,24 @@ class RunLog:
         directory: the run directory; `config.yaml`, `metrics.jsonl`, `tensorboard/` and `curves.png` lie in it.
         steps_done: by the checkpoint this process starts from; later rows, of a run that was killed, are dropped.
         recipe: the resolved configuration, a dataclass; `config.yaml` keeps it.
+        panels: what curves.png shows, as `PANELS`.
     """
 
-    def __init__(self, directory: Path, steps_done: int, config: LogConfig, recipe: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        steps_done: int,
+        config: LogConfig,
+        recipe: Any,
+        panels: Sequence[Sequence[str]] = PANELS,
+    ) -> None:
         self.is_active = int(os.environ.get("RANK", "0")) == 0
         self._events: Any = None
         self._wandb: Any = None
         if not self.is_active:
             return
         self._directory = directory
-        self._draws = config.curves
+        self._draws, self._panels = config.curves, panels
         saved = directory / "config.yaml"
         if steps_done and saved.is_file():
             changed = changes(saved.read_text(encoding="utf-8"), recipe)
@@ -69,7 +79,7 @@ class RunLog:
                 speak(f"Changed since this run began: {', '.join(changed)}.")
         write_durably(saved, to_yaml(recipe))
         self._path = directory / "metrics.jsonl"
-        _drop_rows_after(self._path, steps_done)
+        drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
         self._has_live_line = False
         if config.tensorboard:
@@ -114,7 +124,7 @@ class RunLog:
     def draw(self) -> None:
         """Renew curves.png from metrics.jsonl."""
         if self.is_active and self._draws:
-            draw_curves(self._path, self._directory / "curves.png")
+            draw_curves(self._path, self._directory / "curves.png", self._panels)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -146,11 +156,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_after(path: Path, steps_done: int) -> None:
-    """Keep what the checkpoint knows of; a resumed run writes the rest again, evaluations at that step included."""
+def drop_rows_after(
+    path: Path, steps_done: int, is_training: Callable[[dict[str, Any]], bool] = lambda row: "loss" in row
+) -> None:
+    """Keep what the checkpoint knows of; a resumed run writes the rest again, evaluations at that step included.
+
+    Args:
+        path: of JSON lines with a "step" each.
+        is_training: whether a row is of the step itself, not of an evaluation after it.
+    """
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["step"] < steps_done + ("loss" in row)]
+    kept = [row for row in read_rows(path) if row["step"] < steps_done + is_training(row)]
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     beside.replace(path)
@@ -174,8 +191,8 @@ def _wandb(project: str, directory: Path, recipe: dict[str, Any]) -> Any:
     return wandb
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Loss, held-out loss, learning rate, gradient norm and speed against the step."""
+def draw_curves(metrics: Path, picture: Path, panels: Sequence[Sequence[str]] = PANELS) -> None:
+    """Panels of numbers against the step, in two rows; gradient norms on a logarithmic scale."""
     try:
         import matplotlib
     except ImportError:
@@ -186,18 +203,19 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     rows = read_rows(metrics)
     # As many points as the picture can show: a long run must not draw for minutes.
     stride = -(-len(rows) // _CURVE_POINTS)
-    rows = [row for index, row in enumerate(rows) if index % stride == 0 or "held_out_loss" in row]
-    panels = [("loss", "held_out_loss"), ("lr",), ("grad_norm",), ("tokens_per_second",)]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    rows = [row for index, row in enumerate(rows) if index % stride == 0 or "loss" not in row]
+    columns = len(panels) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(5.5 * columns, 7), layout="constrained")
     for axis, names in zip(axes.flat, panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        if names[0].endswith("grad_norm"):
+            axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper right")
-    axes.flat[2].set_yscale("log")
     beside = picture.with_name(".curves-new.png")
     figure.savefig(beside, dpi=110)
     pyplot.close(figure)
