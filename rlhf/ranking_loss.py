@@ -1,0 +1,83 @@
+"""Losses that make better answers score higher, over groups of K answers to one prompt.
+
+With s the scores of a group, g its grades, and z_ij = s_j - s_i + margin (g_i - g_j) for g_i > g_j:
+
+    pairwise        mean over pairs i > j of  log(1 + exp(z_ij))               (Ouyang et al. 2022, eq. 1)
+    plackett_luce   mean over i of            log(1 + sum over worse j of exp(z_ij))
+                                                                               (Plackett 1975, Luce 1959)
+    best            the same, over the best i alone: softmax cross-entropy     (Ziegler et al. 2019, eq. 1)
+    + centre x      mean over pairs of        (s_i + s_j)^2                    (Eisenstein et al. 2023, eq. 5)
+
+Equal grades say nothing: such pairs do not count, and an answer competes with those below it, never with its equals. So
+without ties `plackett_luce` is the likelihood of the order, by choice; and for two answers all three are the same. The
+margin is Llama 2's (Touvron et al. 2023, eq. 2). Every mean is taken within a group, so a prompt counts once, however
+many answers it has.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.data.ranked_batch import RankedBatch
+
+RankingLoss = Literal["pairwise", "plackett_luce", "best"]
+
+
+def ranking_loss(
+    scores: Tensor, batch: RankedBatch, kind: RankingLoss = "pairwise", margin: float = 0.0, centre: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch's groups; nothing here waits for the device.
+
+    Args:
+        scores: [D], any float dtype, of each sequence at its end; what stands behind the sequences does not matter.
+        margin: for each unit of difference between grades.
+        centre: coefficient of the squared sum.
+    Returns:
+        sum over groups, and how many have different grades: scalars, fp32 (float64 for scores in it). The loss is
+        their quotient.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.where(batch.is_sequence, 0.0)
+    grades = batch.grades.to(scores.dtype)
+    # Answer i beside all that can be of its group: [D, W], W = 2 K - 1.
+    others, others_grades = _neighbours(scores, batch, 0.0), _neighbours(grades, batch, 0.0)
+    is_same = _neighbours(batch.groups, batch, -1) == batch.groups.where(batch.is_sequence, -2)[:, None]
+    is_worse = is_same & (others_grades < grades[:, None])
+    gap = others - scores[:, None] + margin * (grades[:, None] - others_grades)
+
+    in_group = _sums(is_worse.sum(1), batch, scores.dtype)  # untied pairs of each group, [D]
+    pairs = is_worse / _at(in_group, batch)[:, None]
+    if kind == "pairwise":
+        total = -(pairs * F.logsigmoid(-gap)).sum()
+    else:
+        does_choose = is_worse.any(1)
+        if kind == "best":
+            does_choose &= ~(is_same & (others_grades > grades[:, None])).any(1)
+        itself = torch.zeros_like(scores)[:, None]
+        choices = torch.cat([itself, gap.masked_fill(~is_worse, -torch.inf)], 1).logsumexp(1)
+        total = (does_choose / _at(_sums(does_choose, batch, scores.dtype), batch) * choices).sum()
+    if centre:
+        total = total + centre * (pairs * (scores[:, None] + others).square()).sum()
+    return total, (in_group > 0).sum().to(scores.dtype)
+
+
+def _neighbours(values: Tensor, batch: RankedBatch, padding: float) -> Tensor:
+    """[D] -> [D, 2 K - 1]: each value among the K - 1 before it and the K - 1 behind it."""
+    reach = batch.most_responses - 1
+    return F.pad(values, (reach, reach), value=padding).unfold(0, 2 * reach + 1, 1)
+
+
+def _sums(counts: Tensor, batch: RankedBatch, dtype: torch.dtype) -> Tensor:
+    """[D] -> [D]: sums by group; whole numbers, so their order does not matter."""
+    return torch.zeros(len(counts), dtype=dtype, device=counts.device).index_add(
+        0, batch.groups.clamp(min=0), counts.to(dtype)
+    )
+
+
+def _at(sums: Tensor, batch: RankedBatch) -> Tensor:
+    """[D]: of each sequence's group, to divide by."""
+    return sums[batch.groups.clamp(min=0)].clamp(min=1)
