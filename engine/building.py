@@ -18,7 +18,7 @@ from engine.launch import speak
 from engine.mesh import Runtime
 from engine.publish import publish, require_model
 from engine.shard import fill
-from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.config import PRESETS, Head, ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.hf import load_config, read_model, write_model
 from model.init import initial_value
@@ -51,19 +51,20 @@ def find_base(model: str) -> Base:
     if not Path(model).exists():
         presets = ", ".join(PRESETS)
         raise InputError(f"--model {model}: neither a preset ({presets}) nor a directory. Check the spelling.")
-    return _open_base(model)
+    return _open_base(model, "lm")
 
 
-def find_trained(model: str, maker: str) -> Base:
+def find_trained(model: str, maker: str, head: Head | None = "lm") -> Base:
     """Resolve `--model` of a job that goes on from trained weights.
 
     Args:
         maker: the tool that makes what the job goes on from, for messages.
+        head: what the model must have; None for any.
     Raises:
-        InputError: a preset, or no complete model directory.
+        InputError: a preset, no complete model directory, or a model with the other head.
     """
     if Path(model).exists():
-        return _open_base(model)
+        return _open_base(model, head)
     found = "a preset, whose weights are fresh, but this job goes on from trained ones"
     raise InputError(
         f"--model {model}: {found if model in PRESETS else 'no such directory'}. Run {maker} first, or give a Hugging "
@@ -71,9 +72,9 @@ def find_trained(model: str, maker: str) -> Base:
     )
 
 
-def _open_base(model: str) -> Base:
+def _open_base(model: str, head: Head | None) -> Base:
     directory = require_model(model)
-    return Base(load_config(directory), directory)
+    return Base(load_config(directory, head), directory)
 
 
 def fit_vocabulary(base: Base, tokenizer: Tokenizer) -> ModelConfig:
@@ -166,12 +167,19 @@ def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
 
 
 def fill_from_base(model: nn.Module, config: ModelConfig, base: Base, seed: int, runtime: Runtime) -> None:
-    """Give a sharded model its first weights: the base's, or fresh ones that do not depend on the world size."""
-    if base.directory is not None:
-        fill(model, read_model(base.directory, base.config))
-        return
-    shapes = parameter_shapes(config)
-    fill(model, ((name, initial_value(config, name, shapes[name], seed, runtime.device)) for name in shapes))
+    """Give a sharded model its first weights: the base's, and fresh ones where it has none (all of a preset, the head
+    of a reward model that begins as a language model). They do not depend on the world size."""
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        fresh = parameter_shapes(config)
+        if base.directory is not None:
+            for name, tensor in read_model(base.directory, base.config):
+                if fresh.pop(name, None) is not None:  # a reward model has no use for the head of words
+                    yield name, tensor
+        for name, shape in fresh.items():
+            yield name, initial_value(config, name, shape, seed, runtime.device)
+
+    fill(model, values())
 
 
 def publisher(

@@ -49,8 +49,7 @@ def describe_model(directory: Path | str) -> str:
     facts, missing = read_json(directory / "config.json"), _Missing()
     missing.attempt(lambda: require_model(directory))
     scores = is_scorer(facts)
-    # A scorer has a decoder of the same kinds under another name.
-    config = missing.attempt(lambda: config_from_hf({**facts, "architectures": None}, str(directory / "config.json")))
+    config = missing.attempt(lambda: config_from_hf(facts, str(directory / "config.json")))
     store = missing.attempt(lambda: TensorStore(directory))
     tokenizer = template = None
     if has_tokenizer(directory):
@@ -61,7 +60,7 @@ def describe_model(directory: Path | str) -> str:
         template = missing.attempt(lambda: ChatTemplate.of(tokenizer))
         if template is None and not scores:
             missing.add("There is no chat template: train one in with tools/sft.py, or chat with --chat.template NAME.")
-    if config is not None and store is not None and not scores:
+    if config is not None and store is not None:
         missing.attempt(lambda: read_model(directory, config))
 
     lines = [("model", str(directory)), ("made by", _maker(directory))]

@@ -1,7 +1,8 @@
 """The one place where parallelism is applied: recompute, then compile, then shard.
 
 Everything else is written as if for one device. Parameters are fp32 masters; under `bf16` each block's weights
-are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision).
+are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision). The head of a reward or value model
+computes in fp32 always.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.mesh import ParallelConfig, Runtime
 from engine.recompute import Recompute, apply_recompute
+from model.heads import ScalarModel
 
 Precision = Literal["bf16", "fp32"]
 
@@ -52,7 +54,10 @@ def parallelize(
             fully_shard(
                 block, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward
             )
-        # The root holds embedding, final norm and head: used first and last, so gathered once a step.
+        if isinstance(model, ScalarModel):
+            full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(model.score, mesh=runtime.mesh, mp_policy=full, reshard_after_forward=False)
+        # The root holds embedding, final norm and the head of words: used first and last, so gathered once a step.
         fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=runtime.device)
 

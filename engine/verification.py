@@ -85,7 +85,7 @@ def verify_model(directory: Path | str, against: Path | str | None = None, toler
     directory = require_model(directory)
     other = directory if against is None else require_model(against)
     transformers = _import_transformers()
-    config, checks = load_config(directory), []
+    config, checks = load_config(directory, "lm"), []
     ends = set(end_ids(config, directory))
     prompts = [[(17 * place + start) % config.vocab_size for place in range(20)] for start in (1, 2)]
     if has_tokenizer(directory):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from model.errors import InputError
+
+Head = Literal["lm", "score"]
+"""What is read off the hidden states: words (`CausalLM`), or one number a token (`ScalarModel`)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class ModelConfig:
         before it see all; None for no window.
     context: the longest document of this run, at most. It fixes the rows of the rotary tables and the
         frequencies of dynamic scaling, and is not written to config.json. None for max_position_embeddings.
+    head: lm, or score for a reward model (transformers' sequence classifier of one label, which has no lm_head).
+    score_mean, score_std: of a reward model's raw scores on the answers it was normalised by; None for one that was
+        not. Every consumer here reads (raw - score_mean) / score_std; transformers knows nothing of them.
     """
 
     vocab_size: int
@@ -69,6 +77,9 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     context: int | None = None
+    head: Head = "lm"
+    score_mean: float | None = None
+    score_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -78,6 +89,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; rotary embedding needs an even one. Correct it.")
+        if (self.score_mean is None) != (self.score_std is None):
+            raise InputError("score_mean and score_std belong together. Give both or neither.")
+        if self.score_std is not None and not (0 < self.score_std < math.inf and math.isfinite(self.score_mean or 0.0)):
+            raise InputError(
+                f"score_mean {self.score_mean} and score_std {self.score_std} normalise nothing. The mean is a finite "
+                "number, the deviation one above 0."
+            )
         # What a config.json of the type can say.
         assert self.attention_bias == (self.model_type == "qwen2")
         assert self.qk_norm == (self.model_type == "qwen3")
@@ -119,7 +137,8 @@ class ModelConfig:
         """Parameters that multiply every token: all matrices but the input embedding, with the head even if tied."""
         shapes = parameter_shapes(self)
         matrices = sum(_size(shape) for name, shape in shapes.items() if len(shape) == 2)
-        return matrices if self.tie_word_embeddings else matrices - _size(shapes["model.embed_tokens.weight"])
+        is_head_tied = self.head == "lm" and self.tie_word_embeddings
+        return matrices if is_head_tied else matrices - _size(shapes["model.embed_tokens.weight"])
 
     def flops_per_token(self, context: int, *, causal: bool = False) -> float:
         """Floating-point operations a token of one training step, forward and backward, nothing recomputed.
@@ -133,7 +152,8 @@ class ModelConfig:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of `CausalLM(config)`, in the order of its named_parameters().
+    """Name and shape of every parameter, in the order of named_parameters(): of `CausalLM(config)`, or of
+    `ScalarModel(config)` where its head is score.
 
     Names are Hugging Face's, but that the query, key and value projections are one matrix `qkv_proj`, and the
     gate and up projections one `gate_up_proj`, stacked in that order.
@@ -155,7 +175,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         block["mlp.down_proj.weight"] = (width, config.intermediate_size)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     shapes["model.norm.weight"] = (width,)
-    if not config.tie_word_embeddings:
+    if config.head == "score":
+        shapes["score.weight"] = (1, width)
+    elif not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)
     return shapes
 

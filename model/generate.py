@@ -155,7 +155,7 @@ class Generator:
     ) -> Generator:
         """With the weights, and unless another is given the tokenizer, of a model directory."""
         generator = cls(
-            load_config(directory),
+            load_config(directory, "lm"),
             tokenizer=tokenizer or Tokenizer.load(directory),
             device=device,
             dtype=dtype,

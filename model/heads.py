@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -39,6 +38,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.head == "lm"
         self.config = config
         self.model = Transformer(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -96,10 +96,15 @@ class CausalLM(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """One number a token: a reward or a value. Its head is named as in transformers' sequence classifiers."""
+    """One number a token: a reward or a value. Its head is named as in transformers' sequence classifiers.
+
+    The head is fp32 whatever the trunk computes in: `engine.shard` keeps it a unit of its own, which is gathered when
+    its module is called. A difference of two scores is a loss's only input, and bf16 would give it eight bits.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.head == "score"
         self.config = config
         self.model = Transformer(config)
         self.score = Linear(config.hidden_size, 1)
@@ -107,4 +112,4 @@ class ScalarModel(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """fp32 [T]"""
         hidden = self.model(batch.tokens, batch.positions, batch.layout)
-        return torch.mv(hidden.float(), self.score.weight.float().squeeze(0))
+        return self.score(hidden.float()).sum(1)  # of one column; FSDP's hooks want no view

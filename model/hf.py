@@ -17,26 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, parameter_shapes
+from model.config import Head, ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.hf_config import config_from_hf, config_to_hf
 from model.weight_files import SAFETENSORS, SAFETENSORS_INDEX, TensorStore, read_json, write_safetensors
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD, _SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 
 
-def load_config(directory: Path | str) -> ModelConfig:
+def load_config(directory: Path | str, head: Head | None = None) -> ModelConfig:
     """The configuration of a model directory.
 
+    Args:
+        head: the only one that the caller can work with; None for any.
     Raises:
-        InputError: no such directory or config.json, or a model that is not supported.
+        InputError: no such directory or config.json, a model that is not supported, or one with the other head.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory. Download the model and give the directory's path.")
     path = directory / "config.json"
-    return config_from_hf(read_json(path), str(path))
+    config = config_from_hf(read_json(path), str(path))
+    if head == "lm" and config.head == "score":
+        raise InputError(f"{directory} is a reward model: it gives scores, not words. Give the model it was made from.")
+    if head == "score" and config.head == "lm":
+        raise InputError(
+            f"{directory} is a language model: as a reward model its head would be random. Train one from it with "
+            f"tools/rm.py --model {directory}."
+        )
+    return config
 
 
 def hf_parameters(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -56,7 +66,7 @@ def hf_parameters(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, .
 
 
 def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `CausalLM(config)` from a directory's weights, one at a time.
+    """Every parameter of `CausalLM(config)` or `ScalarModel(config)` from a directory's weights, one at a time.
 
     Names and shapes of all tensors are checked against the configuration before the first is read.
 
@@ -74,8 +84,8 @@ def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, parts in parameters.items():
             tensors = [store.read(part) for part, _ in parts]
-            has_second_head = name == _EMBEDDING and config.tie_word_embeddings and _HEAD in store.shapes
-            if has_second_head and not torch.equal(tensors[0], store.read(_HEAD)):
+            has_second_head = config.head == "lm" and config.tie_word_embeddings and _HEAD in store.shapes
+            if name == _EMBEDDING and has_second_head and not torch.equal(tensors[0], store.read(_HEAD)):
                 raise InputError(
                     f"{directory}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}. "
                     "Set tie_word_embeddings to false there."
@@ -92,10 +102,15 @@ def _check(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
             f"{directory}: {_HEAD} is missing. If the head shares the embedding, set tie_word_embeddings to true "
             "in config.json; otherwise download the weights again."
         )
+    if missing == [_SCORE]:
+        raise InputError(
+            f"{directory}: {_SCORE} is missing, so its scores would be random. Train it with tools/rm.py, or correct "
+            "architectures in config.json if it is a language model."
+        )
     if missing:
         raise InputError(f"{directory}: {_list(missing)} missing. Download the weights again, or correct config.json.")
     # Old directories keep a buffer of rotary frequencies, and some a second copy of a tied head.
-    known = {*wanted, _HEAD}
+    known = {*wanted} if _SCORE in wanted else {*wanted, _HEAD}
     unknown = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise InputError(f"{directory}: {_list(unknown)} not used by the model that config.json describes. Correct it.")
@@ -122,7 +137,8 @@ def write_model(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a directory that transformers and serving stacks open: weights, index, config.json, generation_config.json.
+    """Write a directory that transformers and serving stacks open: weights, index, config.json, and
+    generation_config.json where the model generates.
 
     Everything is written and synced under temporary names first; then the old config.json goes, the new files
     take their names, and config.json comes last. A directory without config.json is one that was interrupted.
@@ -163,10 +179,10 @@ def _documents(config: ModelConfig, dtype: torch.dtype, shards: dict[str, list])
     """The JSON files of a directory, config.json last."""
     facts = config_to_hf(config, _DTYPES[dtype])
     special = {name: facts[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    documents = {
-        "generation_config.json": {name: value for name, value in special.items() if value is not None},
-        "config.json": facts,
-    }
+    documents: dict[str, dict[str, Any]] = {"config.json": facts}
+    if config.head == "lm":
+        known = {name: value for name, value in special.items() if value is not None}
+        documents = {"generation_config.json": known, **documents}
     if len(shards) == 1:
         return documents
     weight_map = {name: file for file, entries in shards.items() for name, _ in entries}

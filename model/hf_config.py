@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from model.config import ModelConfig, RopeScaling
+from model.config import Head, ModelConfig, RopeScaling
 from model.errors import InputError
 
 ARCHITECTURES = {
@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_LM, _SCORE = "ForCausalLM", "ForSequenceClassification"
 
 # What transformers assumes where config.json is silent, as far as it differs between architectures.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ def config_from_hf(facts: dict[str, Any], source: str = "config.json") -> ModelC
         InputError: an architecture or a field that is not supported, or a required field that is missing.
     """
     model_type = _model_type(facts, source)
+    head = _head(facts, source)
     for name, neutral in _NEUTRAL.items():
         value = facts.get(name)
         if value is not None and value not in neutral:
@@ -109,13 +111,17 @@ def config_from_hf(facts: dict[str, Any], source: str = "config.json") -> ModelC
         bos_token_id=facts.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=facts.get("pad_token_id"),
+        head=head,
+        score_mean=_moment(facts, "score_mean", source),
+        score_std=_moment(facts, "score_std", source),
     )
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The content of a config.json for weights of a dtype ("bfloat16", "float32")."""
+    architecture = ARCHITECTURES[config.model_type]
     facts: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [architecture if config.head == "lm" else architecture.replace(_LM, _SCORE)],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -150,6 +156,11 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if config.model_type == "qwen3":
         facts["attention_bias"] = False
+    if config.head == "score":
+        # transformers takes the number of labels from their names.
+        facts |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    if config.score_std is not None:
+        facts |= {"score_mean": config.score_mean, "score_std": config.score_std}
     return facts
 
 
@@ -160,9 +171,31 @@ def _model_type(facts: dict[str, Any], source: str) -> str:
         raise InputError(f"{source}: model_type is {model_type!r}. Supported are {supported}: choose such a base.")
     for architecture in facts.get("architectures") or []:
         # The first conversions of LLaMA spelled the class LLaMAForCausalLM.
-        if architecture.lower() != ARCHITECTURES[model_type].lower():
-            raise InputError(f"{source}: architectures names {architecture}. Supported are {supported}.")
+        if architecture.replace(_SCORE, _LM).lower() != ARCHITECTURES[model_type].lower():
+            raise InputError(
+                f"{source}: architectures names {architecture}. Supported are {supported}, and {_SCORE} of each."
+            )
     return model_type
+
+
+def _head(facts: dict[str, Any], source: str) -> Head:
+    if not any(architecture.endswith(_SCORE) for architecture in facts.get("architectures") or []):
+        return "lm"
+    # Silence means two labels.
+    labels = facts.get("num_labels") or len(facts.get("id2label") or (0, 1))
+    if labels != 1:
+        raise InputError(
+            f"{source}: a classifier of {labels} labels; a reward model has one. Choose a model with num_labels 1."
+        )
+    return "score"
+
+
+def _moment(facts: dict[str, Any], name: str, source: str) -> float | None:
+    """One of the two numbers that scores are normalised by."""
+    value = facts.get(name)
+    if value is not None and not isinstance(value, (int, float)):
+        raise InputError(f"{source}: {name} is {value!r}; a number belongs there. Correct the file.")
+    return value
 
 
 def _rope(facts: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:

@@ -18,8 +18,9 @@ def initial_value(
 
     Norm weights are 1, biases 0, matrices normal with standard deviation `initializer_range`; those that write
     to the residual stream (o_proj, down_proj) have it divided by sqrt(2 L), so that the stream's variance does
-    not grow with depth (Radford et al. 2019, section 2.3). The draw is made on the CPU, whatever the device, because
-    generators differ between devices.
+    not grow with depth (Radford et al. 2019, section 2.3). A reward head of width d has deviation 1 / sqrt(d + 1), so
+    that first scores are near 1 in size (Stiennon et al. 2020, in its code). The draw is made on the CPU, whatever the
+    device, because generators differ between devices.
     """
     kind = name.rsplit(".", 2)[-2:]
     if len(shape) == 1:
@@ -27,6 +28,8 @@ def initial_value(
     std = config.initializer_range
     if kind[0] in ("o_proj", "down_proj"):
         std /= math.sqrt(2 * config.num_layers)
+    elif kind[0] == "score":
+        std = 1 / math.sqrt(config.hidden_size + 1)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
     return torch.randn(shape, generator=generator).mul_(std).to(device)

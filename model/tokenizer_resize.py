@@ -36,7 +36,7 @@ def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: s
         raise InputError(
             f"{directory}: the resized model cannot replace the one it is read from. Choose another --out."
         )
-    config = load_config(model)
+    config = load_config(model, "lm")
     if config.vocab_size < old.vocab_size:
         raise InputError(
             f"{model}: the model has {config.vocab_size} rows, its tokenizer {old.vocab_size} ids. "

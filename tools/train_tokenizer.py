@@ -61,7 +61,7 @@ def main(config: TrainTokenizer) -> None:
     if config.extend:
         open_base(config.extend, config.vocab_size)  # before hours of reading
     if config.model:
-        load_config(config.model)
+        load_config(config.model, "lm")
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

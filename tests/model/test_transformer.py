@@ -104,8 +104,9 @@ def test_embedding_noise_is_added_to_the_embeddings() -> None:
 
 
 def test_a_scalar_model_says_one_fp32_number_a_token() -> None:
-    model = ScalarModel(LLAMA)
-    fill(model, LLAMA)
+    config = replace(LLAMA, head="score")
+    model = ScalarModel(config)
+    fill(model, config)
     pack = batch(LENGTHS)
     value = model(pack)
     hidden = model.model(pack.tokens, pack.positions, pack.layout)
@@ -121,6 +122,10 @@ def test_names_shapes_and_order_are_those_of_parameter_shapes(config: ModelConfi
         model = CausalLM(config)
     assert [(n, tuple(p.shape)) for n, p in model.named_parameters()] == list(parameter_shapes(config).items())
     assert list(model.state_dict()) == list(parameter_shapes(config))
+    scoring = replace(config, head="score")
+    with torch.device("meta"):
+        scorer = ScalarModel(scoring)
+    assert [(n, tuple(p.shape)) for n, p in scorer.named_parameters()] == list(parameter_shapes(scoring).items())
 
 
 @pytest.mark.parametrize("name", ["llama", "dynamic", "yarn", "llama3"])

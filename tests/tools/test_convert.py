@@ -310,7 +310,7 @@ def test_inspect_says_what_is_there_and_what_is_not(base: Path) -> None:
     for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
         (base / name).unlink()
     (base / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    change(base, "config.json", architectures=["LlamaForSequenceClassification"], eos_token_id=5)
+    change(base, "config.json", architectures=["LlamaForSequenceClassification"], num_labels=1, eos_token_id=5)
     (ended,) = run_tool("convert", "inspect", "base", cwd=base.parent)
     assert ended.code == 0, ended.stderr
     assert "LlamaForSequenceClassification: 2 layers" in ended.stdout
