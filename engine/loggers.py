@@ -215,7 +215,8 @@ def draw_curves(metrics: Path, picture: Path, panels: Sequence[Sequence[str]] = 
             axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")
+        if axis.has_data():
+            axis.legend(loc="upper right")
     beside = picture.with_name(".curves-new.png")
     figure.savefig(beside, dpi=110)
     pyplot.close(figure)
