@@ -1,0 +1,69 @@
+"""Which directories may judge, and what they say of their scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.chat import ChatTemplate
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+from rlhf.reward_model import open_reward_model
+from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_reward_model(tmp_path_factory.mktemp("rm") / "rm", mean=-3.5, std=0.25)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_sft(tmp_path_factory.mktemp("sft") / "sft")
+
+
+def test_a_reward_model_is_opened_for_the_model_that_it_was_made_from(reward: Path, policy: Path) -> None:
+    tokenizer = Tokenizer.load(policy)
+    template = ChatTemplate.of(tokenizer)
+    opened = open_reward_model(reward, tokenizer, template)
+    assert (opened.mean, opened.std, opened.config.head) == (-3.5, 0.25, "score")
+    raw = torch.tensor([-3.5, -3.25, -4.0])
+    assert opened.normalise(raw).tolist() == [0.0, 1.0, -2.0]
+    alone = open_reward_model(reward)
+    assert alone.template.source == template.source and alone.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_scores_of_a_model_that_was_not_normalised_stay_as_they_are(tmp_path: Path) -> None:
+    opened = open_reward_model(write_small_reward_model(tmp_path / "rm"))
+    assert opened.normalise(torch.tensor([0.5, -2.0])).tolist() == [0.5, -2.0]
+
+
+def test_a_language_model_is_refused_as_a_reward_model(policy: Path) -> None:
+    with pytest.raises(InputError, match=r"as a reward model its head would be random. Train one .* tools/rm.py"):
+        open_reward_model(policy)
+
+
+def test_another_tokenizer_is_refused(reward: Path, tmp_path: Path) -> None:
+    other = write_small_sft(tmp_path / "other")
+    path = other / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
+    tokenizer = Tokenizer.load(other)
+    assert tokenizer.fingerprint != Tokenizer.load(reward).fingerprint
+    with pytest.raises(InputError, match=r"reads with another tokenizer than .* Train a reward model from the model"):
+        open_reward_model(reward, tokenizer, ChatTemplate.of(tokenizer))
+
+
+def test_another_template_is_refused(reward: Path, policy: Path) -> None:
+    tokenizer = Tokenizer.load(policy)
+    with pytest.raises(InputError, match=r"was trained with the chat template chimed, but vicuna is in use"):
+        open_reward_model(reward, tokenizer, ChatTemplate.named("vicuna", tokenizer))
+
+
+def test_a_reward_model_that_does_not_know_its_template_is_refused(tmp_path: Path) -> None:
+    reward = write_small_reward_model(tmp_path / "rm")
+    (reward / "chat_template.jinja").unlink()
+    (reward / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    with pytest.raises(InputError, match=r"stores no chat template, so nobody knows what its scores are of"):
+        open_reward_model(reward)
