@@ -7,6 +7,7 @@ from typing import Literal
 
 from engine.config import check_range
 from engine.job import JobConfig, TrainConfig
+from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig, EvalConfig
 from engine.optim import OptimConfig
 from engine.schedule import ScheduleConfig
@@ -58,6 +59,21 @@ class PpoEvalConfig(EvalConfig):
     """held-out prompt files; instead of a share of the prompts"""
     max_tokens: int = 131_072
     """room for answers at each look: so many tokens over rollout.max_new_tokens is the number of prompts"""
+
+
+@dataclass
+class PpoLogConfig(LogConfig):
+    """What is reported, and how often."""
+
+    every: int = 1
+    """iterations between lines of progress; metrics.jsonl holds every iteration"""
+    samples: int = 16
+    """answers of each iteration that samples.jsonl holds, and each look at held-out prompts"""
+
+    def check(self) -> None:
+        """Raises InputError where a number makes no sense, or wandb is asked for and not installed."""
+        super().check()
+        check_range("log", self, 0, "samples")
 
 
 @dataclass
@@ -275,6 +291,7 @@ class PpoConfig(JobConfig):
     )
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=20))
     eval: PpoEvalConfig = field(default_factory=PpoEvalConfig)
+    log: PpoLogConfig = field(default_factory=PpoLogConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
