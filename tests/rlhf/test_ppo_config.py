@@ -1,0 +1,66 @@
+"""Options of PPO that cannot work are refused in a sentence that names them."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import parse
+from model.errors import InputError
+from rlhf.ppo_config import PpoConfig
+
+ALIASES = {"data": "data.paths", "reward": "reward.source"}
+
+
+def options(*words: str) -> PpoConfig:
+    config = parse(PpoConfig, words, "ppo.py", ALIASES)
+    config.check()
+    return config
+
+
+def test_the_reward_may_be_a_directory_or_a_function() -> None:
+    assert options("--reward", "ckpt/other").reward.source == "ckpt/other"
+    assert options("--reward", "rules:score").reward.source == "rules:score"
+
+
+def test_adam_is_that_of_the_first_ppo_code() -> None:
+    recipe = options()
+    assert (recipe.optim.eps, recipe.schedule.kind, recipe.schedule.final_ratio) == (1e-5, "linear", 0.0)
+    assert recipe.optim.lr == 1e-6
+
+
+def test_the_estimator_has_the_right_gradient_where_it_stands() -> None:
+    assert options().kl.kind == "k1"
+    assert options("--kl.place", "loss").kl.kind == "k2"
+    assert options("--kl.place", "loss", "--kl.estimator", "k3").kl.kind == "k3"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--ppo.advantage group", "--ppo.advantage group compares answers to one prompt, but --rollout.samples is 1"),
+        ("--ppo.advantage rloo", "--ppo.advantage rloo compares answers to one prompt, but --rollout.samples is 1"),
+        ("--rollout.top_p 0.9", "--rollout.top_p is not an option"),
+        ("--rollout.temperature 0", "likeliest tokens alone teach nothing"),
+        ("--kl.place loss --kl.estimator k1", "pulls nowhere in the loss"),
+        ("--kl.coef -1", "--kl.coef is -1.0. Use 0 or more."),
+        ("--ppo.clip 1", "--ppo.clip is 1.0. Use a value below 1"),
+        ("--ppo.dual_clip 1", "--ppo.dual_clip is 1.0. Use a value above 1"),
+        ("--ppo.lam 1.1", "--ppo.lam is 1.1. Use a value from 0 to 1."),
+        ("--ppo.minibatches 3 --rollout.prompts 2", "--ppo.minibatches 3 is more than the 2 answers of an iteration"),
+        ("--ptx.coef 0.1", "--ptx.coef and --ptx.paths go together"),
+        ("--ptx.paths texts", "--ptx.coef and --ptx.paths go together"),
+        ("--train.batch_tokens 4096", "--train.batch_tokens has no meaning here"),
+        ("--optim.z_loss 0.1", "--optim.z_loss has no meaning here"),
+        ("--limits.patience 0", "--limits.patience is 0. Use 1 or more."),
+        ("--value.lr 0", "--value.lr is 0.0. Use 1e-12 or more."),
+        ("--log.samples -1", "--log.samples is -1. Use 0 or more."),
+    ],
+)
+def test_what_cannot_work_is_refused(words: str, sentence: str) -> None:
+    with pytest.raises(InputError) as refused:
+        options(*words.split())
+    assert sentence in str(refused.value)
+
+
+def test_groups_of_two_are_enough() -> None:
+    assert options("--ppo.advantage", "group", "--rollout.samples", "2").ppo.advantage == "group"
