@@ -183,17 +183,27 @@ def fill_from_base(model: nn.Module, config: ModelConfig, base: Base, seed: int,
 
 
 def publisher(
-    model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, stage: str, dtype: torch.dtype
+    model: nn.Module,
+    config: ModelConfig | Callable[[], ModelConfig],
+    tokenizer: Tokenizer,
+    stage: str,
+    dtype: torch.dtype,
 ) -> Callable[[Path, int], None]:
-    """A function that publishes the model as it is, to a directory, after so many steps. It is a collective."""
+    """A function that publishes the model as it is, to a directory, after so many steps. It is a collective.
+
+    Args:
+        config: of the model; or what gives it then, on every rank, where the weights decide it.
+    """
 
     ranks = ControlGroup()
 
-    def write(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        write_model(directory, config, tensors, dtype)
-        tokenizer.save(directory)
-
     def publish_to(directory: Path, step: int) -> None:
+        facts = config if isinstance(config, ModelConfig) else config()
+
+        def write(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+            write_model(directory, facts, tensors, dtype)
+            tokenizer.save(directory)
+
         publish(directory, model.named_parameters(), write, ranks, step=step, stage=stage, dtype=dtype)
 
     return publish_to
