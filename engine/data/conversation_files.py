@@ -61,6 +61,9 @@ class ConversationSchema:
     def columns(self, names: Sequence[str]) -> list[str]:
         return list(names)
 
+    def header(self, first_row: Sequence[str]) -> Sequence[str]:
+        return first_row
+
 
 @dataclass
 class ConversationOptions:

@@ -62,6 +62,10 @@ KEYS = ("user", "assistant", "system", "history", "turns", "role", "content")
 """What a field can be mapped to."""
 
 
+class UnknownFieldsError(ConversationError):
+    """A record's fields are those of no known schema."""
+
+
 class Recognised(NamedTuple):
     """A conversation and the name of the schema it was found in."""
 
@@ -101,7 +105,7 @@ def recognise(record: Any, keys: Mapping[str, Sequence[str]] | None = None) -> R
         if keys and (missing := _missing(record, keys)):
             what = f"{names_in(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         hint = "; texts are for tools/pretrain.py" if "text" in fields else ""
-        raise ConversationError(f"{what}; this record has {names_in(record)}{hint}")
+        raise UnknownFieldsError(f"{what}; this record has {names_in(record)}{hint}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Tables to records: CSV and TSV with a header, and Parquet."""
+"""Tables to records: CSV and TSV, with a header unless the schema knows better, and Parquet."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def table(stream: Stream, file: SourceFile, schema: Schema) -> Iterator[Record]:
             continue
         lines.accept()
         if row and header is None:
-            header = row
-        elif row:
+            header = list(schema.header(row))
+            if header == row:
+                continue
+        if row:
             assert header is not None
             yield to_record(line, dict(zip(header, row, strict=True)), schema)
 

@@ -92,6 +92,10 @@ class Schema(Protocol):
         """Those of a table's columns that have to be read."""
         ...
 
+    def header(self, first_row: Sequence[str]) -> Sequence[str]:
+        """Names of the columns of a CSV or TSV file; `first_row` itself unless it is known to be data."""
+        ...
+
 
 @dataclass(frozen=True)
 class TextSchema:
@@ -110,6 +114,9 @@ class TextSchema:
     def columns(self, names: Sequence[str]) -> list[str]:
         wanted = [name for name in self.fields or TEXT_FIELDS if name in names]
         return (wanted if self.fields else wanted[:1]) or list(names)
+
+    def header(self, first_row: Sequence[str]) -> Sequence[str]:
+        return first_row
 
 
 def _record_text(record: Any, fields: Sequence[str]) -> str:
