@@ -29,6 +29,7 @@ __all__ = [
     "Encoded",
     "Message",
     "Role",
+    "drop_turns",
     "fit",
     "fit_batch",
     "fit_prompt",
@@ -227,6 +228,11 @@ def _shorten(template: ChatTemplate, tokenizer: Tokenizer, conversation: Convers
         needed = encoded.trained.index(True)
         raise ConversationError(f"its last question takes {needed} tokens of a context of {context}")
     return Encoded(encoded.ids[:context], encoded.trained[:context], dropped, is_cut=True)
+
+
+def drop_turns(conversation: Conversation, turns: int) -> Conversation:
+    """The conversation without so many of its oldest turns; a system message stays."""
+    return _Shortened(conversation).without(turns)
 
 
 class _Shortened:

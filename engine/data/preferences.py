@@ -7,11 +7,12 @@ before the answers is read as conversations are (`conversations.py`).
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 from engine.data.conversations import ROLES, UnknownFieldsError, parse_conversation, recognise
 from engine.data.records import kind_of, names_in
@@ -37,6 +38,7 @@ _RANKS = ("rank", "ranking", "排名")
 # Where the answer would stand beside a question: what goes before the answers is recognised with one.
 _ANSWERS = ("output", "response", "answer", "回答", "医生回答")
 _PLACEHOLDER = "…"
+_LARGEST = float(np.finfo(np.float32).max)
 _NO_FIELD = "\0"  # a name that no field has
 _SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
@@ -126,6 +128,14 @@ def settled(responses: Sequence[Response]) -> tuple[Response, ...]:
     return tuple(kept.values())
 
 
+def spread(grades: Sequence[float], most: int) -> list[int]:
+    """Places of at most so many answers, ascending: the best, the worst, and others evenly between them by grade."""
+    if len(grades) <= most:
+        return [*range(len(grades))]
+    order = sorted(range(len(grades)), key=lambda place: -grades[place])
+    return sorted(order[step * (len(grades) - 1) // (most - 1)] for step in range(most))
+
+
 def dump(found: Comparison) -> str:
     """A comparison as one line of JSON."""
     prompt = [(message.role, message.content) for message in found.prompt]
@@ -181,7 +191,7 @@ def _by_pair(fields: dict[str, Any]) -> Comparison | None:
     found = _pair(fields[names[0]], fields[names[1]], lambda: _prompt(rest), rest, " > ".join(names))
     if scores is None:
         return found
-    better, worse = (float(fields[name]) for name in scores)
+    better, worse = (_number(fields[name], by_rank=False) for name in scores)
     if better < worse:
         raise ConversationError(f'"{scores[0]}" is {better:g}, below "{scores[1]}", {worse:g}')
     responses = (found.responses[0]._replace(grade=better), found.responses[1]._replace(grade=worse))
@@ -292,15 +302,16 @@ def _grade(fields: Mapping[str, Any], names: Sequence[str], by_rank: bool, numbe
 
 
 def _number(value: Any, by_rank: bool) -> float:
-    """A grade; of ranks the first is the best."""
+    """A grade in fp32, as it is stored; of ranks the first is the best."""
     if not is_number(value):
         raise ConversationError(f"a grade is a number, not {value!r:.40}")
-    return -float(value) if by_rank else float(value)
+    grade = float(np.float32(value))
+    return -grade if by_rank else grade
 
 
 def is_number(value: Any) -> bool:
     try:
-        return isinstance(value, (str, int, float)) and math.isfinite(float(value))
+        return isinstance(value, (str, int, float)) and abs(float(value)) <= _LARGEST
     except (ValueError, OverflowError):
         return False
 
