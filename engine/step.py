@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,46 @@ from kernels.grad_norm import grad_norm
 from model.batch import IGNORE, PackedBatch
 
 
+class MicroBatch(Protocol):
+    """What one forward and backward pass works on: a `PackedBatch`, or one with what its objective needs beside it."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[T], as many for all ranks' n-th micro-batch of a step."""
+        ...
+
+    def to(self: M, device: torch.device | str) -> M: ...
+
+
+M = TypeVar("M", bound=MicroBatch)
+
+
 class Loss(NamedTuple):
     """A micro-batch's loss as sums: fp32 scalars.
 
     total: what is minimised, summed over targets
     reported: the part of it that is shown (without regularisers), detached
     count: number (or weight) of targets
+    shown: fp32 [M], sums of whatever else is shown divided by the count; as many for every micro-batch
     """
 
     total: Tensor
     reported: Tensor
     count: Tensor
+    shown: Tensor | None = None
+
+    def sums(self) -> Tensor:
+        """What is added up over micro-batches and ranks: float64 [2 + M]."""
+        sums = torch.stack([self.reported, self.count])
+        return (sums if self.shown is None else torch.cat([sums, self.shown])).double()
 
 
-Objective = Callable[[nn.Module, PackedBatch], Loss]
+Objective = Callable[[nn.Module, M], Loss]
 
 
-def next_token_loss(z_loss: float = 0.0, embedding_noise: Callable[[PackedBatch], Tensor] | None = None) -> Objective:
+def next_token_loss(
+    z_loss: float = 0.0, embedding_noise: Callable[[PackedBatch], Tensor] | None = None
+) -> Objective[PackedBatch]:
     """Cross-entropy of the next token, plus `z_loss` times the squared log-sum-exp.
 
     Args:
@@ -59,7 +82,10 @@ def next_token_loss(z_loss: float = 0.0, embedding_noise: Callable[[PackedBatch]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the host reads, one step late. `loss` is nats a target token, `targets` their number."""
+    """What the host reads, one step late.
+
+    loss: nats a target token; targets: their number; shown: the means of the objective's further sums.
+    """
 
     loss: float
     grad_norm: float
@@ -69,6 +95,7 @@ class StepReport:
     skipped_in_a_row: int
     stop_votes: int
     busy_seconds: list[float]
+    shown: list[float]
 
 
 class PendingReport:
@@ -77,8 +104,8 @@ class PendingReport:
     finished_at: `time.perf_counter()` when the step was done; on a GPU, when the host learnt of it.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._event = values, None
+    def __init__(self, values: Tensor, world: int) -> None:
+        self._values, self._world, self._event = values, world, None
         self.finished_at = time.perf_counter()
         if values.is_cuda:
             # Only to pinned memory does a copy leave the host free.
@@ -92,16 +119,17 @@ class PendingReport:
         if self._event is not None:
             self._event.synchronize()
             self.finished_at = time.perf_counter()
-        loss, norm, count, was_skipped, skipped, in_a_row, votes, *busy = self._values.tolist()
-        return StepReport(loss, norm, count, bool(was_skipped), int(skipped), int(in_a_row), round(votes), busy)
+        loss, norm, count, was_skipped, skipped, in_a_row, votes, *rest = self._values.tolist()
+        busy, shown = rest[: self._world], rest[self._world :]
+        return StepReport(loss, norm, count, bool(was_skipped), int(skipped), int(in_a_row), round(votes), busy, shown)
 
 
 def train_step(
     model: nn.Module,
     optimizer: AdamW,
     guard: Guard,
-    objective: Objective,
-    micro_batches: Sequence[PackedBatch],
+    objective: Objective[M],
+    micro_batches: Sequence[M],
     runtime: Runtime,
     *,
     lr: float,
@@ -117,21 +145,22 @@ def train_step(
         busy_seconds: what this rank's previous step took without waiting for others.
     """
     capacity = sum(batch.tokens.numel() for batch in micro_batches) * runtime.world
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    sums = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for index, batch in enumerate(micro_batches):
         set_last_micro_batch(model, index == len(micro_batches) - 1)
         loss = objective(model, batch.to(runtime.device))
         # FSDP averages gradients over ranks; the loss is a sum over them.
         (loss.total * (runtime.world / capacity)).backward()
-        sums += torch.stack([loss.reported, loss.count]).double()
+        sums = sums + loss.sums()
 
     replicas = runtime.mesh.size(0) if runtime.mesh.ndim == 2 else 1
-    totals = torch.zeros(4 + runtime.world, dtype=torch.float64, device=runtime.device)
-    totals[:2] = sums
-    totals[2] = grad_norm(optimizer.local_gradients()).double() / replicas
-    totals[3] = float(wants_stop)
-    totals[4 + runtime.rank] = busy_seconds
-    reported, count, squared, votes, *_ = runtime.sum(totals).unbind()
+    totals = torch.zeros(2 + runtime.world, dtype=torch.float64, device=runtime.device)
+    totals[0] = grad_norm(optimizer.local_gradients()).double() / replicas
+    totals[1] = float(wants_stop)
+    totals[2 + runtime.rank] = busy_seconds
+    totals = runtime.sum(torch.cat([totals, sums]))
+    squared, votes = totals[:2].unbind()
+    _, busy, (reported, count), shown = totals.tensor_split([2, 2 + runtime.world, 4 + runtime.world])
 
     to_mean = capacity / count.clamp(min=1)
     norm = squared.sqrt() * to_mean
@@ -145,4 +174,6 @@ def train_step(
     optimizer.zero_grad()
 
     verdict = torch.stack([should_skip, guard.state[SKIPPED], guard.state[SKIPPED_IN_A_ROW]]).double()
-    return PendingReport(torch.cat([torch.stack([loss_mean, norm, count]), verdict, votes.view(1), totals[4:]]))
+    means = torch.stack([loss_mean, norm, count])
+    rest = (votes.view(1), busy, shown / count.clamp(min=1))
+    return PendingReport(torch.cat([means, verdict, *rest]), runtime.world)
