@@ -1,4 +1,4 @@
-"""Loss on held-out text, weighted by tokens."""
+"""Means over held-out data, such as the loss on texts, weighted by tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from engine.step import Objective
 from model.batch import PackedBatch
 
 
-@torch.no_grad()
 def held_out_loss(
     model: nn.Module,
     objective: Objective,
@@ -22,7 +21,19 @@ def held_out_loss(
     runtime: Runtime,
     beat: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats a target token over all ranks' batches.
+    """Mean loss in nats a target token over all ranks' batches; see `held_out_means`."""
+    return held_out_means(model, objective, batches, runtime, beat)[0]
+
+
+@torch.no_grad()
+def held_out_means(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[PackedBatch],
+    runtime: Runtime,
+    beat: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """The loss, and what else the objective shows, divided by the count over all ranks' batches.
 
     Args:
         batches: this rank's share; the same number on every rank (some may hold no target), or FSDP's
@@ -30,13 +41,13 @@ def held_out_loss(
         beat: called after every batch, for whoever watches that the run moves.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    for batch in batches:
-        loss = objective(model, batch.to(runtime.device))
-        sums += torch.stack([loss.reported, loss.count]).double()
+    for number, batch in enumerate(batches):
+        own = objective(model, batch.to(runtime.device)).sums()
+        sums = sums + own if number else own
         beat()
     free_gathered(model)
-    total, count = runtime.sum(sums).tolist()
-    return total / count if count else math.nan
+    total, count, *shown = runtime.sum(sums).tolist()
+    return [value / count if count else math.nan for value in (total, *shown)]
 
 
 def perplexity(loss: float) -> float:

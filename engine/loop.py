@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from engine.checkpoint import Checkpointer
 from engine.config import check_range
-from engine.evaluation import held_out_loss, perplexity
+from engine.evaluation import held_out_means, perplexity
 from engine.guard import Guard
 from engine.launch import DivergedError, StoppedError, speak
-from engine.loggers import LogConfig, RunLog
+from engine.loggers import PANELS, LogConfig, RunLog
 from engine.mesh import Runtime
 from engine.metrics import Speedometer, peak_flops, peak_memory_bytes
 from engine.optim import AdamW
@@ -101,6 +101,7 @@ class Run:
     publish: writes the HF model to the given directory; a collective, called with the number of steps done.
     fresh_loader: makes the loader from a cursor (None at the beginning).
     held_out_objective: what held-out batches are judged by, where it is not what is trained.
+    shown: names of what the objective shows beside its loss; of held-out data the perplexity, where it has none.
     """
 
     directory: Path
@@ -117,6 +118,13 @@ class Run:
     identity: dict[str, Any]
     publish: Callable[[Path, int], None]
     held_out_objective: Objective | None = None
+    shown: tuple[str, ...] = ()
+
+    @property
+    def panels(self) -> list[tuple[str, ...]]:
+        """What curves.png shows of them: an even count."""
+        panels: list[tuple[str, ...]] = [(name, f"held_out_{name}") for name in self.shown]
+        return panels if len(panels) % 2 == 0 else [*panels, ("data_wait_share",)]
 
     def tensors(self) -> dict[str, Tensor]:
         """All state that is tensors, by name; loading fills them in place."""
@@ -157,7 +165,7 @@ def train(
     runtime = run.runtime
     checkpointer = Checkpointer(run.directory, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous)
     progress, loader = _resume(run, checkpointer)
-    run_log = RunLog(run.directory, progress.step, log, recipe)
+    run_log = RunLog(run.directory, progress.step, log, recipe, (*PANELS, *run.panels))
     clock = BusyClock(run.model.model.layers, runtime.device)
     desk = _Desk(run, progress, run_log, log, checkpointer)
     last_saved = progress.step
@@ -267,6 +275,7 @@ class _Desk:
             "memory_bytes": peak_memory_bytes(self._run.runtime.device),
             "data_wait_share": speed.data_wait_share,
             "skipped": report.skipped,
+            **dict(zip(self._run.shown, report.shown, strict=True)),
         }
         self._run_log.record(step, row)
         if step % self._every == 0 or step in (1, self._run.steps):
@@ -297,6 +306,7 @@ class _Desk:
             f"loss {report.loss:.4f}",
             f"lr {row['lr']:.2e}",
             f"norm {report.grad_norm:.2f}",
+            *(f"{name} {value:.4g}" for name, value in zip(self._run.shown, report.shown, strict=True)),
             f"{speed.tokens_per_second:,.0f} tok/s",
             *([f"mfu {speed.mfu:.1%}"] if speed.mfu is not None else []),
             f"mem {row['memory_bytes'] / 2**30:.2f} GiB",
@@ -310,9 +320,13 @@ def _evaluate(run: Run, progress: Progress, run_log: RunLog, dog: Watchdog, keep
     assert run.held_out is not None
     doing = f"evaluating after step {progress.step}"
     objective = run.held_out_objective or run.objective
-    loss = held_out_loss(run.model, objective, run.held_out(), run.runtime, lambda: dog.beat(doing))
-    run_log.record(progress.step, {"held_out_loss": loss, "perplexity": perplexity(loss)})
-    run_log.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+    loss, *shown = held_out_means(run.model, objective, run.held_out(), run.runtime, lambda: dog.beat(doing))
+    more = {f"held_out_{name}": value for name, value in zip(run.shown, shown, strict=True)}
+    said = [f"{name} {value:.4g}" for name, value in zip(run.shown, shown, strict=True)]
+    if not run.shown:
+        more, said = {"perplexity": perplexity(loss)}, [f"perplexity {perplexity(loss):.2f}"]
+    run_log.record(progress.step, {"held_out_loss": loss, **more})
+    run_log.say(f"step {progress.step}: held-out loss {loss:.4f}, {', '.join(said)}")
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss = loss
         if keep_best and progress.step:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from engine.evaluation import held_out_loss
+from engine.evaluation import held_out_loss, held_out_means
 from engine.guard import Guard, GuardConfig
 from engine.mesh import ParallelConfig, start
 from engine.optim import AdamW, OptimConfig
 from engine.shard import fill, local, parallelize
-from engine.step import next_token_loss, train_step
+from engine.step import Loss, next_token_loss, train_step
 from model.batch import IGNORE, PackedBatch
 from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.heads import CausalLM
@@ -152,6 +153,38 @@ def evaluate_then_look(precision: str) -> dict[str, tuple[str, bool]]:
 def test_after_an_evaluation_the_parameters_are_the_sharded_masters_again() -> None:
     for rank in run_ranks(evaluate_then_look, 2, "bf16"):
         assert set(rank.values()) == {("torch.float32", True)}
+
+
+def show_targets(model: nn.Module, batch: PackedBatch) -> Loss:
+    """The usual loss; and the targets' squares and cubes, to be shown."""
+    targets = batch.targets[batch.targets != IGNORE].float()
+    return next_token_loss()(model, batch)._replace(shown=torch.stack([targets.square().sum(), targets.pow(3).sum()]))
+
+
+def shown_by_a_step_and_by_an_evaluation() -> tuple[list[float], list[float], list[float]]:
+    runtime = start(ParallelConfig())
+    config = small_config(False)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    parallelize(model, runtime, ParallelConfig(), "fp32", "none")
+    shapes = parameter_shapes(config)
+    fill(model, ((name, initial_value(config, name, shape, 0)) for name, shape in shapes.items()))
+    mine = [pack(lengths, index) for index, lengths in enumerate(LENGTHS)][runtime.rank :: runtime.world]
+    held_out = held_out_means(model, show_targets, mine, runtime)
+    guard = Guard(GuardConfig(), runtime.device)
+    optimizer = AdamW(model, OptimConfig(lr=0.01))
+    report = train_step(model, optimizer, guard, show_targets, mine, runtime, lr=0.01, busy_seconds=3.0).read()
+    assert report.busy_seconds == [3.0] * runtime.world and report.loss == pytest.approx(held_out[0], rel=1e-6)
+    return report.shown, held_out[1:], [report.targets, report.skipped, report.stop_votes]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_what_an_objective_shows_beside_its_loss_is_a_mean_over_the_targets_of_all_ranks(world: int) -> None:
+    packs = [pack(lengths, index) for index, lengths in enumerate(LENGTHS)]
+    targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in packs]).double()
+    for shown, held_out, others in run_ranks(shown_by_a_step_and_by_an_evaluation, world):
+        assert shown == held_out == pytest.approx([float(targets.square().mean()), float(targets.pow(3).mean())])
+        assert others == [len(targets), 0, 0]
 
 
 def train_compiled(recompute: str) -> dict[str, Any]:
