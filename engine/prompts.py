@@ -1,15 +1,19 @@
-"""Files of questions: any record that holds a conversation, or only its beginning, gives a prompt."""
+"""Files of questions: any record that holds a conversation, its beginning, or answers to compare, gives a prompt."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from engine.data.conversation_files import ConversationOptions, ConversationSchema
-from engine.data.conversations import recognise
+from engine.data.conversations import KEYS, recognise
+from engine.data.preference_files import PreferenceSchema
+from engine.data.preferences import KEYS as PREFERENCE_KEYS
+from engine.data.preferences import recognise_comparison
 from engine.data.reading import read_records
 from engine.data.records import Document, RecordError, SourceFile
 from engine.data.sources import list_files, probe, refusal
@@ -38,11 +42,11 @@ class PromptRecord(NamedTuple):
 def read_prompts(path: Path | str, keys: Mapping[str, str] | None = None) -> Iterator[PromptRecord]:
     """The records of a file (json, jsonl, csv, tsv, parquet; txt, a question a line), in order.
 
-    A conversation whose last turn is an answer loses that answer.
+    A conversation whose last turn is an answer loses that answer; of answers to compare, the prompt stays.
 
     Args:
-        keys: what fields mean where the schema is not known by itself, as --data.keys of tools/sft.py;
-            "assistant" may be left out.
+        keys: what fields mean where the schema is not known by itself, as --data.keys of tools/sft.py and tools/rm.py;
+            those of answers may be left out.
     Raises:
         InputError: the file cannot be read, or nothing in its first records is a question.
     """
@@ -76,7 +80,14 @@ class _PromptSchema(ConversationSchema):
         turns = [[message.role, message.content] for message in messages]
         return json.dumps({"fields": fields, "messages": turns}, default=str)  # a date, in Parquet
 
+    def header(self, first_row: Sequence[str]) -> Sequence[str]:
+        return PreferenceSchema(self.keys, None, False).header(first_row)
+
     def _messages(self, value: Any) -> list[Message]:
+        asked = [name for key in ("user", "turns") for name in self.keys.get(key, ())]
+        if not asked or (isinstance(value, dict) and not all(name in value for name in asked)):
+            with contextlib.suppress(ConversationError):
+                return list(recognise_comparison(value, self.keys).prompt)
         if isinstance(value, dict) and "user" in self.keys:
             # The answer's field need not be there: a placeholder is.
             value = {**dict.fromkeys(self.keys["assistant"], _ANSWER), **value}
@@ -95,7 +106,7 @@ class _PromptSchema(ConversationSchema):
 
     def _recognise(self, value: Any) -> list[Message]:
         try:
-            return recognise(value, self.keys).messages
+            return recognise(value, {key: names for key, names in self.keys.items() if key in KEYS}).messages
         except ConversationError as refused:
             raise RecordError(str(refused)) from None
 
@@ -105,9 +116,12 @@ class _PromptOptions(ConversationOptions):
     """How files become prompts."""
 
     def __post_init__(self) -> None:
+        of_answers = {key: name for key, name in self.keys.items() if key in PREFERENCE_KEYS and key not in KEYS}
+        self.keys = {key: name for key, name in self.keys.items() if key not in of_answers}
         if "user" in self.keys:
             self.keys = {"assistant": _NO_FIELD, **self.keys}
         super().__post_init__()
+        self.keys |= of_answers
 
     @property
     def schema(self) -> ConversationSchema:
