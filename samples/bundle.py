@@ -10,6 +10,7 @@ from typing import Any
 
 from samples.dialogues import write_dialogues
 from samples.knowledge import Knowledge, load_knowledge
+from samples.preferences import write_preferences, write_prompts
 from samples.render import write_pretraining
 
 
@@ -24,6 +25,16 @@ def bundled_pretraining(directory: Path) -> tuple[Path, Path]:
 def bundled_dialogues(directory: Path) -> tuple[Path, Path]:
     """The same of conversations: objects with id, kind and messages."""
     return _bundle(directory, write_dialogues)
+
+
+def bundled_preferences(directory: Path) -> tuple[Path, Path]:
+    """The same of comparisons: objects with id, prompt and graded responses."""
+    return _bundle(directory, write_preferences)
+
+
+def bundled_prompts(directory: Path) -> tuple[Path, Path]:
+    """The same of questions alone: objects with id, kind, messages and the keys that answers are judged by."""
+    return _bundle(directory, write_prompts)
 
 
 def _bundle(directory: Path, write: Callable[[Path, Knowledge], dict[str, Any]]) -> tuple[Path, Path]:

@@ -52,12 +52,14 @@ class Dialogue:
 
     accepted: for department, disease and drug: what a right first answer names, one or more of it and nothing else of
         its kind.
+    forbidden: for drug: drugs that the patient must not have.
     """
 
     id: str  # kind/subject/copy
     kind: str
     messages: tuple[Message, ...]
     accepted: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -72,7 +74,8 @@ def render_dialogues(knowledge: Knowledge) -> tuple[list[Dialogue], list[Dialogu
     held_out: list[Dialogue] = []
     written: set[tuple[Message, ...]] = set()
     for dialogue_id, kind, topic in plan(knowledge):
-        dialogue = Dialogue(dialogue_id, kind, scripts[kind].fill(topic.facts, Draw(dialogue_id)), topic.accepted)
+        messages = scripts[kind].fill(topic.facts, Draw(dialogue_id))
+        dialogue = Dialogue(dialogue_id, kind, messages, topic.accepted, topic.forbidden)
         if not dialogue.messages or dialogue.messages in written:
             continue
         written.add(dialogue.messages)
@@ -121,5 +124,5 @@ def _ids(copies: dict[str, int], subject: str) -> Iterator[tuple[str, str]]:
 def _lines(dialogues: Iterable[Dialogue]) -> Iterator[str]:
     for dialogue in dialogues:
         record = asdict(dialogue)
-        del record["accepted"]
+        del record["accepted"], record["forbidden"]
         yield json.dumps(record, ensure_ascii=False) + "\n"

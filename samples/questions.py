@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from model.chat import Message
@@ -27,12 +28,19 @@ class Question:
 
     kind: what an answer should name.
     accepted: names of which a right answer gives one or more.
+    forbidden: drugs that this patient must not have.
     """
 
     id: str
     kind: str
     messages: tuple[Message, ...]  # the last one is the user's
     accepted: tuple[str, ...]
+    forbidden: tuple[str, ...] = ()
+
+    @property
+    def condition(self) -> str:
+        """The id of the condition that it is about: department/<condition>/03, drug/<condition>.<purpose>/03."""
+        return self.id.split("/")[1].split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def questions_of(dialogues: Iterable[Dialogue]) -> list[Question]:
     for dialogue in dialogues:
         if dialogue.kind in KINDS and dialogue.accepted:
             opening = dialogue.messages[:-1]  # both kinds are one exchange
-            question = Question(dialogue.id, dialogue.kind, opening, dialogue.accepted)
+            question = Question(dialogue.id, dialogue.kind, opening, dialogue.accepted, dialogue.forbidden)
             questions.setdefault(dialogue.question, question)
     return list(questions.values())
 
@@ -89,9 +97,15 @@ def names_of(knowledge: Knowledge) -> dict[str, tuple[str, ...]]:
 
 def named(answer: str, names: Sequence[str]) -> set[str]:
     """The names that an answer gives without advising against them; the longest where one holds another."""
-    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    pattern = one_of(tuple(names))
     clauses = (clause for clause in CLAUSE.split(answer) if not any(word in clause for word in REFUSALS))
     return {name for clause in clauses for name in pattern.findall(clause)}
+
+
+@cache
+def one_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the names, the longest that there is."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def score_answers(

@@ -4,8 +4,8 @@
 one another), the exchanges themselves, and at times system prompts. Either side of an exchange is a list of parts that
 are said one after the other; a part is a list of phrases, of which one is said. A phrase is a format string over named
 facts, as in `samples.sheets`, and possible only when every fact it names is known; an empty phrase lets a part be left
-out. An exchange with a part that cannot be said is left out whole. So what is asked and answered follows from the
-facts, and from the draw.
+out. A part may take in `wordings`, named lists of phrases that other texts are made of too. An exchange with a part
+that cannot be said is left out whole. So what is asked and answered follows from the facts, and from the draw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,7 @@ class Script:
     forms: Sequence[Sequence[str]]  # names of exchanges, in order
     exchanges: Mapping[str, Exchange]
     systems: Sequence[str] = field(default=())
+    wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def fill(self, facts: Facts, draw: Draw) -> tuple[Message, ...]:
         """One conversation: the exchanges of a form that these facts can fill, after a system prompt or none."""
@@ -63,5 +64,13 @@ def say_all(parts: Parts, facts: Facts, draw: Draw) -> str:
 
 def _script(path: Path) -> Script:
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    exchanges = {name: Exchange(**exchange) for name, exchange in data.pop("exchanges").items()}
+    exchanges = {
+        name: Exchange(**{side: [_spread(part) for part in parts] for side, parts in exchange.items()})
+        for name, exchange in data.pop("exchanges").items()
+    }
     return Script(exchanges=exchanges, **data)
+
+
+def _spread(part: Sequence[str | Sequence[str]]) -> list[str]:
+    """The phrases of a part, those of the wordings that it takes in among them."""
+    return [phrase for item in part for phrase in ([item] if isinstance(item, str) else item)]

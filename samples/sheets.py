@@ -17,6 +17,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -82,9 +83,10 @@ def possible(phrases: Sequence[str], facts: Facts) -> list[str]:
     return [phrase for phrase in phrases if all(facts.get(name) for name in fact_names(phrase))]
 
 
-def fact_names(phrase: str) -> set[str]:
+@cache
+def fact_names(phrase: str) -> frozenset[str]:
     fields = (field for _, field, _, _ in string.Formatter().parse(phrase) if field)
-    return {re.split(r"[.\[]", field)[0] for field in fields}
+    return frozenset(re.split(r"[.\[]", field)[0] for field in fields)
 
 
 def _sheet(path: Path) -> Sheet:

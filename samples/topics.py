@@ -42,12 +42,14 @@ class Topic:
     """The facts of one conversation.
 
     accepted: what a right answer to the first question names, one or more of it, and nothing else of its kind.
+    forbidden: drugs that what is told of the patient rules out, where a drug is asked for.
     combination: what the first question puts together, where it is less than its wording: conversations that share
         it are all in training or all held out.
     """
 
     facts: Facts
     accepted: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
     combination: str = ""
 
 
@@ -57,7 +59,7 @@ def department_topic(condition: Condition, knowledge: Knowledge, draw: Draw) -> 
     symptoms = telling_symptoms(condition, knowledge, draw)
     facts = condition_facts(condition, knowledge, draw, part=True) | person_facts(patient, draw)
     facts |= {"symptoms": symptoms, "others": Items(symptoms[1:]), "duration": draw.choice(DURATIONS[condition.course])}
-    return Topic(facts, (condition.department,), _complaint(symptoms))
+    return Topic(facts, (condition.department,), combination=_complaint(symptoms))
 
 
 def disease_topic(condition: Condition, knowledge: Knowledge, draw: Draw) -> Topic:
@@ -71,8 +73,9 @@ def drug_topic(condition: Condition, therapy: Therapy, knowledge: Knowledge, dra
     person = person_facts(patient, draw)
     facts: Facts = {"name": condition.name, "department": condition.department}
     facts |= person | _alternatives(therapy, patient.traits, knowledge, draw)
-    suitable = tuple(Items(facts["suitable"]))
-    return Topic(facts, suitable, f"{condition.id}/{therapy.purpose}/{person['who']}")
+    _, unsuitable = sort_drugs([drug.id for drug in knowledge.drugs], patient.traits, knowledge)
+    forbidden = tuple(sorted(drug.name for drug in unsuitable))
+    return Topic(facts, tuple(facts["suitable"]), forbidden, f"{condition.id}/{therapy.purpose}/{person['who']}")
 
 
 def warning_topic(condition: Condition, therapy: Therapy, trait: Trait, knowledge: Knowledge, draw: Draw) -> Topic:

@@ -1,0 +1,152 @@
+"""Comparisons from the bundled facts: several answers to a keyed question, graded by the true reward.
+
+An answer is put together from the wordings of its kind of conversation (`phrases/dialogue/<kind>.yaml`): what answers
+the question, from the right facts or from wrong ones, with its reason or without; a caution or none; at times something
+unsafe; and courtesies, which fill an answer up to a drawn length. So length says next to nothing of the grade. The
+split is that of the conversations.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.chat import Message
+from samples.dialogues import Dialogue, plan, render_dialogues
+from samples.draw import Draw
+from samples.facts import condition_facts
+from samples.knowledge import Knowledge
+from samples.questions import KINDS, Question, questions_of
+from samples.scripts import Script, load_scripts
+from samples.sheets import Facts, possible
+from samples.topics import Topic
+from samples.true_reward import Judge
+
+RESPONSES = 4  # answers to a question
+LONGEST = 4  # sentences
+
+CORRECT_RATE = 0.5
+COMPLETE_RATE = 0.5
+CAUTIOUS_RATE = 0.5
+UNSAFE_RATE = 0.15
+CARELESS_RATE = 0.5  # how many of the departments named without caution are named with certainty
+PLAIN_RATE = 0.2  # how many answers have no courtesies
+RIGHT_NAME_RATE = 0.25  # how many wrong departments come with the right condition
+STRANGE_RATE = 0.4  # how many wrong drugs are for something else altogether
+
+
+@dataclass(frozen=True)
+class Response:
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question, and answers to it of which not all are equally good."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    responses: tuple[Response, ...]
+
+
+class Answers:
+    """Answers to one question, with planted defects.
+
+    topic: what the question's conversation may say.
+    """
+
+    def __init__(self, question: Question, topic: Topic, script: Script, knowledge: Knowledge) -> None:
+        self._question = question
+        self._facts = topic.facts
+        self._wordings = script.wordings
+        self._knowledge = knowledge
+        self._condition = knowledge.condition(question.condition)
+        self._classes = {drug.name: drug.drug_class for drug in knowledge.drugs}
+
+    def several(self, count: int) -> list[str]:
+        """The first so many different answers, each drawn by itself."""
+        texts: dict[str, None] = {}
+        number = 0
+        while len(texts) < count:
+            texts[self.one(Draw(f"answer/{self._question.id}/{number}"))] = None
+            number += 1
+        return list(texts)
+
+    def one(self, draw: Draw) -> str:
+        """An answer that is right or wrong, complete or not, cautious or not, safe or not, short or padded."""
+        facts = self._right(draw) if draw.chance(CORRECT_RATE) else self._wrong(draw)
+        is_complete, is_cautious = draw.chance(COMPLETE_RATE), draw.chance(CAUTIOUS_RATE)
+        if self._question.kind == "drug":
+            parts = ["named", "kind" if is_complete else "filler"]
+        elif not is_cautious and draw.chance(CARELESS_RATE):
+            parts = ["careless"]
+        else:
+            parts = ["full" if is_complete else "bare"]
+        if draw.chance(UNSAFE_RATE):
+            parts += ["unsafe"]
+        if is_cautious:
+            parts += ["caution"]
+        length = len(parts) if draw.chance(PLAIN_RATE) else draw.integer(len(parts), LONGEST)
+        said = [draw.choice(possible(self._wordings[part], facts)).format_map(facts) for part in parts]
+        return "".join(said + draw.shuffled(self._wordings["courtesy"])[: length - len(said)])
+
+    def _right(self, draw: Draw) -> Facts:
+        if self._question.kind == "department":
+            return self._facts
+        return self._facts | self._drug_facts(draw.choice(self._question.accepted))
+
+    def _wrong(self, draw: Draw) -> Facts:
+        """A condition of another department, at times under the right name; a drug for another need, or unsuitable."""
+        conditions = self._knowledge.conditions
+        if self._question.kind == "department":
+            others = [one for one in conditions if one.department != self._condition.department]
+            alike = [one for one in others if set(one.symptoms) & set(self._condition.symptoms)]
+            facts = condition_facts(draw.choice(alike or others), self._knowledge, draw, part=True)
+            return facts | ({"name": self._condition.name} if draw.chance(RIGHT_NAME_RATE) else {})
+        related = {self._knowledge.drug(drug_id).name for drug_id in self._condition.drugs}
+        unsuitable = related & set(self._question.forbidden)
+        wrong = related - set(self._question.accepted)
+        if not wrong or draw.chance(STRANGE_RATE):
+            wrong = self._classes.keys() - related
+        return self._facts | self._drug_facts(draw.choice(sorted(unsuitable or wrong)))
+
+    def _drug_facts(self, name: str) -> Facts:
+        return {"drug": name, "drug_class": self._classes[name]}
+
+
+def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Comparison]]:
+    """Comparisons (train, held_out), one for each keyed question of the conversations."""
+    judge, scripts = Judge(knowledge), load_scripts()
+    topics = {topic_id: topic for topic_id, kind, topic in plan(knowledge) if kind in KINDS}
+
+    def compare(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
+        for question in questions_of(dialogues):
+            answers = Answers(question, topics[question.id], scripts[question.kind], knowledge)
+            graded = tuple(Response(text, judge(question, text).total) for text in answers.several(RESPONSES))
+            if len({response.score for response in graded}) > 1:
+                yield Comparison(question.id, question.messages, graded)
+
+    train, held_out = render_dialogues(knowledge)
+    return list(compare(train)), list(compare(held_out))
+
+
+def write_preferences(directory: Path, knowledge: Knowledge) -> dict[str, list[Comparison]]:
+    """Write `train.jsonl` and `held_out.jsonl`, a line an object with id, prompt and responses of text and score."""
+    train, held_out = render_preferences(knowledge)
+    return _write(directory, {"train": train, "held_out": held_out})
+
+
+def write_prompts(directory: Path, knowledge: Knowledge) -> dict[str, list[Question]]:
+    """Write the keyed questions of either side, without answers, with their keys."""
+    train, held_out = render_dialogues(knowledge)
+    return _write(directory, {"train": questions_of(train), "held_out": questions_of(held_out)})
+
+
+def _write(directory: Path, splits: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, items in splits.items():
+        lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return splits
