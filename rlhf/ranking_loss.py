@@ -40,15 +40,8 @@ def ranking_loss(
         sum over groups, and how many have different grades: scalars, fp32 (float64 for scores in it). The loss is
         their quotient.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores.where(batch.is_sequence, 0.0)
-    grades = batch.grades.to(scores.dtype)
-    # Answer i beside all that can be of its group: [D, W], W = 2 K - 1.
-    others, others_grades = _neighbours(scores, batch, 0.0), _neighbours(grades, batch, 0.0)
-    is_same = _neighbours(batch.groups, batch, -1) == batch.groups.where(batch.is_sequence, -2)[:, None]
-    is_worse = is_same & (others_grades < grades[:, None])
-    gap = others - scores[:, None] + margin * (grades[:, None] - others_grades)
-
+    scores, others, lead, is_same, is_worse = _beside(scores, batch)
+    gap = others - scores[:, None] + margin * lead
     in_group = _sums(is_worse.sum(1), batch, scores.dtype)  # untied pairs of each group, [D]
     pairs = is_worse / _at(in_group, batch)[:, None]
     if kind == "pairwise":
@@ -56,13 +49,34 @@ def ranking_loss(
     else:
         does_choose = is_worse.any(1)
         if kind == "best":
-            does_choose &= ~(is_same & (others_grades > grades[:, None])).any(1)
+            does_choose &= ~(is_same & (lead < 0)).any(1)
         itself = torch.zeros_like(scores)[:, None]
         choices = torch.cat([itself, gap.masked_fill(~is_worse, -torch.inf)], 1).logsumexp(1)
         total = (does_choose / _at(_sums(does_choose, batch, scores.dtype), batch) * choices).sum()
     if centre:
         total = total + centre * (pairs * (scores[:, None] + others).square()).sum()
     return total, (in_group > 0).sum().to(scores.dtype)
+
+
+def ranking_accuracy(scores: Tensor, batch: RankedBatch) -> Tensor:
+    """The share of each group's pairs that are in the right order, summed over groups; equal scores count half."""
+    scores, others, _, _, is_worse = _beside(scores, batch)
+    pairs = is_worse / _at(_sums(is_worse.sum(1), batch, scores.dtype), batch)[:, None]
+    return (pairs * (1 + (scores[:, None] - others).sign()) / 2).sum()
+
+
+def _beside(scores: Tensor, batch: RankedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every answer beside all that can be of its group, W = 2 K - 1.
+
+    Returns:
+        scores, fp32 or float64 [D]; and [D, W]: scores of the others, by how much grades exceed theirs, whether they
+        are of the same group, and whether they are worse.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).where(batch.is_sequence, 0.0)
+    grades = batch.grades.to(scores.dtype)
+    others, lead = _neighbours(scores, batch, 0.0), grades[:, None] - _neighbours(grades, batch, 0.0)
+    is_same = _neighbours(batch.groups, batch, -1) == batch.groups.where(batch.is_sequence, -2)[:, None]
+    return scores, others, lead, is_same, is_same & (lead > 0)
 
 
 def _neighbours(values: Tensor, batch: RankedBatch, padding: float) -> Tensor:

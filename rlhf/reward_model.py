@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.hf import load_config, read_model
 from model.tokenizer import Tokenizer, has_tokenizer
-from rlhf.ranking_loss import RankingLoss, ranking_loss
+from rlhf.ranking_loss import RankingLoss, ranking_accuracy, ranking_loss
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ def open_reward_model(
     return RewardModel(directory, config, own, stored, 0.0 if mean is None else mean, 1.0 if std is None else std)
 
 
-def ranking_objective(kind: RankingLoss, margin: float, centre: float) -> Objective:
-    """The loss of comparisons by a reward model. What is shown is without margin and centring."""
+def ranking_objective(kind: RankingLoss, margin: float, centre: float) -> Objective[RankedBatch]:
+    """The loss of comparisons by a reward model, and its `accuracy`. The loss that is shown is without margin and
+    centring, so that it means the same in every run."""
 
     def objective(model: nn.Module, batch: RankedBatch) -> Loss:
         scores = model(batch.batch)[batch.ends]
         total, count = ranking_loss(scores, batch, kind, margin, centre)
         shown = total if margin == centre == 0 else ranking_loss(scores, batch, kind)[0]
-        return Loss(total, shown.detach(), count)
+        return Loss(total, shown.detach(), count, ranking_accuracy(scores.detach(), batch)[None])
 
     return objective
 

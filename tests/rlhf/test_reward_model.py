@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.data.ranked_batch import RankedBatch
 from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from rlhf.ranking_loss import ranking_accuracy
 from rlhf.reward_model import open_reward_model
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 
@@ -67,3 +69,17 @@ def test_a_reward_model_that_does_not_know_its_template_is_refused(tmp_path: Pat
     (reward / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
     with pytest.raises(InputError, match=r"stores no chat template, so nobody knows what its scores are of"):
         open_reward_model(reward)
+
+
+def test_accuracy_is_the_share_of_pairs_in_order_group_by_group() -> None:
+    """By hand: of two untied pairs in group 0 one is right; in group 1 there is one, with equal scores."""
+    batch = RankedBatch(
+        batch=None,  # type: ignore[arg-type]
+        ends=torch.zeros(7, dtype=torch.int64),
+        groups=torch.tensor([0, 0, 0, 1, 1, -1, -1]),
+        grades=torch.tensor([2.0, 1.0, 1.0, 0.0, 3.0, 0.0, 0.0]),
+        sequence=torch.arange(7),
+        most_responses=3,
+    )
+    scores = torch.tensor([1.5, 0.5, 2.5, 4.0, 4.0, 9.0, -9.0])
+    assert ranking_accuracy(scores, batch).item() == 1 / 2 + 1 / 2
