@@ -45,6 +45,8 @@ class PromptDataConfig:
     """files, directories or glob patterns; a conversation's last answer is left out"""
     keys: dict[str, str] = field(default_factory=dict)
     """what fields mean where the schema is not known by itself: user=ask; see docs/data.md"""
+    system: str | None = None
+    """system message of prompts that have none"""
 
 
 @dataclass
@@ -166,6 +168,8 @@ class AlgorithmConfig:
     """discount of later rewards"""
     lam: float = 0.95
     """decay of GAE: 1 trusts returns, 0 the critic"""
+    truncated: Literal["zero", "bootstrap"] = "zero"
+    """what GAE takes a cut answer to be still worth: nothing, or what the critic says"""
     whiten: bool = True
     """gae and rloo: advantages get mean 0 and deviation 1 over the whole iteration; group: divide by the group's
     deviation"""
