@@ -30,26 +30,31 @@ SCHEMA = 1
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 
-def gather_full(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> FullTensors:
-    """Full tensors on rank 0's CPU, one at a time, from any sharding; all ranks iterate to the end.
+def gather_full(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, everywhere: bool = False
+) -> FullTensors:
+    """Full tensors, one at a time, from any sharding; all ranks iterate to the end.
 
     Args:
         tensors: (name, DTensor or plain tensor), the same names in the same order on every rank.
         dtype: cast to it before gathering, which halves the traffic of fp32 master weights kept in bf16.
+        everywhere: on every rank's own device, instead of rank 0's CPU alone.
     """
-    return FullTensors(tensors, dtype)
+    return FullTensors(tensors, dtype, everywhere)
 
 
 class FullTensors(Iterator[tuple[str, Tensor]]):
-    """Iterator over gathered tensors: (name, full CPU tensor), which is empty on ranks other than 0.
+    """Iterator over gathered tensors: (name, full tensor); see `gather_full`. It is empty on ranks that get none.
 
     Unlike a generator it goes on after an exception in `__next__`, so a rank that fails can still take part in
     the collectives that the others are waiting in: see `drain`.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, everywhere: bool = False
+    ) -> None:
         self._tensors = iter(tensors)
-        self._dtype = dtype
+        self._dtype, self._everywhere = dtype, everywhere
         self._is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
     @torch.no_grad()
@@ -60,11 +65,13 @@ class FullTensors(Iterator[tuple[str, Tensor]]):
             tensor = tensor.to(self._dtype)
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
+        if self._everywhere:
+            return name, tensor
         return name, tensor.cpu() if self._is_main else torch.empty(0)
 
     def drain(self) -> None:
         """Take part in what is left, keeping none of it."""
-        self._is_main = False
+        self._is_main = self._everywhere = False
         for _ in self:
             pass
 

@@ -49,19 +49,21 @@ class Request:
     prompt: ids, at least one.
     samples: how many answers; they share one prefill.
     seed: requests with one seed, prompt and options get one answer; the samples of a request differ.
+    first_sample: number of the first one, where others are drawn elsewhere: what sample n is depends on seed and n.
     """
 
     prompt: Sequence[int]
     options: SamplingOptions = field(default_factory=SamplingOptions)
     samples: int = 1
     seed: int = 0
+    first_sample: int = 0
 
 
 @dataclass
 class Completion:
     """An answer.
 
-    request, sample: which one, both from 0.
+    request, sample: which one; requests are numbered from 0, samples from the request's first.
     ids: of the answer, with the token that ended it.
     logprobs: of the ids, under softmax(logits / temperature) of the whole vocabulary.
     end_reason: "stop" at a stop token or text; "length" at max_new_tokens or the end of the context.
@@ -126,20 +128,24 @@ class Generator:
         self.tokenizer = tokenizer
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        with torch.device("meta"):
-            model = CausalLM(self.config)
-        self.model = model.to(self.dtype).requires_grad_(False).to_empty(device=self.device)
-        pages = count_pages(self.config, self.context, max_rows, self.device, self.dtype, cache_bytes)
-        self.cache = KVCache(self.config, pages, self.device, self.dtype)
-        is_cuda = self.device.type == "cuda"
-        sizes = graph_sizes(max_rows) if is_cuda else None
-        self._decoder = Decoder(self.model, self.cache, max_rows, self.context, sizes)
-        self._scheduler = Scheduler(pages, max_rows, PREFILL_TOKENS)
-        self._is_late = is_cuda
+        self._max_rows, self._cache_bytes = max_rows, cache_bytes
+        self._is_late = self.device.type == "cuda"
         self._pending: deque[Result] = deque()
         self._live: dict[int, list[Row]] = {}  # by request
         self._texts: dict[Row, TextStream] = {}
         self._requests = 0
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Take the memory: of the weights, then of the cache, whose size may depend on what they leave."""
+        with torch.device("meta"):
+            model = CausalLM(self.config)
+        self.model = model.to(self.dtype).requires_grad_(False).to_empty(device=self.device)
+        pages = count_pages(self.config, self.context, self._max_rows, self.device, self.dtype, self._cache_bytes)
+        self.cache = KVCache(self.config, pages, self.device, self.dtype)
+        sizes = graph_sizes(self._max_rows) if self._is_late else None
+        self._decoder = Decoder(self.model, self.cache, self._max_rows, self.context, sizes)
+        self._scheduler = Scheduler(pages, self._max_rows, PREFILL_TOKENS)
 
     @classmethod
     def from_directory(
@@ -167,16 +173,19 @@ class Generator:
         return generator
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over weights, in place: captured graphs go on with the new ones.
+        """Take over weights, in place: captured graphs go on with the new ones. After `release`, memory is taken first.
 
         Args:
             tensors: (name, full tensor) for every name of `parameter_shapes`, in any order, dtype and place; one is
                 held at a time.
         Raises:
             InputError: names are missing, unknown or given twice, or a shape is wrong. The weights are then neither
-                the old nor the new ones: load again before anything else.
+                the old nor the new ones: load again before anything else. Or, after `release`: the memory does not
+                hold one sequence.
         """
         assert self.is_idle, "load() while requests are running"
+        if self.is_released:
+            self._allocate()
         self.cache.clear()
         shapes, missing = parameter_shapes(self.config), set(parameter_shapes(self.config))
         for name, tensor in tensors:
@@ -191,6 +200,21 @@ class Generator:
         if missing:
             raise InputError(f"{', '.join(sorted(missing))} missing. Give every parameter once.")
         self._decoder.head = HeadProducts(pack(self.model.head_weight))
+
+    def release(self) -> None:
+        """Give back all memory of weights, cache and captured graphs, until the next `load` takes it anew."""
+        assert self.is_idle, "release() while requests are running"
+        self._pending.clear()
+        if not self.is_released:
+            del self.model, self.cache, self._decoder
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()  # a graph's memory is its own until then
+
+    @property
+    def is_released(self) -> bool:
+        """Whether there are no weights now."""
+        return not hasattr(self, "model")
 
     @torch.no_grad()
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -220,7 +244,7 @@ class Generator:
         answers = {
             (number, sample): Completion(number, sample, [], [], "length", text)
             for number, request in enumerate(requests)
-            for sample in range(request.samples)
+            for sample in range(request.first_sample, request.first_sample + request.samples)
         }
         for event in self.stream(requests):
             answer = answers[event.request, event.sample]
@@ -253,6 +277,7 @@ class Generator:
             InputError: the prompt is empty, leaves no room for an answer, or holds ids that the model does not know;
                 texts cannot be streamed with the tokenizer. Nothing is queued then.
         """
+        assert not self.is_released, "load() weights before requests"
         prompt = list(request.prompt)
         if not prompt:
             raise InputError("The prompt is empty. Give at least one token, such as the tokenizer's bos token.")
@@ -274,7 +299,7 @@ class Generator:
         limit = min(request.options.max_new_tokens, self.context - len(prompt))
         rows = [
             Row(number, sample, prompt, request.options, row_seed(request.seed, sample), limit)
-            for sample in range(request.samples)
+            for sample in range(request.first_sample, request.first_sample + request.samples)
         ]
         if self.tokenizer is not None:  # a tokenizer that cannot be streamed is refused here
             self._texts |= {row: TextStream(self.tokenizer, row.options.stop_texts) for row in rows}
