@@ -1,4 +1,4 @@
-"""How much memory a rank needs to train a model: from shapes alone, before anything is allocated.
+"""How much memory a rank needs to train a model, or to read with it: from shapes alone, before anything is allocated.
 
 A step passes through moments that can hold the most; for each, the plan adds up the tensors alive on one rank,
 and the largest total is the peak. With N parameters, b bytes a computed number (2 in bf16, 4 in fp32) and S
@@ -9,7 +9,7 @@ ranks that share a copy of the model:
     gradients    4 N / S; and what a unit needs until it is reduced: its gradients in b bytes, then whole in fp32
     optimizer    8 N / S: two moments
     activations  what the forward keeps for the backward, by recompute mode, and the work of one block
-    head         a chunk of logits, their gradient, and those of hidden states and head, which the loss forms at once
+    head         logits of some tokens, their gradient, and those of hidden states and head: `engine.memory_heads`
 
 The plan follows `engine.shard`, `engine.recompute`, FSDP2's buffers and what each op saves, and tests hold it to
 the bytes of real steps. Blocks that torch.compile has rewritten keep, as a rule, less.
@@ -21,15 +21,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from engine.memory_heads import FP32, Loss, head_cost
 from engine.recompute import Recompute
 from engine.shard import Precision
-from kernels.linear_cross_entropy import token_groups
-from kernels.vocabulary import chunks, padded, runs, workspace
 from model.config import ModelConfig, parameter_shapes
 
-FP32 = 4
 INT64 = 8
 # What holds no tensor: on a GPU the CUDA context, the libraries' workspaces and NCCL's buffers, on a CPU the
 # interpreter and its libraries. And gaps between tensors, which no allocator can all use: about a twentieth.
@@ -45,6 +41,7 @@ class Setup:
     context: the longest document; no pack can be shorter.
     world, replicas: processes, and groups of them that each hold a whole model (HSDP).
     micro_batches: forward passes of one rank in a step; from the second on there are gradients already.
+    loss: what a language model's head is asked for.
     device: where the head computes; it sets the size of its chunks.
     """
 
@@ -56,6 +53,7 @@ class Setup:
     recompute: Recompute = "none"
     reshard_after_forward: bool = True
     micro_batches: int = 1
+    loss: Loss = "cross_entropy"
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
@@ -116,10 +114,32 @@ class MemoryPlan:
         """Whether a device with so much memory can run this."""
         return self.needed_bytes <= device_bytes
 
+    def replan(self, setup: Setup) -> MemoryPlan:
+        """The same model in other sizes."""
+        return plan(self.config, setup)
+
 
 def plan(config: ModelConfig, setup: Setup) -> MemoryPlan:
-    """Plan one training step of `CausalLM(config)` on rank 0, the rank that holds the most."""
+    """Plan one training step on rank 0, the rank that holds the most.
+
+    Args:
+        config: of a `CausalLM`, or of a `ScalarModel` where its head is score.
+    """
     return MemoryPlan(config, setup, _Planner(config, setup).moments())
+
+
+def reading(config: ModelConfig, setup: Setup, is_frozen: bool) -> tuple[Moment, ...]:
+    """The moments of a forward pass without a backward: the last block at work, and the head.
+
+    Args:
+        is_frozen: the weights are stored as they are computed with, and nothing trains them.
+    """
+    return _Planner(config, setup, is_frozen).reading()
+
+
+def stored_bytes(config: ModelConfig, setup: Setup, is_frozen: bool) -> int:
+    """A rank's weights while nobody reads with them: fp32 masters, or of a frozen model what it computes with."""
+    return _Planner(config, setup, is_frozen).masters
 
 
 @dataclass(frozen=True)
@@ -145,16 +165,22 @@ def _unit(shapes: list[tuple[int, ...]], setup: Setup) -> _Unit:
 class _Planner:
     """T tokens, d width, H and K heads of width h, F feed-forward width, V vocabulary; results are bytes."""
 
-    def __init__(self, config: ModelConfig, setup: Setup) -> None:
-        self.config, self.setup = config, setup
+    def __init__(self, config: ModelConfig, setup: Setup, is_frozen: bool = False) -> None:
+        self.config, self.setup, self.is_frozen = config, setup, is_frozen
         self.b = setup.number_bytes
         self.layers = config.num_layers
         shapes = parameter_shapes(config)
-        self.block = _unit([shape for name, shape in shapes.items() if name.startswith("model.layers.0.")], setup)
-        self.root = _unit([shape for name, shape in shapes.items() if not name.startswith("model.layers.")], setup)
+        of_block = [shape for name, shape in shapes.items() if name.startswith("model.layers.0.")]
+        of_root = [shape for name, shape in shapes.items() if not name.startswith(("model.layers.", "score."))]
+        self.block, self.root = _unit(of_block, setup), _unit(of_root, setup)
+        # The head of one number is a unit of its own, in fp32.
+        self.score = _unit([shapes["score.weight"]], setup).padded if config.head == "score" else 0
         self.matrix = config.vocab_size * config.hidden_size  # the embedding; also the head
         self.stream = self.b * setup.tokens_per_pack * config.hidden_size  # [T, d]
-        self.masters = FP32 * (self.layers * self.block.padded + self.root.padded) // setup.shards
+        self.head = head_cost(config, setup.loss, setup.tokens_per_pack, self.b, setup.device)
+        trunk = self.layers * self.block.padded + self.root.padded
+        stored = self.b if is_frozen else FP32
+        self.masters = (stored * trunk + FP32 * self.score) // setup.shards
 
     def moments(self) -> tuple[Moment, ...]:
         in_blocks: list[Moment] = []
@@ -174,21 +200,21 @@ class _Planner:
         kept_gathered = 0 if self.setup.reshard_after_forward else self.layers
         return self._moment(
             "loss",
-            weights=self._gathered(kept_gathered) + late_buffer,
+            weights=self._gathered(kept_gathered) + late_buffer + self._gathered_score(),
             gradients=self._of_earlier_packs(),
             # Beside what the final norm keeps, its result, which the head reads.
             activations=self._kept(self.layers) + self._kept_by_final_norm() + self.stream,
-            head=self._head_forward(),
+            head=self.head.forward,
         )
 
     def _loss_backward(self) -> Moment:
-        """The gradients that the head has kept are multiplied into new ones."""
+        """The gradients of hidden states and head."""
         return self._moment(
             "backward of the head",
-            weights=self._gathered_in_backward(self.layers),
-            gradients=self._of_earlier_packs() + self.b * self.matrix,
+            weights=self._gathered_in_backward(self.layers) + self._gathered_score(),
+            gradients=self._of_earlier_packs() + self.head.gradient,
             activations=self._kept(self.layers) + self._kept_by_final_norm() + self.stream,
-            head=self.stream + self.b * self.matrix,
+            head=self.head.backward,
         )
 
     def _block_backward(self, layer: int) -> Moment:
@@ -206,7 +232,7 @@ class _Planner:
         return self._moment(
             f"reduction of block {layer}",
             weights=self._gathered_in_backward(layer),
-            gradients=self._finished(layer + 1) + self.b * self.matrix + self._in_reduction(self.block),
+            gradients=self._finished(layer + 1) + self.head.gradient + self._in_reduction(self.block),
             activations=self._kept(layer) + self.stream,
         )
 
@@ -232,7 +258,32 @@ class _Planner:
         config, setup = self.config, self.setup
         tables = 2 * config.rope_length * (config.head_dim // 2) * FP32  # cosines and sines
         pack = 3 * setup.tokens_per_pack * INT64  # tokens, positions, targets
-        return Moment(name, self.masters + weights, gradients, 2 * self.masters, activations + tables + pack, head)
+        optimizer = 0 if self.is_frozen else 2 * self.masters
+        return Moment(name, self.masters + weights, gradients, optimizer, activations + tables + pack, head)
+
+    # The moments of a forward pass that nothing is kept of.
+
+    def reading(self) -> tuple[Moment, ...]:
+        late_buffer = self.b * self.block.padded if self.setup.shards > 1 else 0  # of a gather, until the next
+        tensors = self._block_tensors()
+        norm = tensors["norms' results"] // 2
+        queries = ("qkv_proj", "queries, keys, values", "attention", "o_proj")
+        feed_forward = ("o_proj", "stream after attention", "gate_up_proj", "activation")
+        at_work = norm + max(sum(tensors[name] for name in names) for names in (queries, feed_forward))
+        block = self._moment(
+            "block",
+            weights=self._gathered(1) + late_buffer,
+            gradients=0,
+            activations=tensors["input"] + at_work,
+        )
+        head = self._moment(
+            "head",
+            weights=self._gathered(0) + late_buffer + self._gathered_score(),
+            gradients=0,
+            activations=self.stream,
+            head=self.head.scoring,
+        )
+        return block, head
 
     # Weights that FSDP has gathered.
 
@@ -243,6 +294,12 @@ class _Planner:
     def _gathered(self, blocks: int) -> int:
         """The root and some blocks."""
         return (self.b * self.root.padded if self.setup.is_wrapped else 0) + blocks * self._gathered_once()
+
+    def _gathered_score(self) -> int:
+        """The head of one number, and the buffer that it is gathered in."""
+        if not self.setup.is_wrapped:
+            return 0
+        return FP32 * self.score * (2 if self.setup.shards > 1 else 1)
 
     def _gathered_in_backward(self, layer: int) -> int:
         """The root and the blocks below a layer: all of them if they stayed, or the next one's, fetched ahead."""
@@ -267,11 +324,11 @@ class _Planner:
     def _unreduced(self, is_first: bool) -> int:
         """The head's gradient waits for the root's reduction; a reduced unit's buffer waits for the next unit."""
         if not self.setup.is_wrapped:
-            return FP32 * self.matrix if self.setup.micro_batches == 1 else 0
+            return FP32 * self.head.gradient // self.b if self.setup.micro_batches == 1 else 0
         buffer = FP32 * self.block.padded
         if is_first:
-            buffer = FP32 * self.root.padded if self.setup.micro_batches > 1 else 0
-        return self.b * self.matrix + buffer
+            buffer = FP32 * (self.score or (self.root.padded if self.setup.micro_batches > 1 else 0))
+        return self.head.gradient + buffer
 
     def _of_down_proj(self) -> int:
         """The one matrix of a block whose gradient is there before the activation function's."""
@@ -342,37 +399,3 @@ class _Planner:
             kept += tensors["down_proj"]  # kept like every product; recomputing ends before it would be taken
         gradients = self.stream + tensors["activation"] + tensors["gate_up_proj"]
         return kept + gradients
-
-    # Head.
-
-    def _head_forward(self) -> int:
-        """`linear_cross_entropy`: its results, and what it holds beside them."""
-        config, tokens = self.config, self.setup.tokens_per_pack
-        device = torch.device(self.setup.device)
-        dtype = torch.bfloat16 if self.b < FP32 else torch.float32
-        if self.setup.device == "cpu":
-            return self._head_forward_on_cpu(chunks(tokens, config.vocab_size, dtype, device))
-        shape = tokens, config.vocab_size, config.hidden_size
-        group, chunk = token_groups(*shape, dtype, workspace(device))
-        groups = runs(tokens, group)
-        group = groups[0].stop
-        chunk = runs(group, chunk)[0].stop
-        buffers = padded(config.vocab_size) * (FP32 * chunk + self.b * group)
-        total = FP32 * self.matrix if len(groups) > 1 else 0
-        results = self.stream + self.b * self.matrix
-        copy = self.stream  # of the hidden states, without those that have no target
-        return results + copy + buffers + total + 2 * FP32 * tokens
-
-    def _head_forward_on_cpu(self, parts: list[slice]) -> int:
-        """Gradients in fp32, a chunk of logits, and the most that stands beside them."""
-        gradients = FP32 * (self.setup.tokens_per_pack * self.config.hidden_size + self.matrix)
-        logits = FP32 * self.config.vocab_size * parts[0].stop
-        beside = 0
-        if len(parts) > 1:
-            # The next chunk's logits, or this chunk's part of the head's gradient before it is added.
-            beside = max(logits, FP32 * self.matrix)
-        if self.b < FP32:
-            # A product's operands are widened, the weight once for all; at the end the gradients are rounded.
-            widened = FP32 * self.config.hidden_size * parts[0].stop
-            beside = max(beside + widened, self.stream + self.b * self.matrix) + FP32 * self.matrix
-        return gradients + logits + beside

@@ -6,17 +6,17 @@ Every piece of advice has been planned again, so it holds as far as the plan doe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from engine.memory import MemoryPlan, Setup, plan
+from engine.memory import MemoryPlan, Setup
 
 GIB = 1 << 30
 MOST_PROCESSES = 4096
 
 # What common devices let a process allocate, in GiB.
-_DEVICES = {
+DEVICES = {
     "a 24 GB card (RTX 4090)": 23.5,
     "A100 40 GB": 39.4,
     "a 48 GB card (L40S, A6000)": 44.4,
@@ -25,13 +25,27 @@ _DEVICES = {
 }
 
 
+class AnyPlan(Protocol):
+    """A plan that can be made again from another setup."""
+
+    @property
+    def setup(self) -> Any: ...
+    @property
+    def needed_bytes(self) -> int: ...
+    def fits(self, device_bytes: int) -> bool: ...
+    def replan(self, setup: Any) -> Any: ...
+
+
+Plan = TypeVar("Plan", bound=AnyPlan)
+
+
 @dataclass(frozen=True)
-class Change:
+class Change(Generic[Plan]):
     """Options to add, what they cost, and the plan with them."""
 
     options: str
     cost: str
-    plan: MemoryPlan
+    plan: Plan
 
 
 def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
@@ -48,47 +62,64 @@ def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
     ]
     for category in ("weights", "gradients", "optimizer", "activations", "head", "total"):
         lines.append(f"  {category:<12}{getattr(rest, category) / GIB:>9.2f}{getattr(peak, category) / GIB:>9.2f}")
-    lines.append(
-        f"A rank needs {_gib(memory.needed_bytes)}, with what holds no tensor{_verdict(memory, device_bytes)}."
-    )
-    limit = int(max(_DEVICES.values()) * GIB) if device_bytes is None else device_bytes
+    lines.append(f"A rank needs {gib(memory.needed_bytes)}, with what holds no tensor{_verdict(memory, device_bytes)}.")
+    limit = int(max(DEVICES.values()) * GIB) if device_bytes is None else device_bytes
     if not memory.fits(limit):
         changes = advice(memory, limit)
-        device = f" one {max(_DEVICES, key=lambda name: _DEVICES[name])}" if device_bytes is None else ""
-        head = f"Any of these makes it fit{device}:"
-        lines.append(head if changes else "No option makes it fit. Use a smaller model.")
-        lines += [f"  {change.options}  ({change.cost}; {_gib(change.plan.needed_bytes)})" for change in changes]
+        device = f" one {max(DEVICES, key=lambda name: DEVICES[name])}" if device_bytes is None else ""
+        lines += advice_lines(changes, device)
     return "\n".join(lines)
+
+
+def advice_lines(changes: Sequence[Change[Plan]], device: str) -> list[str]:
+    """The changes as they are told. device: words behind "fit"."""
+    if not changes:
+        return ["No option makes it fit. Use a smaller model."]
+    told = [f"  {change.options}  ({change.cost}; {gib(change.plan.needed_bytes)})" for change in changes]
+    return [f"Any of these makes it fit{device}:", *told]
 
 
 def _verdict(memory: MemoryPlan, device_bytes: int | None) -> str:
     if device_bytes is not None:
-        return f": it {'fits' if memory.fits(device_bytes) else 'does not fit'} the {_gib(device_bytes)} that are there"
+        return f": it {'fits' if memory.fits(device_bytes) else 'does not fit'} the {gib(device_bytes)} that are there"
     if memory.setup.device == "cpu":
         return ""
-    enough = (name for name, size in _DEVICES.items() if memory.fits(int(size * GIB)))
+    enough = (name for name, size in DEVICES.items() if memory.fits(int(size * GIB)))
     return f": it fits {next(enough, 'no single device')}"
 
 
-def advice(memory: MemoryPlan, device_bytes: int) -> list[Change]:
+class Ways(NamedTuple):
+    """An option, what changing it costs, and from a setup: other setups, each with the option's value.
+
+    The first of them costs the least.
+    """
+
+    option: str
+    cost: str
+    setups: Callable[[Any], Iterator[tuple[Any, Any]]]
+
+
+def advice(memory: Plan, device_bytes: int, steps: Sequence[Ways] | None = None) -> list[Change[Plan]]:
     """Changes that make a plan fit, each by itself, the cheapest first; where none does, the cheapest together.
 
     Args:
         memory: a plan that does not fit.
+        steps: what can be changed, in order of cost; by default that of a training step.
     Returns:
         nothing when the model is too large for any of them.
     """
-    singles = [_first_that_fits(memory, ways, device_bytes) for ways in _STEPS]
-    return [_change([way]) for way in singles if way is not None] or _together(memory, device_bytes)
+    steps = STEPS if steps is None else steps
+    singles = [_first_that_fits(memory, ways, device_bytes) for ways in steps]
+    return [_change([way]) for way in singles if way is not None] or _together(memory, device_bytes, steps)
 
 
-def _together(memory: MemoryPlan, device_bytes: int) -> list[Change]:
+def _together(memory: Plan, device_bytes: int, steps: Sequence[Ways]) -> list[Change[Plan]]:
     """One change after another, the cheapest first, each as far as it helps, until they fit."""
     taken: dict[str, _Way] = {}  # by option: recompute may be changed twice
-    for ways in _STEPS:
+    for ways in steps:
         way = _first_that_fits(memory, ways, device_bytes)
-        way = way or min(_plans(memory, ways), key=lambda way: way.plan.peak.total, default=None)
-        if way is not None and way.plan.peak.total < memory.peak.total:
+        way = way or min(_plans(memory, ways), key=lambda way: way.plan.needed_bytes, default=None)
+        if way is not None and way.plan.needed_bytes < memory.needed_bytes:
             taken[way.option] = way
             memory = way.plan
             if memory.fits(device_bytes):
@@ -102,26 +133,21 @@ class _Way(NamedTuple):
     option: str
     text: str
     cost: str
-    plan: MemoryPlan
+    plan: Any
 
 
-# From a setup: other setups, each with its option's value and cost, the cheapest first.
-_Ways = tuple[str, str, Callable[[Setup], Iterator[tuple[Any, Setup]]]]
+def _plans(memory: AnyPlan, ways: Ways) -> Iterator[_Way]:
+    for value, setup in ways.setups(memory.setup):
+        yield _Way(ways.option, ways.option.format(value), ways.cost, memory.replan(setup))
 
 
-def _plans(memory: MemoryPlan, ways: _Ways) -> Iterator[_Way]:
-    option, cost, setups = ways
-    for value, setup in setups(memory.setup):
-        yield _Way(option, option.format(value), cost, plan(memory.config, setup))
-
-
-def _first_that_fits(memory: MemoryPlan, ways: _Ways, device_bytes: int) -> _Way | None:
+def _first_that_fits(memory: AnyPlan, ways: Ways, device_bytes: int) -> _Way | None:
     return next((way for way in _plans(memory, ways) if way.plan.fits(device_bytes)), None)
 
 
-def _change(ways: list[_Way]) -> Change:
+def _change(ways: list[_Way]) -> Change[Any]:
     # Each was planned on top of those taken before it, and needs less.
-    final = min((way.plan for way in ways), key=lambda planned: planned.peak.total)
+    final = min((way.plan for way in ways), key=lambda planned: planned.needed_bytes)
     return Change(" ".join(way.text for way in ways), "; ".join(way.cost for way in ways), final)
 
 
@@ -163,16 +189,17 @@ def _more_processes(setup: Setup) -> Iterator[tuple[Any, Setup]]:
 
 
 # In order of cost.
-_STEPS: tuple[_Ways, ...] = (
-    ("--train.precision {}", "activations are rounded", _half_precision),
-    ("--parallel.reshard_after_forward {}", "weights are gathered again for the backward pass", _reshard),
-    ("--train.recompute {}", "norms and activations are computed twice", _selective),
-    ("--parallel.replicas {}", "weights are gathered from all processes", _one_replica),
-    ("--train.micro_batch_tokens {}", "smaller products, more passes a step", _smaller_packs),
-    ("--train.recompute {}", "every block's forward pass runs twice, a third more work", _full),
-    ("on {} processes", "more devices", _more_processes),
+STEPS = (
+    Ways("--train.precision {}", "activations are rounded", _half_precision),
+    Ways("--parallel.reshard_after_forward {}", "weights are gathered again for the backward pass", _reshard),
+    Ways("--train.recompute {}", "norms and activations are computed twice", _selective),
+    Ways("--parallel.replicas {}", "weights are gathered from all processes", _one_replica),
+    Ways("--train.micro_batch_tokens {}", "smaller products, more passes a step", _smaller_packs),
+    Ways("--train.recompute {}", "every block's forward pass runs twice, a third more work", _full),
+    Ways("on {} processes", "more devices", _more_processes),
 )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes as a reader wants them."""
     return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,259 @@
+"""How much memory a rank needs for reinforcement learning: several models, one of them at work at a time.
+
+    rollout              the policy's weights are gathered into a generator, whose cache takes what is left
+    scores, old log-probabilities, reference, values
+                         forward passes that keep nothing: one role's blocks gathered in turn
+    policy, critic       training steps, one after the other
+
+With N parameters of a role, b bytes a computed number and S ranks that share it, a rank holds, whoever is at work:
+
+    trained   4 N / S masters and 8 N / S moments, which can wait in host memory during rollouts
+    frozen    b N / S, or nothing: they can wait in host memory, too
+    generator b N of the policy, whole, during rollouts
+    gradients 4 N / S of the role that is being trained
+
+What a role at work takes beside that is `engine.memory`'s, so the plan holds as far as those do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from engine.memory import RESERVED_BYTES, USABLE_SHARE, Moment, Setup, plan, reading, stored_bytes
+from engine.memory_heads import FP32
+from model.config import ModelConfig, parameter_shapes
+from model.generate import PREFILL_TOKENS
+from model.kv_cache import PAGE, SHARE, page_bytes, pages_for
+
+# Of a trajectory, a token: its id, whether it was sampled, and seven numbers such as log-probabilities and values.
+TRAJECTORY_BYTES = 8 + 1 + 7 * FP32
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model that takes part.
+
+    is_trained: with masters, moments and gradients; else frozen.
+    is_on_host: its weights, or a trained role's moments during rollouts, wait in host memory while unused.
+    """
+
+    config: ModelConfig
+    is_trained: bool = False
+    is_on_host: bool = False
+
+
+@dataclass(frozen=True)
+class RolesSetup:
+    """Who takes part, and in what sizes.
+
+    roles: policy (trained), and as far as they are there critic (trained), reference and reward, by name.
+    step: of forward passes, whoever makes them: tokens of a micro-batch, longest prompt with its answer, processes,
+        precision, recompute; `loss` is set here.
+    rows: answers that a rank decodes at once.
+    answers: of an iteration, over all ranks.
+    cache_bytes: for keys and values; None for the generator's share of what is left.
+    keeps_generator: its weights and cache stay while others work.
+    reads_pretraining: policy steps learn from other texts, too (PPO-ptx).
+    """
+
+    roles: Mapping[str, Role]
+    step: Setup
+    rows: int = 64
+    answers: int = 512
+    cache_bytes: int | None = None
+    keeps_generator: bool = False
+    reads_pretraining: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes on one rank at a phase's largest moment, by what they are. `total` is their sum."""
+
+    name: str
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RolesPlan:
+    """Every phase of an iteration, for any device.
+
+    The cache depends on the device: what is left of it in the rollout.
+    """
+
+    setup: RolesSetup
+    at_work: tuple[Phase, ...]  # without a cache
+    page: int  # bytes
+
+    def replan(self, setup: RolesSetup) -> RolesPlan:
+        return plan_roles(setup)
+
+    @property
+    def rollout(self) -> Phase:
+        return self.at_work[0]
+
+    def cached_tokens(self, device_bytes: int) -> int:
+        """Tokens whose keys and values a rank of such a device can keep during rollouts."""
+        return max(0, self._pages(device_bytes) - 1) * PAGE  # one page belongs to nobody
+
+    def phases(self, device_bytes: int) -> tuple[Phase, ...]:
+        """In order, with the cache that such a device gets."""
+        return self._with_cache(self._pages(device_bytes) * self.page)
+
+    def peak(self, device_bytes: int) -> Phase:
+        """The phase that holds the most."""
+        return max(self.phases(device_bytes), key=lambda phase: phase.total)
+
+    def fits(self, device_bytes: int) -> bool:
+        """Whether a device with so much memory can run this; its cache then holds one answer at least."""
+        return self.needed_bytes <= device_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The least memory of a device, with gaps and what holds no tensor; of the cache, one longest answer."""
+        setup = self.setup
+        cache = self._least_pages * self.page if setup.cache_bytes is None else setup.cache_bytes
+        peak = max(phase.total for phase in self._with_cache(cache))
+        needed = math.ceil(peak / USABLE_SHARE)
+        if setup.cache_bytes is None:
+            needed = max(needed, self.rollout_rest + math.ceil(cache / SHARE[setup.step.device]))
+        return needed + RESERVED_BYTES[setup.step.device]
+
+    @property
+    def host_bytes(self) -> int:
+        """What a rank keeps in host memory, at most."""
+        return sum(_waiting(role, self.setup.step) for role in self.setup.roles.values() if role.is_on_host)
+
+    @property
+    def rollout_rest(self) -> int:
+        """What the rollout holds when the generator asks what is left: models, but nothing at work."""
+        return sum(size for name, size in self.rollout.parts.items() if name not in _AT_WORK)
+
+    @property
+    def _least_pages(self) -> int:
+        return 1 + pages_for(self.setup.step.context)
+
+    def _pages(self, device_bytes: int) -> int:
+        """As `model.kv_cache.count_pages` counts them."""
+        setup = self.setup
+        left = device_bytes - RESERVED_BYTES[setup.step.device] - self.rollout_rest
+        budget = int(SHARE[setup.step.device] * left) if setup.cache_bytes is None else setup.cache_bytes
+        return max(0, min(budget // self.page, 1 + setup.rows * pages_for(setup.step.context)))
+
+    def _with_cache(self, cache: int) -> tuple[Phase, ...]:
+        holders = self.at_work if self.setup.keeps_generator else self.at_work[:1]
+        return tuple(
+            Phase(phase.name, {**phase.parts, CACHE: cache} if phase in holders else phase.parts)
+            for phase in self.at_work
+        )
+
+
+GENERATOR, CACHE, GATHERED, TRAJECTORY, ACTIVATIONS, HEAD = (
+    "generator, whole",
+    "keys and values",
+    "gathered weights",
+    "trajectory",
+    "activations",
+    "head",
+)
+_AT_WORK = (GATHERED, ACTIVATIONS, HEAD)
+
+
+def plan_roles(setup: RolesSetup) -> RolesPlan:
+    """Plan one iteration on rank 0, the rank that holds the most."""
+    roles, step = setup.roles, setup.step
+    phases = [_rollout(setup)]
+    # Who reads a finished trajectory, in order.
+    readers = {"reward": "scores", "policy": "old logprobs", "reference": "reference", "critic": "values"}
+    for name, title in readers.items():
+        if name in roles:
+            # Only words have log-probabilities; a head of one number is known by its config.
+            moments = reading(roles[name].config, replace(step, loss="logprob"), not roles[name].is_trained)
+            phases.append(_phase(setup, title, name, moments))
+    for name in ("policy", "critic"):
+        if name in roles:
+            phases.append(_phase(setup, f"{name} update", name, _step(setup, name)))
+    return RolesPlan(setup, tuple(phases), page_bytes(roles["policy"].config, _dtype(step)))
+
+
+def _step(setup: RolesSetup, name: str) -> tuple[Moment, ...]:
+    config = setup.roles[name].config
+    moments = plan(config, replace(setup.step, loss="logprob")).moments
+    if name == "policy" and setup.reads_pretraining:
+        moments += plan(config, replace(setup.step, loss="cross_entropy")).moments
+    return moments
+
+
+def _phase(setup: RolesSetup, title: str, name: str, moments: tuple[Moment, ...]) -> Phase:
+    """A role at work beside those that wait."""
+    moment = max(moments, key=lambda moment: moment.total)
+    role = setup.roles[name]
+    own = _stored(role, setup.step)
+    parts = _resting(setup, at_work=name)
+    if role.is_trained and moment.gradients:
+        parts[f"{name}: gradients"] = moment.gradients
+    parts[GATHERED] = moment.weights - own
+    parts[TRAJECTORY] = _trajectory(setup)
+    parts[ACTIVATIONS] = moment.activations
+    parts[HEAD] = moment.head
+    if setup.keeps_generator:
+        parts[GENERATOR] = _generator(setup)
+    return Phase(title, parts)
+
+
+def _rollout(setup: RolesSetup) -> Phase:
+    """The generator with all of its weights, at a prefill or while it takes them over."""
+    config, step = setup.roles["policy"].config, setup.step
+    tokens = min(PREFILL_TOKENS, setup.rows * step.context)
+    whole = replace(step, tokens_per_pack=tokens, world=1, replicas=1, loss="logprob")
+    block, _ = reading(config, whole, is_frozen=True)
+    shapes = parameter_shapes(config).values()
+    largest = FP32 * max(math.prod(shape) for shape in shapes)  # gathered as it is stored, then rounded
+    parts = _resting(setup, at_work=None)
+    parts[GENERATOR] = _generator(setup)
+    parts[GATHERED] = largest + largest * step.number_bytes // FP32
+    parts[ACTIVATIONS] = block.activations
+    parts[HEAD] = 2 * FP32 * setup.rows * config.vocab_size  # logits of the rows that decode, and a copy to draw from
+    return Phase("rollout", parts)
+
+
+def _resting(setup: RolesSetup, at_work: str | None) -> dict[str, int]:
+    """What every role holds; in a rollout nobody of them is at work."""
+    parts: dict[str, int] = {}
+    for name, role in setup.roles.items():
+        if role.is_trained:
+            parts[f"{name}: fp32 weights"] = _stored(role, setup.step)
+            if at_work is not None or not role.is_on_host:
+                parts[f"{name}: moments"] = _waiting(role, setup.step)
+        elif name == at_work or not role.is_on_host:
+            parts[f"{name}, frozen"] = _stored(role, setup.step)
+    return parts
+
+
+def _stored(role: Role, step: Setup) -> int:
+    return stored_bytes(role.config, step, not role.is_trained)
+
+
+def _waiting(role: Role, step: Setup) -> int:
+    """What can wait in host memory: a trained role's moments, a frozen one's weights."""
+    stored = _stored(role, step)
+    return 2 * stored if role.is_trained else stored
+
+
+def _generator(setup: RolesSetup) -> int:
+    return setup.step.number_bytes * setup.roles["policy"].config.num_parameters
+
+
+def _trajectory(setup: RolesSetup) -> int:
+    return TRAJECTORY_BYTES * setup.answers * setup.step.context
+
+
+def _dtype(step: Setup) -> torch.dtype:
+    return torch.bfloat16 if step.precision == "bf16" else torch.float32
