@@ -65,6 +65,17 @@ def ranking_accuracy(scores: Tensor, batch: RankedBatch) -> Tensor:
     return (pairs * (1 + (scores[:, None] - others).sign()) / 2).sum()
 
 
+def pair_means(values: Tensor, batch: RankedBatch) -> tuple[Tensor, Tensor]:
+    """A value of the better answer of a pair and of the worse one: means over each group's pairs, summed over groups.
+
+    Args:
+        values: [D].
+    """
+    values, others, _, _, is_worse = _beside(values, batch)
+    pairs = is_worse / _at(_sums(is_worse.sum(1), batch, values.dtype), batch)[:, None]
+    return (pairs * values[:, None]).sum(), (pairs * others).sum()
+
+
 def _beside(scores: Tensor, batch: RankedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every answer beside all that can be of its group, W = 2 K - 1.
 
