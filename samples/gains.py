@@ -26,6 +26,7 @@ from model.tokenizer import Tokenizer
 from samples.dialogues import render_dialogues
 from samples.knowledge import load_knowledge
 from samples.questions import Question, questions_of
+from samples.quiz import compare
 from samples.true_reward import Judge, TrueReward
 
 ANSWERS = 4  # to a question
@@ -75,8 +76,10 @@ def report_gains(before: Path | str, after: Path | str) -> str:
         "with 95% intervals:",
         *gain_lines(old, new),
         f"KL(after ‖ before)   {divergence(generators[0], template, questions, new)} nats an answer",
+        "Token by token the likeliest:",
+        compare(before, after),
     ]
-    for number in range(0, len(questions), len(questions) // SHOWN):
+    for number in range(0, len(questions), len(questions) // SHOWN + 1):
         lines += ["", *_shown(questions[number], old, new, number)]
     return "\n".join(lines)
 

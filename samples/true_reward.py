@@ -91,10 +91,8 @@ class Judge:
 
     def _says_why(self, question: Question, condition: Condition, answer: str, given: set[str]) -> bool:
         if question.kind == "drug":
-            right = given & set(question.accepted)
-            return any(
-                re.search(f"{drug}(?:是|属于|为).{{0,6}}{re.escape(self._classes[drug])}", answer) for drug in right
-            )
+            kinds = (re.escape(self._classes[drug]) for drug in given & set(question.accepted))
+            return any(re.search(f"(?:是|属于|为).{{0,6}}{kind}", answer) for kind in kinds)
         suspected = {self._conditions[name] for name in named(answer, tuple(self._conditions))}
         return bool(given) and suspected == {condition.id}
 
