@@ -73,11 +73,15 @@ def next_token_loss(
     def objective(model: nn.Module, batch: PackedBatch) -> Loss:
         noise = None if embedding_noise is None else embedding_noise(batch)
         nll_sum, z_sum = model(batch, cross_entropy=True, z_loss=z_loss, embedding_noise=noise)
-        targets = batch.targets != IGNORE
-        count = targets.sum() if batch.weights is None else (batch.weights * targets).sum()
-        return Loss(nll_sum + z_sum, nll_sum.detach(), count.float())
+        return Loss(nll_sum + z_sum, nll_sum.detach(), count_targets(batch))
 
     return objective
+
+
+def count_targets(batch: PackedBatch) -> Tensor:
+    """Number of targets, or what they weigh: fp32 scalar."""
+    targets = batch.targets != IGNORE
+    return (targets if batch.weights is None else batch.weights * targets).sum().float()
 
 
 @dataclass(frozen=True)

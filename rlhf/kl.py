@@ -6,8 +6,8 @@ With x = log policy(a) - log reference(a) of a sampled action a (Schulman 2020, 
     k2 = x^2 / 2              biased, never negative
     k3 = exp(-x) - 1 + x      unbiased, never negative
 
-As a loss, averaged over the policy's own samples, they pull differently: k2 has the gradient of KL(policy || reference),
-k3 that of KL(reference || policy), and k1 none at all.
+As a loss, averaged over the policy's own samples, they pull differently: k2 has the gradient of
+KL(policy || reference), k3 that of KL(reference || policy), and k1 none at all.
 """
 
 from __future__ import annotations
