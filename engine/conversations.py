@@ -5,13 +5,9 @@ Everything here is done by rank 0 first and found done by the others.
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.config import check_range
 from engine.data.conversation_files import ConversationOptions
@@ -19,6 +15,7 @@ from engine.data.corpus import Corpus, open_corpus
 from engine.data.encoders import ChatEncoder
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
+from engine.data.report import reject_reasons
 from engine.data.shards import is_prepared, read_manifest
 from engine.launch import speak
 from model.chat import ChatTemplate
@@ -129,7 +126,7 @@ def _report(paths: Sequence[str], directory: Path, option: str) -> None:
     """
     manifest = read_manifest(directory)
     rejects = directory / "rejects.jsonl"
-    skipped = [f"{count:,} x {reason}" for reason, count in _reasons(rejects).most_common()]
+    skipped = [f"{count:,} x {reason}" for reason, count in reject_reasons(rejects)]
     if not manifest["documents"]:
         why = f" ({skipped[0]})" if skipped else ""
         raise InputError(f"{', '.join(paths)}: there is no conversation{why}. Give {option} other files.")
@@ -150,13 +147,6 @@ def _report(paths: Sequence[str], directory: Path, option: str) -> None:
             f"Longer than the context of {manifest['context']:,} tokens: {manifest['shortened']:,} conversations lost "
             f"their {manifest['dropped_turns']:,} oldest turns, {manifest['cut']:,} answers were cut."
         )
-
-
-def _reasons(rejects: Path) -> Counter[str]:
-    """How often each reason is given, numbers left out of it."""
-    with open(rejects, encoding="utf-8") as lines:
-        records: Any = map(json.loads, lines)
-        return Counter(re.sub(r"\d+", "N", record["reason"]) for record in records)
 
 
 def describe_conversations(corpus: Corpus, held_out: Corpus | None) -> str:

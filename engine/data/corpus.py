@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from model.errors import InputError
 
 _SCAN = 1 << 20  # hashes looked at in one go
 
-Kind = Literal["texts", "conversations"]
+Kind = Literal["texts", "conversations", "preferences"]
 
 
 class Store:
@@ -145,12 +145,15 @@ class Store:
         return np.array([shard.first_row for _, shard in self._places], np.int64)
 
 
+C = TypeVar("C", bound="Corpus")
+
+
 class Corpus:
     """Documents to train on or to evaluate, source by source.
 
     Attributes:
         sources: names of the sources.
-        kind: texts or conversations.
+        kind: texts, conversations, or preferences, whose documents are groups of answers (`groups.py`).
         weights: epochs of each source in one epoch of the mixture.
         num_documents, num_tokens: of the chosen documents, each counted once.
         num_duplicates: documents of the store that repeat an earlier one and are left out.
@@ -200,7 +203,7 @@ class Corpus:
         """All chosen documents by number, ascending: int64 [num_documents]."""
         return np.concatenate([selection[np.arange(len(selection))] for selection in self.selections])
 
-    def split(self, fraction: float) -> tuple[Corpus, Corpus]:
+    def split(self: C, fraction: float) -> tuple[C, C]:
         """Documents to train on, and about `fraction` of them held out.
 
         Whether a document is held out depends on its text alone (its first question, for a conversation), so it stays
@@ -216,11 +219,11 @@ class Corpus:
             held_out = every[keys < bound] if len(bound) else every[:0]
         return self._without(held_out), self._only(held_out)
 
-    def without(self, held_out: Corpus) -> tuple[Corpus, int]:
-        """This corpus without the texts of another (the questions, of conversations), and how many documents that
-        costs."""
+    def without(self: C, held_out: Corpus) -> tuple[C, int]:
+        """This corpus without the texts of another (the first questions, of conversations and preferences), and how
+        many documents that costs."""
         unwanted = held_out.store.hashes(0, len(held_out.store))
-        if self.kind == "conversations":
+        if self.kind != "texts":
             questions = np.unique(unwanted[:, 1])
             asked = [np.flatnonzero(np.isin(hashes[:, 1], questions)) + first for first, hashes in self._scan()]
             rest = self._without(np.concatenate(asked))
@@ -260,16 +263,16 @@ class Corpus:
             left.append(documents[begin:end][is_listed != selection.is_listed_chosen])
         return np.concatenate(left)
 
-    def _without(self, documents: np.ndarray) -> Corpus:
+    def _without(self: C, documents: np.ndarray) -> C:
         rest = [selection.without(documents) for selection in self.selections]
-        return Corpus(self.store, rest, self.weights, self.num_duplicates)
+        return type(self)(self.store, rest, self.weights, self.num_duplicates)
 
-    def _only(self, documents: np.ndarray) -> Corpus:
+    def _only(self: C, documents: np.ndarray) -> C:
         chosen = []
         for selection in self.selections:
             begin, end = np.searchsorted(documents, [selection.first, selection.last])
             chosen.append(Selection(selection.first, selection.last, documents[begin:end], is_listed_chosen=True))
-        return Corpus(self.store, chosen, [Fraction(1)] * len(chosen), 0)
+        return type(self)(self.store, chosen, [Fraction(1)] * len(chosen), 0)
 
     def _tokens(self, selection: Selection) -> int:
         listed = int(self.store.lengths(selection.listed).sum())
@@ -329,13 +332,13 @@ def open_corpus(
         Selection(int(first), int(last), np.empty(0, np.int64)).without(duplicates)
         for first, last in itertools.pairwise(bounds)
     ]
-    return Corpus(store, selections, _weights(weights, store.sources), len(duplicates))
+    return Corpus(store, selections, source_weights(weights, store.sources), len(duplicates))
 
 
 def _check_kind(prepared: Prepared, kind: Kind) -> None:
     found = prepared.manifest.get("kind", "texts")
     if found != kind:
-        tool = "tools/sft.py" if found == "conversations" else "tools/pretrain.py"
+        tool = {"texts": "tools/pretrain.py", "conversations": "tools/sft.py"}.get(found, "tools/rm.py")
         raise InputError(f"{prepared.directory}: it holds {found}, not {kind}. Give it to {tool}, or other --data.")
 
 
@@ -358,7 +361,7 @@ def _check_parts(group: Sequence[Prepared]) -> None:
         )
 
 
-def _weights(weights: Sequence[float] | None, sources: Sequence[str]) -> list[Fraction]:
+def source_weights(weights: Sequence[float] | None, sources: Sequence[str]) -> list[Fraction]:
     if not weights:
         return [Fraction(1)] * len(sources)
     if len(weights) != len(sources):

@@ -7,12 +7,14 @@ changes which documents a step holds.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -52,8 +54,11 @@ class Cursor:
         return Position(self.epoch, self.slot, self.offset)
 
 
-class PackLoader:
-    """This rank's micro-batches, step by step, without end.
+M = TypeVar("M")  # what a micro-batch is
+
+
+class StepLoader(ABC, Generic[M]):
+    """This rank's micro-batches, step by step, without end; what is made of a pack is a subclass's business.
 
     Args:
         seed: of the order of documents.
@@ -82,7 +87,7 @@ class PackLoader:
         cursor: dict[str, Any] | None = None,
         allow_split: bool = True,
     ) -> None:
-        assert not (allow_split and corpus.kind == "conversations"), "a conversation is trained on whole"
+        assert corpus.kind == "texts" or not allow_split, f"{corpus.kind} are trained on whole"
         require_a_step(corpus, packs_per_step * tokens_per_pack)
         start = _restore(cursor, corpus, seed)
         self._corpus = corpus
@@ -94,7 +99,7 @@ class PackLoader:
         self._world = world
         self._cursor = start
         self.wait_seconds = 0.0
-        self._ready: queue.Queue[tuple[list[PackedBatch], Cursor] | BaseException] = queue.Queue(_STEPS_AHEAD)
+        self._ready: queue.Queue[tuple[list[M], Cursor] | BaseException] = queue.Queue(_STEPS_AHEAD)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name="data", daemon=True)
         self._thread.start()
@@ -113,13 +118,14 @@ class PackLoader:
         """What the packs so far were made of, for whoever reads the log."""
         cursor = self._cursor
         packs = f"into {cursor.packs:,} packs with {self.padding_share:.2%} padding"
-        if self._corpus.kind == "conversations":
-            return f"Packed {cursor.tokens:,} tokens of whole conversations {packs}."
+        if self._corpus.kind != "texts":
+            what = "conversations" if self._corpus.kind == "conversations" else "groups of answers"
+            return f"Packed {cursor.tokens:,} tokens of whole {what} {packs}."
         return (
             f"Packed {cursor.tokens:,} tokens {packs}; {cursor.cuts:,} pieces began inside a document, at position 0."
         )
 
-    def next_step(self) -> list[PackedBatch]:
+    def next_step(self) -> list[M]:
         """Micro-batches of the next step: ceil(B / world), on every rank."""
         assert not self._is_closed.is_set(), "the loader is closed"
         began = time.perf_counter()
@@ -158,9 +164,20 @@ class PackLoader:
         except BaseException as error:
             self._ready.put(error)
 
-    def _batches(self, packs: list[list[Piece]], first: int) -> list[PackedBatch]:
+    def _batches(self, packs: list[list[Piece]], first: int) -> list[M]:
         count = -(-self._packs_per_step // self._world)
-        return _share(self._corpus, packs, first, count, self._tokens_per_pack, self._context, self._rank, self._world)
+        return [self._batch(*pack) for pack in share(packs, first, count, self._rank, self._world)]
+
+    @abstractmethod
+    def _batch(self, pack: list[Piece], index: int) -> M:
+        """The micro-batch of a pack, `index` its number among all of the run."""
+
+
+class PackLoader(StepLoader[PackedBatch]):
+    """Documents, next tokens as targets."""
+
+    def _batch(self, pack: list[Piece], index: int) -> PackedBatch:
+        return build_batch(self._corpus, pack, self._tokens_per_pack, self._context, index)
 
 
 def require_a_step(corpus: Corpus, tokens: int) -> None:
@@ -200,7 +217,8 @@ def evaluation_batches(
     packer = Packer(Mixture(corpus, 0), 0, tokens_per_pack, context, allow_split=False)
     packs = packer.window(Position(), tokens=min(max_tokens or corpus.num_tokens, corpus.num_tokens)).packs
     for first in range(0, len(packs), world):
-        yield from _share(corpus, packs[first : first + world], first, 1, tokens_per_pack, context, rank, world)
+        for pack, index in share(packs[first : first + world], first, 1, rank, world):
+            yield build_batch(corpus, pack, tokens_per_pack, context, index)
 
 
 def _restore(cursor: dict[str, Any] | None, corpus: Corpus, seed: int) -> Cursor:
@@ -228,24 +246,15 @@ def _behind(cursor: Cursor, pack: list[Piece]) -> Cursor:
     )
 
 
-def _share(
-    corpus: Corpus,
-    packs: list[list[Piece]],
-    first: int,
-    count: int,
-    tokens_per_pack: int,
-    context: int,
-    rank: int,
-    world: int,
-) -> list[PackedBatch]:
-    """`count` batches: every `world`-th pack from `rank` on, then batches without targets.
+def share(packs: list[list[Piece]], first: int, count: int, rank: int, world: int) -> Iterator[tuple[list[Piece], int]]:
+    """`count` packs with their numbers: every `world`-th from `rank` on, then empty ones.
 
     Args:
         first: number of packs[0] among all packs of the run.
     """
-    mine = [(first + place, packs[place]) for place in range(rank, len(packs), world)]
-    mine += [(-1, [])] * (count - len(mine))
-    return [build_batch(corpus, pack, tokens_per_pack, context, index) for index, pack in mine]
+    mine = [(packs[place], first + place) for place in range(rank, len(packs), world)]
+    yield from mine
+    yield from [([], -1)] * (count - len(mine))
 
 
 def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context: int, index: int = 0) -> PackedBatch:
@@ -257,9 +266,8 @@ def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context
     """
     tokens = np.zeros(tokens_per_pack, np.int64)
     targets = np.full(tokens_per_pack, IGNORE, np.int64)
-    bounds = [0]
+    begin = 0
     for piece in pack:
-        begin, end = bounds[-1], bounds[-1] + piece.length
         # One token more than the piece, where its document goes on: the last target.
         ids = corpus.read(piece.document, piece.start, piece.start + piece.length + 1)
         following = ids[1:]
@@ -267,26 +275,40 @@ def build_batch(corpus: Corpus, pack: list[Piece], tokens_per_pack: int, context
             assert piece.start == 0, "a conversation is trained on whole"
             is_trained, ids = ids >= TRAINED, (ids % TRAINED).astype(np.int64)
             following = np.where(is_trained[1:], ids[1:], IGNORE)
-        tokens[begin:end] = ids[: piece.length]
+        tokens[begin : begin + piece.length] = ids[: piece.length]
         targets[begin : begin + len(following)] = following
-        bounds.append(end)
-    assert bounds[-1] <= tokens_per_pack and len(pack) <= max_documents(tokens_per_pack)
-    while bounds[-1] < tokens_per_pack:
-        bounds.append(min(bounds[-1] + context, tokens_per_pack))
+        begin += piece.length
+    lengths = [piece.length for piece in pack]
+    return packed_batch(tokens, targets, lengths, max_documents(tokens_per_pack), context, index)
+
+
+def packed_batch(
+    tokens: np.ndarray, targets: np.ndarray, lengths: list[int], most_documents: int, context: int, index: int
+) -> PackedBatch:
+    """Documents of these lengths as a batch; what is behind them becomes segments no longer than the context.
+
+    Args:
+        tokens, targets: int64 [T].
+    """
+    size = len(tokens)
+    bounds = [0, *itertools.accumulate(lengths)]
+    assert bounds[-1] <= size and len(lengths) <= most_documents
+    while bounds[-1] < size:
+        bounds.append(min(bounds[-1] + context, size))
     starts = np.repeat(bounds[:-1], np.diff(bounds))
-    cu_seqlens = np.full(max_documents(tokens_per_pack) + -(-tokens_per_pack // context) + 1, tokens_per_pack, np.int32)
+    cu_seqlens = np.full(most_documents + -(-size // context) + 1, size, np.int32)
     cu_seqlens[: len(bounds)] = bounds
     return PackedBatch(
-        tokens=_tensor(tokens),
-        positions=_tensor(np.arange(tokens_per_pack) - starts),
-        cu_seqlens=_tensor(cu_seqlens),
-        targets=_tensor(targets),
-        num_documents=len(pack),
+        tokens=pinned(tokens),
+        positions=pinned(np.arange(size) - starts),
+        cu_seqlens=pinned(cu_seqlens),
+        targets=pinned(targets),
+        num_documents=len(lengths),
         max_seqlen=context,
         index=index,
     )
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
+def pinned(values: np.ndarray) -> torch.Tensor:
     tensor = torch.from_numpy(values)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

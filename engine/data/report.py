@@ -1,8 +1,11 @@
-"""What the reports on texts and on conversations share."""
+"""What the reports on texts, conversations and comparisons share."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +20,18 @@ def keys(hashes: np.ndarray) -> np.ndarray:
 def counts(counter: Counter[str]) -> str:
     """ "3 utf-8, 1 gbk", the most common first."""
     return ", ".join(f"{count:,} {name}" for name, count in counter.most_common())
+
+
+def without_numbers(reason: str) -> str:
+    """A reason as the kind of reason that it is."""
+    return re.sub(r"\d+", "N", reason)
+
+
+def reject_reasons(path: Path) -> list[tuple[str, int]]:
+    """How often each reason is given in a list of rejects, the most common first."""
+    with open(path, encoding="utf-8") as lines:
+        records = map(json.loads, lines)
+        return Counter(without_numbers(record["reason"]) for record in records).most_common()
 
 
 def unless_zero(count: int, what: str) -> str:
