@@ -10,14 +10,13 @@ from torch import nn
 
 from engine.mesh import Runtime
 from engine.shard import free_gathered
-from engine.step import Objective
-from model.batch import PackedBatch
+from engine.step import MicroBatch, Objective
 
 
 def held_out_loss(
     model: nn.Module,
     objective: Objective,
-    batches: Iterable[PackedBatch],
+    batches: Iterable[MicroBatch],
     runtime: Runtime,
     beat: Callable[[], None] = lambda: None,
 ) -> float:
@@ -29,7 +28,7 @@ def held_out_loss(
 def held_out_means(
     model: nn.Module,
     objective: Objective,
-    batches: Iterable[PackedBatch],
+    batches: Iterable[MicroBatch],
     runtime: Runtime,
     beat: Callable[[], None] = lambda: None,
 ) -> list[float]:

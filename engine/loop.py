@@ -7,7 +7,7 @@ that a GPU never waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -26,9 +26,8 @@ from engine.mesh import Runtime
 from engine.metrics import Speedometer, peak_flops, peak_memory_bytes
 from engine.optim import AdamW
 from engine.signals import StopSignals
-from engine.step import Objective, PendingReport, StepReport, train_step
+from engine.step import MicroBatch, Objective, PendingReport, StepReport, train_step
 from engine.watchdog import BusyClock, Stragglers, Watchdog
-from model.batch import PackedBatch
 from model.errors import InputError
 
 
@@ -46,7 +45,7 @@ class Loader(Protocol):
     @property
     def cursor(self) -> dict[str, Any]: ...
 
-    def next_step(self) -> list[PackedBatch]: ...
+    def next_step(self) -> Sequence[MicroBatch]: ...
 
     def describe(self) -> str: ...
 
@@ -101,6 +100,7 @@ class Run:
     publish: writes the HF model to the given directory; a collective, called with the number of steps done.
     fresh_loader: makes the loader from a cursor (None at the beginning).
     held_out_objective: what held-out batches are judged by, where it is not what is trained.
+    counts: what a loss is a mean over, as metrics.jsonl calls their number.
     shown: names of what the objective shows beside its loss; of held-out data the perplexity, where it has none.
     """
 
@@ -111,13 +111,14 @@ class Run:
     optimizer: AdamW
     guard: Guard
     fresh_loader: Callable[[dict[str, Any] | None], Loader]
-    held_out: Callable[[], Iterable[PackedBatch]] | None
+    held_out: Callable[[], Iterable[MicroBatch]] | None
     learning_rate: Callable[[int], float]
     steps: int
     flops_per_token: float
     identity: dict[str, Any]
     publish: Callable[[Path, int], None]
     held_out_objective: Objective | None = None
+    counts: str = "tokens"
     shown: tuple[str, ...] = ()
 
     @property
@@ -269,7 +270,7 @@ class _Desk:
             "loss": report.loss,
             "lr": self._run.learning_rate(step - 1),
             "grad_norm": report.grad_norm,
-            "tokens": self._progress.tokens,
+            self._run.counts: self._progress.tokens,
             "tokens_per_second": speed.tokens_per_second,
             "mfu": speed.mfu,
             "memory_bytes": peak_memory_bytes(self._run.runtime.device),
