@@ -119,7 +119,7 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer, template, model_config = _read_base(config, base)
+        tokenizer, template, model_config = read_chat_base(base, config.tokenizer, config.chat)
         documents = open_conversations(config.data, template, tokenizer, shape.context, directory)
         documents, held_out = open_held_out_conversations(
             documents,
@@ -185,7 +185,7 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
 def dry_run(config: SftConfig, base: Base) -> None:
     """Print the memory plan, the schedule and one conversation to stdout."""
     shape = resolve_shape(config.train, base.config, planned_world(config.plan))
-    tokenizer, template, model = _read_base(config, base)
+    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look = look_at_conversations(config.data, template, tokenizer, shape.context)
     print(plan_report(config, model, shape))
     print(f"data: {'' if look.is_exact else 'about '}{look.tokens:,} tokens")
@@ -194,11 +194,13 @@ def dry_run(config: SftConfig, base: Base) -> None:
     print(f"one conversation as {template.name} writes it, trained tokens marked:\n{look.sample}")
 
 
-def _read_base(config: SftConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, ModelConfig]:
+def read_chat_base(
+    base: Base, tokenizer_directory: str | None, chat: ChatConfig
+) -> tuple[Tokenizer, ChatTemplate, ModelConfig]:
     """Tokenizer, template, and the model's configuration, which names all tokens that end an answer."""
-    tokenizer = base_tokenizer(base, config.tokenizer)
+    tokenizer = base_tokenizer(base, tokenizer_directory)
     assert tokenizer is not None
-    template = resolve_template(config.chat.template, tokenizer, config.chat.replace)
+    template = resolve_template(chat.template, tokenizer, chat.replace)
     ends = template.end_ids(tokenizer)
     model = fit_vocabulary(base, tokenizer)
     return tokenizer, template, dataclasses.replace(model, eos_token_id=ends if len(ends) > 1 else ends[0])
