@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.building import make_run_directory
 from samples.dialogues import write_dialogues
 from samples.knowledge import Knowledge, load_knowledge
 from samples.preferences import write_preferences, write_prompts
 from samples.render import write_pretraining
+
+
+@contextmanager
+def sample_folder(run: Path | str, is_dry: bool) -> Iterator[Path]:
+    """Where a run keeps its sample: a folder of its directory; of a dry run, one that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as beside:
+        if not is_dry:
+            make_run_directory(Path(run))
+        yield Path(beside) if is_dry else Path(run) / "sample"
 
 
 def bundled_pretraining(directory: Path) -> tuple[Path, Path]:

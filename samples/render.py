@@ -1,7 +1,9 @@
 """Pre-training documents, conversations and questions from the bundled facts.
 
     python samples/render.py OUT_DIR    writes OUT_DIR/{train,held_out}.jsonl, the documents, and
-                                        OUT_DIR/dialogues/{train,held_out,questions}.jsonl
+                                        OUT_DIR/dialogues/{train,held_out,questions}.jsonl,
+                                        OUT_DIR/preferences/{train,held_out}.jsonl, comparisons of answers, and
+                                        OUT_DIR/prompts/{train,held_out}.jsonl, the questions alone
 
 A document is a function of its id alone ("case_form/hypertension/03"): the id seeds every choice and decides the split.
 Held-out documents are combinations of facts, patients and wordings that training never shows; the facts recur.
@@ -21,6 +23,7 @@ from samples.draw import Draw
 from samples.facts import case_facts, condition_facts, drug_facts
 from samples.knowledge import Condition, Knowledge, load_knowledge
 from samples.patients import draw_patient
+from samples.preferences import write_preferences, write_prompts
 from samples.questions import write_questions
 from samples.sheets import Facts, load_sheets
 
@@ -111,6 +114,10 @@ def main(arguments: list[str]) -> int:
         print(f"dialogues/{name}: {len(dialogues)} conversations, {characters} characters")
     questions = write_questions(directory / "dialogues" / "questions.jsonl", splits["held_out"])
     print(f"dialogues/questions: {len(questions)} questions with keys")
+    for name, comparisons in write_preferences(directory / "preferences", knowledge).items():
+        print(f"preferences/{name}: {len(comparisons)} comparisons")
+    for name, prompts in write_prompts(directory / "prompts", knowledge).items():
+        print(f"prompts/{name}: {len(prompts)} questions")
     return 0
 
 

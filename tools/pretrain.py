@@ -9,17 +9,15 @@ Without --data and --config it reads the bundled sample, and trains `tiny` by th
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.building import make_run_directory
 from engine.launch import run, speak
 from engine.pretraining import PretrainConfig, pretrain
 from model.config import PRESETS
-from samples.bundle import bundled_pretraining
+from samples.bundle import bundled_pretraining, sample_folder
 
 
 def main(config: PretrainConfig) -> None:
@@ -31,11 +29,7 @@ def demo(config: PretrainConfig) -> None:
     if config.data.paths or config.model not in PRESETS:
         return pretrain(config)
     speak("No --data: this is the bundled sample.")
-    with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside)
-        if not config.dry_run:
-            make_run_directory(Path(config.out))
-            folder = Path(config.out) / "sample"
+    with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_pretraining(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         pretrain(config)

@@ -10,16 +10,15 @@ configs/demo_sft.yaml.
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.building import find_trained, make_run_directory
+from engine.building import find_trained
 from engine.launch import is_main_process, run, speak
 from engine.sft import SftConfig, sft
-from samples.bundle import bundled_dialogues
+from samples.bundle import bundled_dialogues, sample_folder
 from samples.quiz import compare
 
 
@@ -31,11 +30,7 @@ def demo(config: SftConfig) -> None:
     """The same on the bundled dialogues, and how the model answers those of their questions that have keys."""
     find_trained(config.model, "tools/pretrain.py")  # before anything is written
     speak("No --data: these are the bundled dialogues.")
-    with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside)
-        if not config.dry_run:
-            make_run_directory(Path(config.out))
-            folder = Path(config.out) / "sample"
+    with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_dialogues(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         sft(config)
