@@ -1,0 +1,202 @@
+"""The job: from options to prompts, reward and roles, then the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+from engine.building import Base, base_tokenizer, find_trained, fit_vocabulary, make_run_directory, publisher
+from engine.conversations import ConversationDataConfig, open_conversations
+from engine.corpora import DataConfig, open_data
+from engine.data.corpus import Corpus
+from engine.job import STORED, StepShape, begin_anew, loader_maker, resolve_precision, resolve_shape
+from engine.launch import speak
+from engine.mesh import start, stop
+from model.chat import ChatTemplate, resolve_template
+from model.config import ModelConfig
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+from rlhf.learner import Learner
+from rlhf.ppo import ppo
+from rlhf.ppo_config import PpoConfig
+from rlhf.prompts import Prompts, PromptStream, open_prompts
+from rlhf.reward_model import RewardModel, open_reward_model
+from rlhf.roles import make_roles
+from rlhf.rollout import Rollout
+from rlhf.scores import names_function, open_scorer
+from rlhf.session import Session
+
+GIB = 2**30
+
+
+def train_ppo(config: PpoConfig) -> None:
+    """Run the whole job: read prompts, resume or begin, train, publish.
+
+    Raises:
+        InputError: anything the user gave that cannot work, found before the first iteration where possible.
+        DivergedError, StoppedError: see `rlhf.ppo.ppo`.
+    """
+    config.check()
+    directory = Path(config.out)
+    base = find_trained(config.model, "tools/sft.py")
+    runtime = start(config.parallel)
+    shape = ppo_shape(config, base.config, runtime.world)
+    with runtime.main_first():
+        if runtime.is_main:
+            make_run_directory(directory)
+        tokenizer, template, model_config, reward = read_bases(config, base)
+        prompts, held_out = _open_prompts(config, template, tokenizer, shape.context, directory)
+        texts = _open_texts(config, template, tokenizer, shape, directory)
+    model_config = model_config.with_context(shape.context)
+    recipe = resolve(config, shape, len(prompts))
+    if runtime.is_main:
+        speak(describe_ppo(recipe, model_config, template, len(prompts), len(held_out), runtime.world))
+        speak(f"A prompt:\n{show_prompt(prompts, tokenizer)}")
+
+    precision = resolve_precision(config.train, runtime)
+    capacity = shape.tokens_per_pack
+    rollout = Rollout(
+        model_config,
+        tokenizer,
+        template.end_ids(tokenizer),
+        seed=config.seed,
+        dtype=STORED[precision],
+        context=shape.context,
+        rows=config.rollout.rows,
+        cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
+        keep=config.rollout.keep,
+    )
+    scorer = open_scorer(config.reward, reward, shape.context, capacity, recipe, precision, runtime)
+    roles = make_roles(recipe, base, model_config, tokenizer, template, reward, precision, runtime)
+    is_cut = config.ptx.kind == "texts"
+    learner = Learner(
+        config=recipe,
+        runtime=runtime,
+        roles=roles,
+        rollout=rollout,
+        scorer=scorer,
+        held_out=held_out.first(max(1, config.eval.max_tokens // config.rollout.max_new_tokens)),
+        fresh_prompts=functools.partial(PromptStream, prompts, config.seed),
+        fresh_texts=None if texts is None else loader_maker(texts, shape, config.seed, runtime, is_cut),
+    )
+    if config.resume == "never":
+        begin_anew(directory, runtime)
+    identity = {
+        "stage": "ppo",
+        "tokenizer": tokenizer.fingerprint,
+        "template": f"{template.name} ({template.fingerprint[:8]})",
+        "ppo.advantage": config.ppo.advantage,
+        "rollout.temperature": config.rollout.temperature,
+        "context": shape.context,
+    }
+    publish = publisher(roles.policy.model, model_config, template.store(tokenizer), "ppo", STORED[precision])
+    ppo(learner, Session(learner, recipe, identity, publish))
+    speak(f"Done: {directory} is a model directory.")
+    stop()
+
+
+def ppo_shape(config: PpoConfig, model: ModelConfig, world: int) -> StepShape:
+    """Context, tokens of a micro-batch, and packs of pre-training text for each step of the policy.
+
+    Raises:
+        InputError: sizes that do not fit together, or exceed the model.
+    """
+    context = config.train.context or model.max_position_embeddings
+    pack = config.train.micro_batch_tokens or max(context, 1024)
+    texts = config.ptx.batch_tokens or pack * world
+    if texts % pack:
+        raise InputError(
+            f"--ptx.batch_tokens {texts} is no multiple of --train.micro_batch_tokens {pack}. Use "
+            f"{max(1, round(texts / pack)) * pack}."
+        )
+    shape = resolve_shape(dataclasses.replace(config.train, batch_tokens=pack * world), model, world)
+    return dataclasses.replace(shape, packs_per_step=texts // pack)
+
+
+def read_bases(config: PpoConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, ModelConfig, RewardModel | None]:
+    """Tokenizer, template, the policy's configuration, and the reward model if scores are one's.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    tokenizer = base_tokenizer(base, config.tokenizer)
+    assert tokenizer is not None
+    template = resolve_template(config.chat.template, tokenizer, config.chat.replace)
+    ends = template.end_ids(tokenizer)
+    model = dataclasses.replace(fit_vocabulary(base, tokenizer), eos_token_id=ends if len(ends) > 1 else ends[0])
+    is_function = names_function(config.reward.source)
+    reward = None if is_function else open_reward_model(config.reward.source, tokenizer, template)
+    return tokenizer, template, model, reward
+
+
+def resolve(config: PpoConfig, shape: StepShape, prompts: int) -> PpoConfig:
+    """The recipe with every default filled in."""
+    steps = math.ceil(config.train.epochs * prompts / config.rollout.prompts)
+    train = dataclasses.replace(
+        config.train,
+        steps=config.train.steps or max(1, steps),
+        context=shape.context,
+        micro_batch_tokens=shape.tokens_per_pack,
+    )
+    return dataclasses.replace(config, train=train)
+
+
+def _open_prompts(
+    config: PpoConfig, template: ChatTemplate, tokenizer: Tokenizer, context: int, directory: Path
+) -> tuple[Prompts, Prompts]:
+    """To train on, and held out; no question is on both sides.
+
+    Raises:
+        InputError: no prompt, or all of them are held out.
+    """
+    data = config.data
+
+    def read(paths: list[str]) -> Prompts:
+        longest = config.rollout.max_new_tokens
+        return open_prompts(paths, data.keys, template, tokenizer, context, longest, directory, data.system)
+
+    prompts = read(data.paths)
+    if config.eval.data:
+        held_out = read(config.eval.data)
+        prompts = prompts.without(held_out)
+    else:
+        prompts, held_out = prompts.split(config.eval.fraction)
+    if not len(prompts):
+        raise InputError(
+            f"All prompts are held out by {', '.join(config.eval.data) or 'their hash'}. Give --eval.data other files."
+        )
+    return prompts, held_out
+
+
+def _open_texts(
+    config: PpoConfig, template: ChatTemplate, tokenizer: Tokenizer, shape: StepShape, directory: Path
+) -> Corpus | None:
+    """What the policy goes on reading (PPO-ptx), if anything."""
+    ptx = config.ptx
+    if not ptx.coef:
+        return None
+    if ptx.kind == "texts":
+        return open_data(DataConfig(paths=ptx.paths), tokenizer, directory)
+    return open_conversations(ConversationDataConfig(paths=ptx.paths), template, tokenizer, shape.context, directory)
+
+
+def describe_ppo(
+    recipe: PpoConfig, model: ModelConfig, template: ChatTemplate, prompts: int, held_out: int, world: int
+) -> str:
+    """What is about to happen, in a few lines."""
+    rollout, algorithm = recipe.rollout, recipe.ppo
+    return (
+        f"{model.num_parameters:,} parameters; {recipe.train.steps:,} iterations of {rollout.prompts:,} prompts, "
+        f"{rollout.samples} answer{'s' if rollout.samples > 1 else ''} each of at most {rollout.max_new_tokens:,} "
+        f"tokens, on {world} process{'es' if world > 1 else ''}.\n"
+        f"Advantage {algorithm.advantage}, {algorithm.epochs} x {algorithm.minibatches} steps an iteration; peak "
+        f"learning rate {recipe.optim.lr:.2e}; KL x {recipe.kl.coef:g} in the {recipe.kl.place}.\n"
+        f"{prompts:,} prompts to train on, {held_out:,} held out. The chat template is {template.name}."
+    )
+
+
+def show_prompt(prompts: Prompts, tokenizer: Tokenizer) -> str:
+    """The first prompt as the policy reads it."""
+    return tokenizer.decode(prompts.prompt(0).ids)
