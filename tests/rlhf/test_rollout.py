@@ -1,22 +1,29 @@
-"""Rollouts: the same answers on any number of ranks, as they were drawn, by the policy as it is, in memory given back."""
+"""Rollouts: the same answers on any number of ranks, as they were drawn, by the policy as it is now."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from engine.mesh import ParallelConfig, Runtime, start
-from engine.shard import fill, parallelize
+from engine.mesh import ParallelConfig, Runtime, start, stop
+from engine.publish import gather_full
+from engine.shard import Precision, fill, local, parallelize
+from model.batch import Layout
 from model.config import ModelConfig, parameter_shapes
+from model.generate import Completion, Generator, Request
 from model.heads import CausalLM
 from model.init import initial_value
+from model.sampling import TokenChooser
 from model.tokenizer import Tokenizer
 from rlhf.micro_batches import each_token, micro_batches
 from rlhf.prompts import Prompt
@@ -38,10 +45,10 @@ def lively(tokenizer: Tokenizer) -> ModelConfig:
     return replace(small_config(tokenizer.padded_vocab_size, CONTEXT), initializer_range=0.3)
 
 
-def make_policy(config: ModelConfig, runtime: Runtime, seed: int = 0) -> CausalLM:
+def make_policy(config: ModelConfig, runtime: Runtime, seed: int = 0, precision: Precision = "fp32") -> CausalLM:
     with torch.device("meta"):
         policy = CausalLM(config)
-    parallelize(policy, runtime, ParallelConfig(), "fp32", "none")
+    parallelize(policy, runtime, ParallelConfig(), precision, "none")
     shapes = parameter_shapes(config)
     fill(policy, ((name, initial_value(config, name, shape, seed)) for name, shape in shapes.items()))
     return policy
@@ -87,9 +94,182 @@ def test_samples_do_not_depend_on_the_number_of_ranks(base: Path, alone: list[di
     assert_alike(first, alone)
 
 
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    yield start(ParallelConfig())
+    stop()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Tokenizer:
+    return Tokenizer.load(base)
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer: Tokenizer, runtime: Runtime) -> CausalLM:
+    return make_policy(lively(tokenizer), runtime)
+
+
+def drawn(
+    policy: CausalLM, rollout: Rollout, prompts: list[Prompt], runtime: Runtime, version: int = 0, **how: Any
+) -> list[Sample]:
+    """A rollout, by default of three answers each."""
+    samples, temperature = how.pop("samples", 3), how.pop("temperature", 0.8)
+    return rollout.collect(policy, prompts, samples, temperature, how.pop("new", NEW), version, runtime, **how)
+
+
 def test_samples_come_by_prompt_and_number(alone: list[dict[str, Any]]) -> None:
     assert [(sample["prompt"], sample["sample"]) for sample in alone] == [
         (100 + at, sample) for at in range(5) for sample in range(3)
     ]
     ends = {sample["end_reason"] for sample in alone}
     assert ends == {"stop", "length"}
+
+
+def test_ids_are_those_that_the_sampler_drew_and_no_end_is_invented(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    drawn_ids: dict[int, list[int]] = {}
+
+    def watch(self: TokenChooser, logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seeds = self._seed_and_step[0, rows].tolist()
+        tokens, logprobs = choose(self, logits, rows)
+        for seed, token in zip(seeds, tokens.tolist(), strict=True):
+            drawn_ids.setdefault(seed, []).append(token)
+        return tokens, logprobs
+
+    choose = TokenChooser.choose
+    with patch.object(TokenChooser, "choose", watch):
+        rollout = make_rollout(tokenizer)
+        samples = drawn(policy, rollout, make_prompts(), runtime)
+    assert {sample.end_reason for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        assert sample.answer_ids == drawn_ids[sample.seed]
+        is_end = [token in rollout._stop_ids for token in sample.answer_ids]
+        assert is_end == [False] * (len(is_end) - 1) + [sample.end_reason == "stop"]
+        assert sample.end_reason == "stop" or len(sample.answer_ids) == NEW
+        text = sample.answer_ids[:-1] if sample.end_reason == "stop" else sample.answer_ids
+        assert sample.text == tokenizer.decode(text, skip_special=True)
+
+
+def test_logprobs_are_those_of_the_training_forward_at_the_same_temperature(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    trajectory = Trajectory.of(drawn(policy, make_rollout(tokenizer), make_prompts(), runtime), "cpu")
+    slices = micro_batches(trajectory, np.arange(trajectory.num_samples), 4 * CONTEXT)
+
+    def of_training(temperature: float) -> Tensor:
+        return each_token(trajectory, slices, lambda batch: policy(batch, temperature).logprob, runtime)
+
+    difference = (of_training(0.8) - trajectory.sampled_logprob).abs()
+    assert difference.max() < 1e-5
+    assert (of_training(1.0) - trajectory.sampled_logprob).abs().max() > 0.1
+
+
+def test_tokens_are_as_frequent_as_their_probabilities_say(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    rollout = make_rollout(tokenizer, rows=500)
+    draws = 5000
+    samples = drawn(policy, rollout, make_prompts(1), runtime, samples=draws, new=1)
+    ids = torch.tensor(samples[0].prompt_ids)
+    hidden = policy.model(ids, torch.arange(len(ids)), Layout(*[torch.tensor([0, len(ids)]).int()] * 2, *[CONTEXT] * 2))
+    expected = draws * (hidden[-1] @ policy.head_weight.t() / 0.8).softmax(0).double()
+    found = torch.bincount(torch.tensor([sample.answer_ids[0] for sample in samples]), minlength=len(expected))
+    often = expected >= 5
+    assert often.sum() > 50
+    expected = torch.cat([expected[often], expected[~often].sum().view(1)])
+    found = torch.cat([found[often], found[~often].sum().view(1)])
+    chi_square = ((found - expected) ** 2 / expected).sum().item()
+    freedom = len(expected) - 1
+    # Wilson & Hilferty 1931: its cube root is nearly normal. Four deviations.
+    assert abs((chi_square / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) < 4 * (2 / (9 * freedom)) ** 0.5
+
+
+def test_a_sample_does_not_depend_on_what_is_generated_beside_it(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime, alone: list[dict[str, Any]]
+) -> None:
+    one_by_one = drawn(policy, make_rollout(tokenizer, rows=1), make_prompts(), runtime)
+    assert_alike([asdict(sample) for sample in one_by_one], alone)
+    third = drawn(policy, make_rollout(tokenizer), make_prompts()[2:3], runtime, samples=2)
+    assert_alike([asdict(sample) for sample in third], alone[6:8])
+
+
+def test_samples_of_a_prompt_and_of_another_seed_differ(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    rollout = make_rollout(tokenizer)
+    same_prompt = [Prompt(at, make_prompts()[0].ids, (), {}) for at in range(4)]
+    samples = drawn(policy, rollout, same_prompt, runtime, samples=4)
+    others = drawn(policy, rollout, same_prompt, runtime, samples=4, seed=8)
+    answers = [tuple(sample.answer_ids) for sample in samples + others]
+    assert len({sample.seed for sample in samples + others}) == 32
+    assert len(set(answers)) > 28  # an end drawn at once makes two alike
+
+
+def test_memory_is_free_between_rollouts_unless_it_is_kept(
+    policy: CausalLM, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    for keep in (False, True):
+        rollout = make_rollout(tokenizer, keep=keep)
+        held: list[weakref.ref] = []
+        with patch.object(Generator, "generate", holding(held)):
+            before = drawn(policy, rollout, make_prompts(), runtime)
+        gc.collect()
+        assert len(held) == len(list(policy.parameters())) + 2
+        assert [ref() is None for ref in held] == [not keep] * len(held)
+        assert drawn(policy, rollout, make_prompts(), runtime) == before
+        if keep:
+            rollout.release()
+            gc.collect()
+            assert all(ref() is None for ref in held)
+
+
+def holding(refs: list[weakref.ref]) -> Any:
+    """`Generator.generate`, with references to the weights and the cache noted."""
+    generate = Generator.generate
+
+    def noting(self: Generator, requests: Sequence[Request]) -> list[Completion]:
+        refs.extend(
+            weakref.ref(tensor) for tensor in (*self.model.parameters(), self.cache.data, self._decoder._latest)
+        )
+        return generate(self, requests)
+
+    return noting
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_rollout_is_by_the_weights_of_now_and_kept_ones_are_not_gathered_twice(
+    keep: bool, tokenizer: Tokenizer, runtime: Runtime
+) -> None:
+    policy, rollout = make_policy(lively(tokenizer), runtime), make_rollout(tokenizer, keep=keep)
+    first = drawn(policy, rollout, make_prompts(), runtime, version=3)
+    with patch("rlhf.rollout.gather_full", wraps=gather_full) as gather:
+        assert drawn(policy, rollout, make_prompts(), runtime, version=3) == first
+        assert gather.called is not keep
+    with torch.no_grad():
+        policy.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    moved = drawn(policy, rollout, make_prompts(), runtime, version=4)
+    assert [sample.logprobs for sample in moved] != [sample.logprobs for sample in first]
+    assert {sample.version for sample in moved} == {4}
+    fresh = drawn(policy, make_rollout(tokenizer), make_prompts(), runtime, version=4)
+    assert fresh == moved
+
+
+def test_the_generator_computes_in_the_compute_dtype(tokenizer: Tokenizer, runtime: Runtime) -> None:
+    policy = make_policy(lively(tokenizer), runtime, precision="bf16")
+    rollout = make_rollout(tokenizer, dtype=torch.bfloat16, keep=True)
+    samples = drawn(policy, rollout, make_prompts(), runtime)
+    assert rollout.generator is not None and rollout.generator.cache.data.dtype == torch.bfloat16
+    weights = dict(rollout.generator.model.named_parameters())
+    for name, master in policy.named_parameters():
+        assert torch.equal(weights[name], local(master).to(torch.bfloat16))
+    trajectory = Trajectory.of(samples, "cpu")
+    slices = micro_batches(trajectory, np.arange(len(samples)), 4 * CONTEXT)
+    exact = make_policy(lively(tokenizer), runtime)
+    of_training, in_fp32 = (
+        each_token(trajectory, slices, lambda batch, model=model: model(batch, 0.8).logprob, runtime)
+        for model in (policy, exact)
+    )
+    error, of_same_dtype = ((x - in_fp32).abs().mean() for x in (trajectory.sampled_logprob, of_training))
+    assert 0 < error < 2 * of_same_dtype
