@@ -6,7 +6,7 @@ With s the scores of a group, g its grades, and z_ij = s_j - s_i + margin (g_i -
     plackett_luce   mean over i of            log(1 + sum over worse j of exp(z_ij))
                                                                                (Plackett 1975, Luce 1959)
     best            the same, over the best i alone: softmax cross-entropy     (Ziegler et al. 2019, eq. 1)
-    + centre x      mean over pairs of        (s_i + s_j)^2                    (Eisenstein et al. 2023, eq. 5)
+    + centre x      mean over pairs of        (s_i + s_j)^2                    (Eisenstein et al. 2023, eq. 2)
 
 Equal grades say nothing: such pairs do not count, and an answer competes with those below it, never with its equals. So
 without ties `plackett_luce` is the likelihood of the order, by choice; and for two answers all three are the same. The
@@ -42,8 +42,7 @@ def ranking_loss(
     """
     scores, others, lead, is_same, is_worse = _beside(scores, batch)
     gap = others - scores[:, None] + margin * lead
-    in_group = _sums(is_worse.sum(1), batch, scores.dtype)  # untied pairs of each group, [D]
-    pairs = is_worse / _at(in_group, batch)[:, None]
+    pairs = _share(is_worse, batch, scores.dtype)
     if kind == "pairwise":
         total = -(pairs * F.logsigmoid(-gap)).sum()
     else:
@@ -51,17 +50,17 @@ def ranking_loss(
         if kind == "best":
             does_choose &= ~(is_same & (lead < 0)).any(1)
         itself = torch.zeros_like(scores)[:, None]
-        choices = torch.cat([itself, gap.masked_fill(~is_worse, -torch.inf)], 1).logsumexp(1)
-        total = (does_choose / _at(_sums(does_choose, batch, scores.dtype), batch) * choices).sum()
+        choices = torch.cat([itself, gap.masked_fill(~is_worse, -torch.inf)], 1).logsumexp(1, keepdim=True)
+        total = (_share(does_choose[:, None], batch, scores.dtype) * choices).sum()
     if centre:
         total = total + centre * (pairs * (scores[:, None] + others).square()).sum()
-    return total, (in_group > 0).sum().to(scores.dtype)
+    return total, (_by_group(is_worse, batch, scores.dtype) > 0).sum().to(scores.dtype)
 
 
 def ranking_accuracy(scores: Tensor, batch: RankedBatch) -> Tensor:
     """The share of each group's pairs that are in the right order, summed over groups; equal scores count half."""
     scores, others, _, _, is_worse = _beside(scores, batch)
-    pairs = is_worse / _at(_sums(is_worse.sum(1), batch, scores.dtype), batch)[:, None]
+    pairs = _share(is_worse, batch, scores.dtype)
     return (pairs * (1 + (scores[:, None] - others).sign()) / 2).sum()
 
 
@@ -72,7 +71,7 @@ def pair_means(values: Tensor, batch: RankedBatch) -> tuple[Tensor, Tensor]:
         values: [D].
     """
     values, others, _, _, is_worse = _beside(values, batch)
-    pairs = is_worse / _at(_sums(is_worse.sum(1), batch, values.dtype), batch)[:, None]
+    pairs = _share(is_worse, batch, values.dtype)
     return (pairs * values[:, None]).sum(), (pairs * others).sum()
 
 
@@ -96,13 +95,12 @@ def _neighbours(values: Tensor, batch: RankedBatch, padding: float) -> Tensor:
     return F.pad(values, (reach, reach), value=padding).unfold(0, 2 * reach + 1, 1)
 
 
-def _sums(counts: Tensor, batch: RankedBatch, dtype: torch.dtype) -> Tensor:
-    """[D] -> [D]: sums by group; whole numbers, so their order does not matter."""
-    return torch.zeros(len(counts), dtype=dtype, device=counts.device).index_add(
-        0, batch.groups.clamp(min=0), counts.to(dtype)
-    )
+def _share(counted: Tensor, batch: RankedBatch, dtype: torch.dtype) -> Tensor:
+    """[D, W] true or false -> [D, W]: what each true one counts, so that those of a group count 1 together."""
+    return counted / _by_group(counted, batch, dtype)[batch.groups.clamp(min=0), None].clamp(min=1)
 
 
-def _at(sums: Tensor, batch: RankedBatch) -> Tensor:
-    """[D]: of each sequence's group, to divide by."""
-    return sums[batch.groups.clamp(min=0)].clamp(min=1)
+def _by_group(counted: Tensor, batch: RankedBatch, dtype: torch.dtype) -> Tensor:
+    """[D, W] true or false -> [D]: how many are true in each group; whole numbers, so their order does not matter."""
+    empty = torch.zeros(len(counted), dtype=dtype, device=counted.device)
+    return empty.index_add(0, batch.groups.clamp(min=0), counted.sum(1).to(dtype))
