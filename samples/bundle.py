@@ -44,7 +44,7 @@ def bundled_preferences(directory: Path) -> tuple[Path, Path]:
 
 
 def bundled_prompts(directory: Path) -> tuple[Path, Path]:
-    """The same of questions alone: objects with id, kind, messages and the keys that answers are judged by."""
+    """The same of conversations about a keyed question: objects with id, kind, messages and the keys."""
     return _bundle(directory, write_prompts)
 
 

@@ -138,10 +138,11 @@ def write_preferences(directory: Path, knowledge: Knowledge) -> dict[str, list[C
     return _write(directory, {"train": train, "held_out": held_out})
 
 
-def write_prompts(directory: Path, knowledge: Knowledge) -> dict[str, list[Question]]:
-    """Write the keyed questions of either side, without answers, with their keys."""
-    train, held_out = render_dialogues(knowledge)
-    return _write(directory, {"train": questions_of(train), "held_out": questions_of(held_out)})
+def write_prompts(directory: Path, knowledge: Knowledge) -> dict[str, list[Dialogue]]:
+    """Write the conversations about keyed questions with their keys: prompts whose answers can be judged."""
+    splits = dict(zip(("train", "held_out"), render_dialogues(knowledge), strict=True))
+    asked = {question.id for dialogues in splits.values() for question in questions_of(dialogues)}
+    return _write(directory, {name: [one for one in side if one.id in asked] for name, side in splits.items()})
 
 
 def _write(directory: Path, splits: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -3,7 +3,7 @@
     python samples/render.py OUT_DIR    writes OUT_DIR/{train,held_out}.jsonl, the documents, and
                                         OUT_DIR/dialogues/{train,held_out,questions}.jsonl,
                                         OUT_DIR/preferences/{train,held_out}.jsonl, comparisons of answers, and
-                                        OUT_DIR/prompts/{train,held_out}.jsonl, the questions alone
+                                        OUT_DIR/prompts/{train,held_out}.jsonl, questions with keys
 
 A document is a function of its id alone ("case_form/hypertension/03"): the id seeds every choice and decides the split.
 Held-out documents are combinations of facts, patients and wordings that training never shows; the facts recur.
@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> int:
     for name, comparisons in write_preferences(directory / "preferences", knowledge).items():
         print(f"preferences/{name}: {len(comparisons)} comparisons")
     for name, prompts in write_prompts(directory / "prompts", knowledge).items():
-        print(f"prompts/{name}: {len(prompts)} questions")
+        print(f"prompts/{name}: {len(prompts)} questions with keys")
     return 0
 
 

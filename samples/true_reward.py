@@ -122,8 +122,8 @@ def bundled_judge() -> Judge:
 
 
 def question_of(fields: Mapping[str, Any]) -> Question:
-    """A question as `bundled_prompts` has written it."""
-    messages = tuple(Message(**turn) for turn in fields["messages"])
+    """The question of a record that `samples.preferences.write_prompts` has written."""
+    messages = tuple(Message(**turn) for turn in fields["messages"] if turn["role"] != "assistant")
     return Question(fields["id"], fields["kind"], messages, tuple(fields["accepted"]), tuple(fields["forbidden"]))
 
 

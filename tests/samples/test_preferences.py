@@ -82,3 +82,4 @@ def test_files_hold_what_is_rendered_and_prompts_their_keys(
     for file, side in zip(bundled_prompts(tmp_path / "b"), (dialogues.train, dialogues.held_out), strict=True):
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert [question_of(record) for record in records] == questions_of(side)
+        assert {record["messages"][-1]["role"] for record in records} == {"assistant"}
