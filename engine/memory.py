@@ -253,7 +253,7 @@ class _Planner:
             gradients=self._finished(0) + self._in_reduction(self.root),
         )
 
-    def _moment(self, name: str, *, weights: int, gradients: int, activations: int = 0, head: int = 0) -> Moment:
+    def _moment(self, name: str, *, weights: int, gradients: int = 0, activations: int = 0, head: int = 0) -> Moment:
         """Adds what is there at every moment."""
         config, setup = self.config, self.setup
         tables = 2 * config.rope_length * (config.head_dim // 2) * FP32  # cosines and sines
@@ -264,6 +264,8 @@ class _Planner:
     # The moments of a forward pass that nothing is kept of.
 
     def reading(self) -> tuple[Moment, ...]:
+        # A model in training may be told to leave its blocks gathered; a frozen one never is.
+        kept_gathered = 0 if self.setup.reshard_after_forward or self.is_frozen else self.layers
         late_buffer = self.b * self.block.padded if self.setup.shards > 1 else 0  # of a gather, until the next
         tensors = self._block_tensors()
         norm = tensors["norms' results"] // 2
@@ -272,14 +274,12 @@ class _Planner:
         at_work = norm + max(sum(tensors[name] for name in names) for names in (queries, feed_forward))
         block = self._moment(
             "block",
-            weights=self._gathered(1) + late_buffer,
-            gradients=0,
+            weights=self._gathered(kept_gathered or 1) + late_buffer,
             activations=tensors["input"] + at_work,
         )
         head = self._moment(
             "head",
-            weights=self._gathered(0) + late_buffer + self._gathered_score(),
-            gradients=0,
+            weights=self._gathered(kept_gathered) + late_buffer + self._gathered_score(),
             activations=self.stream,
             head=self.head.scoring,
         )

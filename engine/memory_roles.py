@@ -214,11 +214,10 @@ def _rollout(setup: RolesSetup) -> Phase:
     tokens = min(PREFILL_TOKENS, setup.rows * step.context)
     whole = replace(step, tokens_per_pack=tokens, world=1, replicas=1, loss="logprob")
     block, _ = reading(config, whole, is_frozen=True)
-    shapes = parameter_shapes(config).values()
-    largest = FP32 * max(math.prod(shape) for shape in shapes)  # gathered as it is stored, then rounded
+    largest = step.number_bytes * max(math.prod(shape) for shape in parameter_shapes(config).values())
     parts = _resting(setup, at_work=None)
     parts[GENERATOR] = _generator(setup)
-    parts[GATHERED] = largest + largest * step.number_bytes // FP32
+    parts[GATHERED] = 2 * largest  # one at a time, and as the ranks' parts of it come in
     parts[ACTIVATIONS] = block.activations
     parts[HEAD] = 2 * FP32 * setup.rows * config.vocab_size  # logits of the rows that decode, and a copy to draw from
     return Phase("rollout", parts)
