@@ -130,7 +130,7 @@ def open_prompts(
     """The prompts of any files of questions, conversations or preferences, each once.
 
     Oldest turns are left out whole until prompt and longest answer fit the context. Rank 0 reads the files into
-    `directory`/prompts, where others, and later runs, find them: call it within `Runtime.main_first`.
+    `directory`/prepared, where others, and later runs, find them: call it within `Runtime.main_first`.
 
     Args:
         keys: what fields mean where a schema is not known by itself; see `read_prompts`.
@@ -146,13 +146,13 @@ def open_prompts(
     files = [(file.path, file.size, Path(file.path).stat().st_mtime_ns) for file in list_files(paths).files]
     facts = [FORMAT, files, sorted(keys.items()), system, template.fingerprint, tokenizer.fingerprint]
     key = blake2b(json.dumps([*facts, context, max_new_tokens]).encode(), digest_size=16).hexdigest()
-    target = directory / "prompts" / key
+    target = directory / "prepared" / f"prompts-{key}"
     if not (target / _COMPLETE).exists():
         speak("Reading prompts.")
         target.mkdir(parents=True, exist_ok=True)
         _write(target, paths, keys, template, tokenizer, context - max_new_tokens, system)
     report = json.loads((target / _COMPLETE).read_text(encoding="utf-8"))
-    said = [f"{report['count']:,} prompts of {report['tokens']:,} tokens"]
+    said = [f"{report['count']:,} different prompts, {report['tokens']:,} tokens"]
     said += [f"{report[name]:,} {what}" for name, what in _COUNTS.items() if report[name]]
     speak("; ".join(said) + ".")
     for reason, (number, where) in report["refused"].items():
@@ -162,7 +162,10 @@ def open_prompts(
     return Prompts(_Files.open(target, report["fingerprint"]), np.arange(report["count"]))
 
 
-_COUNTS = {"repeated": "repeat another and were dropped", "shortened": "lost their oldest turns"}
+_COUNTS = {
+    "repeated": "times one that was there already",
+    "shortened": "without their oldest turns, to fit the context",
+}
 
 
 def _write(
