@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from engine.data.conversations import ROLES, UnknownFieldsError, parse_conversation, recognise
-from engine.data.records import kind_of, names_in
+from engine.data.records import CONVERSATION_FIELDS, kind_of, names_in
 from model.chat import ConversationError, Message
 
 KEYS = (
@@ -97,8 +97,9 @@ def recognise_comparison(record: Any, keys: Mapping[str, Sequence[str]] | None =
     found = _by_keys(record, keys) if keys else None
     found = found or _by_pair(fields) or _by_list(fields) or _by_candidate(fields)
     if found is None:
+        hint = "; conversations are for tools/sft.py" if CONVERSATION_FIELDS & fields.keys() else ""
         raise ConversationError(
-            f"no comparison of answers is known by these fields; this record has {names_in(record)}"
+            f"no comparison of answers is known by these fields; this record has {names_in(record)}{hint}"
         )
     return replace(found, responses=settled(found.responses))
 
