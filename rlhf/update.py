@@ -116,7 +116,8 @@ def update(
             objective: Objective[Any] = improve
             if texts:
                 objective = _beside(texts, slices, improve, options.pretraining_coef, runtime)
-            steps.append(policy.step(objective, [*slices, *texts], runtime))
+            batches: list[Any] = [*slices, *texts]
+            steps.append(policy.step(objective, batches, runtime))
         report |= _summary("policy", policy, steps, policy_statistics)
     return report
 
@@ -147,9 +148,9 @@ def _summary(
         if trained.guard.has_given_up(report.skipped, report.skipped_in_a_row):
             raise DivergedError(
                 f"Diverged: {report.skipped_in_a_row} steps of the {name} model in a row were refused, "
-                f"{report.skipped} in all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower its learning rate "
-                "or raise --kl.coef; if the leap is meant, raise --guard.loss_leap or --guard.norm_leap. The last "
-                "checkpoint is intact."
+                f"{report.skipped} in all (last loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}). Lower "
+                "its learning rate or raise --kl.coef; if the leap is meant, raise --guard.loss_leap or "
+                "--guard.norm_leap. The last checkpoint is intact."
             )
     weights = np.array([report.targets for report in reports])
     rows = [statistics(report.shown) for report in reports]
