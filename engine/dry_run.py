@@ -21,15 +21,20 @@ from engine.config import check_range
 from engine.conversations import ConversationDataConfig, open_conversations
 from engine.data.conversation_files import read_conversations
 from engine.data.corpus import open_corpus
+from engine.data.preference_files import read_comparisons
+from engine.data.preferences import dump
+from engine.data.ranked_encoder import RankedEncoder, unpack
+from engine.data.records import Record
 from engine.data.shards import TRAINED, is_prepared
 from engine.data.sources import ReadOptions, list_files, read_texts
-from engine.memory import Setup, plan
-from engine.memory_advice import GIB, describe
-from engine.preview import show_document
+from engine.memory import Setup
+from engine.memory_advice import GIB
+from engine.preferences import PreferenceDataConfig
+from engine.preview import show_document, show_ids
+from engine.recompute import Recompute
 from engine.shard import Precision
 from model.batch import IGNORE, PackedBatch
 from model.chat import ChatTemplate, Encoded, fit_batch
-from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
@@ -57,8 +62,14 @@ def planned_world(config: PlanConfig) -> int:
     return config.world or int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def memory_report(
-    model: ModelConfig,
+def planned_device(config: PlanConfig) -> int | None:
+    """Bytes of one device: as told, or of the GPU here; None where there is neither."""
+    if config.device_gib is not None:
+        return int(config.device_gib * GIB)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def planned_setup(
     config: PlanConfig,
     *,
     tokens_per_pack: int,
@@ -66,14 +77,14 @@ def memory_report(
     context: int,
     replicas: int,
     precision: Literal["auto", "bf16", "fp32"],
-    recompute: Literal["none", "selective", "full"],
+    recompute: Recompute,
     reshard_after_forward: bool,
-) -> str:
-    """The memory plan as text. `auto` precision is fp32 only where the run would stay on this machine's CPU."""
+) -> Setup:
+    """How a model is trained. `auto` precision is fp32 only where the run would stay on this machine's CPU."""
     world = planned_world(config)
     is_for_gpu = torch.cuda.is_available() or config.world is not None or config.device_gib is not None
     chosen: Precision = ("bf16" if is_for_gpu else "fp32") if precision == "auto" else precision
-    setup = Setup(
+    return Setup(
         tokens_per_pack=tokens_per_pack,
         context=context,
         world=world,
@@ -84,10 +95,6 @@ def memory_report(
         micro_batches=-(-packs_per_step // world),
         device="cuda" if is_for_gpu else "cpu",
     )
-    device_bytes = None if config.device_gib is None else int(config.device_gib * GIB)
-    if device_bytes is None and torch.cuda.is_available():
-        device_bytes = torch.cuda.get_device_properties(0).total_memory
-    return describe(plan(model, setup), device_bytes)
 
 
 def schedule_report(steps: int, tokens_per_step: int, rate: Callable[[int], float]) -> str:
@@ -178,6 +185,33 @@ def look_at_conversations(
     tokens = sum(len(row.ids) for _, row in usable) / size * list_files(config.paths).size
     first = usable[0][1]
     return DataLook(math.ceil(tokens), False, show_document(_as_batch(first.ids, context, first.trained), tokenizer))
+
+
+def look_at_preferences(
+    config: PreferenceDataConfig, template: ChatTemplate, tokenizer: Tokenizer, context: int
+) -> tuple[DataLook, int]:
+    """The same for comparisons, of which the answers of one are shown; and the tokens of the largest group looked at.
+
+    Raises:
+        InputError: data that cannot be read, or nothing in it that compares answers.
+    """
+    if not config.paths:
+        raise InputError("There is no data. Name files or directories with --data.")
+    found = [comparison for comparison in itertools.islice(read_comparisons(config.paths, config), _TEXTS)]
+    texts = list(map(dump, found))
+    encoder = RankedEncoder(template, tokenizer, context, config.max_responses)
+    stored = encoder.encode([Record(number, text) for number, text in enumerate(texts, 1)])
+    usable = [(text, unpack(row.ids)) for text, row in zip(texts, stored, strict=True) if row.ids is not None]
+    if not usable:
+        raise InputError(f"{', '.join(config.paths)}: there is no comparison of answers. Give --data other files.")
+    sizes = [sum(map(len, answers.ids)) for _, answers in usable]
+    tokens = sum(sizes) / sum(len(text.encode()) for text, _ in usable) * list_files(config.paths).size
+    first = usable[0][1]
+    shown = [
+        f"{grade:g}: {show_ids((ids % TRAINED).tolist(), (ids >= TRAINED).tolist(), tokenizer)}"
+        for ids, grade in zip(first.ids, first.grades.tolist(), strict=True)
+    ]
+    return DataLook(math.ceil(tokens), False, "\n".join(shown)), max(sizes)
 
 
 def _as_batch(ids: list[int], context: int, trained: list[bool] | None = None) -> PackedBatch:

@@ -20,11 +20,14 @@ from engine.building import Base, fill_from_base, set_run_aside
 from engine.config import check_range
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
-from engine.dry_run import PlanConfig, memory_report, schedule_report
+from engine.dry_run import PlanConfig, planned_device, planned_setup, planned_world, schedule_report
 from engine.guard import GuardConfig
 from engine.launch import speak
 from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig, EvalConfig
+from engine.memory import Setup, plan
+from engine.memory_advice import describe
+from engine.memory_heads import Loss
 from engine.mesh import ParallelConfig, Runtime
 from engine.metrics import MFU_CONVENTION, peak_flops
 from engine.optim import OptimConfig
@@ -117,15 +120,17 @@ class StepShape:
         return self.tokens_per_pack * self.packs_per_step
 
 
-def resolve_shape(config: TrainConfig, model: ModelConfig, world: int) -> StepShape:
+def resolve_shape(config: TrainConfig, model: ModelConfig, world: int, largest: int = 0) -> StepShape:
     """Fill in defaults and check that the sizes fit together.
 
+    Args:
+        largest: tokens that a micro-batch holds at least where its size is not given, as for a prompt's answers.
     Raises:
         InputError: sizes that do not divide, exceed the model, or leave ranks without work.
     """
     context = config.context or model.max_position_embeddings
-    pack = config.micro_batch_tokens or max(context, 1024)
-    step = config.batch_tokens or max(16 * context, pack)
+    pack = config.micro_batch_tokens or max(context, 1024, -(-largest // 64) * 64)
+    step = config.batch_tokens or -(-16 * context // pack) * pack
     model.with_context(context)  # refuses what the positions and their scaling do not reach
     if pack < context:
         raise InputError(
@@ -239,10 +244,9 @@ def describe_run(recipe: JobConfig, model: ModelConfig, shape: StepShape, runtim
         speak(f"MFU is {MFU_CONVENTION}.")
 
 
-def plan_report(config: JobConfig, model: ModelConfig, shape: StepShape) -> str:
-    """The head of a dry run: the model, and the memory of a rank."""
-    memory = memory_report(
-        model,
+def planned_step(config: JobConfig, shape: StepShape) -> Setup:
+    """How a dry run takes a model to be trained."""
+    return planned_setup(
         config.plan,
         **dataclasses.asdict(shape),
         replicas=config.parallel.replicas,
@@ -250,9 +254,26 @@ def plan_report(config: JobConfig, model: ModelConfig, shape: StepShape) -> str:
         recompute=config.train.recompute,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
+
+
+def plan_report(config: JobConfig, model: ModelConfig, shape: StepShape, loss: Loss = "cross_entropy") -> str:
+    """The head of a dry run: the model, and the memory of a rank."""
+    memory = plan(model, dataclasses.replace(planned_step(config, shape), loss=loss))
+    return f"{describe_model(config, model, shape)}\n{describe(memory, planned_device(config.plan))}"
+
+
+def plan_alone(config: JobConfig, model: ModelConfig, loss: Loss = "cross_entropy") -> None:
+    """Print all that a dry run can say of a preset without a tokenizer."""
+    shape = resolve_shape(config.train, model, planned_world(config.plan))
+    print(plan_report(config, model, shape, loss))
+    print(f"{config.model} is a preset: with --tokenizer, schedule and a sample of the data are shown, too.")
+
+
+def describe_model(config: JobConfig, model: ModelConfig, shape: StepShape) -> str:
+    """What is trained, in a line."""
     return (
         f"{config.model}: {model.num_parameters:,} parameters, vocabulary {model.vocab_size:,}, "
-        f"context {shape.context}\n{memory}"
+        f"context {shape.context}"
     )
 
 

@@ -31,6 +31,7 @@ from engine.job import (
     held_out_batches,
     loader_maker,
     make_model,
+    plan_alone,
     plan_report,
     rate_of,
     rate_report,
@@ -105,7 +106,7 @@ def sft(config: SftConfig) -> None:
         DivergedError, StoppedError: see `engine.loop.train`.
     """
     config.check()
-    base = find_trained(config.model, "tools/pretrain.py")
+    base = find_trained(config.model, "tools/pretrain.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
     fine_tune(config, base, start(config.parallel))
@@ -184,6 +185,8 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
 
 def dry_run(config: SftConfig, base: Base) -> None:
     """Print the memory plan, the schedule and one conversation to stdout."""
+    if base.directory is None and config.tokenizer is None:
+        return plan_alone(config, base.config)
     shape = resolve_shape(config.train, base.config, planned_world(config.plan))
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look = look_at_conversations(config.data, template, tokenizer, shape.context)

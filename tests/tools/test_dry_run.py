@@ -113,6 +113,16 @@ def test_what_is_advised_for_a_model_that_does_not_fit_makes_it_fit(folder: Path
     assert "it fits" in dry_run(folder, *card, "--plan.world", advised[1]).stdout
 
 
+def test_a_preset_is_planned_for_jobs_that_go_on_from_trained_weights(tmp_path: Path) -> None:
+    """Before anybody has downloaded them; no data is needed, and nothing is written."""
+    recipe = TOOLS.parent / "configs" / "ziya2_13b_sft_8xh100.yaml"
+    node = ("--plan.world", 8, "--plan.device_gib", 79.1)
+    (ended,) = run_tool("sft", "--dry-run", "--model", "ziya2-13b", "--config", recipe, *node, cwd=tmp_path)
+    assert ended.code == 0, ended.stderr
+    assert "it fits the 79.1 GiB that are there" in ended.stdout
+    assert everything(tmp_path) == set()
+
+
 def test_a_mistake_is_found_before_the_run(folder: Path) -> None:
     (ended,) = run_tool("pretrain", "--dry-run", "--data", "dota.jsonl", cwd=folder)
     assert (ended.code, ended.stdout) == (2, "")
