@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -408,6 +410,33 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         made.load([*tensors.items(), ("model.norm.weight", tensors["model.norm.weight"])])
     with pytest.raises(InputError, match=r"model\.norm\.weight is \[3\], but this model needs \[48\]"):
         made.load([("model.norm.weight", torch.zeros(3))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_memory_is_free_and_the_next_weights_take_it_anew(dtype: torch.dtype) -> None:
+    made = generator(dtype=dtype)
+    requests = ragged_requests(5)
+    before = made.generate(requests)
+    held = [weakref.ref(tensor) for tensor in (*made.model.parameters(), made.cache.data, made._decoder._latest)]
+    made.release()
+    made.release()  # again, nothing happens
+    gc.collect()
+    assert made.is_released and all(ref() is None for ref in held)
+    with pytest.raises(AssertionError, match="load"):
+        made.add(requests[0])
+    made.load(long_model().named_parameters())
+    assert not made.is_released and made.generate(requests) == before
+    with pytest.raises(AssertionError, match="while requests are running"):
+        made.add(requests[0])
+        made.release()
+
+
+def test_samples_of_a_request_may_be_drawn_apart() -> None:
+    made, request = generator(), Request([5, 9, 2], SamplingOptions(max_new_tokens=20), samples=5, seed=3)
+    together = made.generate([request])
+    apart = made.generate([replace(request, samples=2, first_sample=3), replace(request, samples=3)])
+    assert [one.sample for one in apart] == [3, 4, 0, 1, 2]
+    assert [one.ids for one in apart] == [one.ids for one in (*together[3:], *together[:3])]
 
 
 def test_it_scores_with_the_same_weights() -> None:
