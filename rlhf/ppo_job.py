@@ -6,22 +6,34 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from engine.building import Base, base_tokenizer, find_trained, fit_vocabulary, make_run_directory, publisher
 from engine.conversations import ConversationDataConfig, open_conversations
 from engine.corpora import DataConfig, open_data
 from engine.data.corpus import Corpus
-from engine.job import STORED, StepShape, begin_anew, loader_maker, resolve_precision, resolve_shape
+from engine.dry_run import planned_device, planned_world
+from engine.job import (
+    STORED,
+    StepShape,
+    begin_anew,
+    describe_model,
+    loader_maker,
+    resolve_precision,
+    resolve_shape,
+)
 from engine.launch import speak
+from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
 from model.chat import ChatTemplate, resolve_template
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from rlhf.learner import Learner
+from rlhf.memory import plan_ppo
 from rlhf.ppo import ppo
 from rlhf.ppo_config import PpoConfig
-from rlhf.prompts import Prompts, PromptStream, open_prompts
+from rlhf.prompts import Prompts, PromptStream, open_split_prompts
 from rlhf.reward_model import RewardModel, open_reward_model
 from rlhf.roles import make_roles
 from rlhf.rollout import Rollout
@@ -40,14 +52,18 @@ def train_ppo(config: PpoConfig) -> None:
     """
     config.check()
     directory = Path(config.out)
-    base = find_trained(config.model, "tools/sft.py")
+    base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
+    if config.dry_run:
+        return dry_run(config, base)
     runtime = start(config.parallel)
     shape = ppo_shape(config, base.config, runtime.world)
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
         tokenizer, template, model_config, reward = read_bases(config, base)
-        prompts, held_out = _open_prompts(config, template, tokenizer, shape.context, directory)
+        prompts, held_out = open_split_prompts(
+            config.data, config.eval, config.rollout.max_new_tokens, template, tokenizer, shape.context, directory
+        )
         texts = _open_texts(config, template, tokenizer, shape, directory)
     model_config = model_config.with_context(shape.context)
     recipe = resolve(config, shape, len(prompts))
@@ -97,6 +113,23 @@ def train_ppo(config: PpoConfig) -> None:
     stop()
 
 
+def dry_run(config: PpoConfig, base: Base) -> None:
+    """Print the memory plan, the iterations and one prompt to stdout."""
+    shape = ppo_shape(config, base.config, planned_world(config.plan))
+    policy = base.config.with_context(shape.context)
+    print(describe_model(config, policy, shape))
+    print(describe_roles(plan_ppo(config, policy, shape), planned_device(config.plan)))
+    if base.directory is None and config.tokenizer is None:
+        print(f"{config.model} is a preset: with --tokenizer, iterations and a prompt are shown, too.")
+        return
+    tokenizer, template, model, _ = read_bases(config, base)
+    with TemporaryDirectory() as beside:
+        prompts, held_out = _open_prompts(config, template, tokenizer, shape.context, Path(beside))
+        recipe = resolve(config, shape, len(prompts))
+        print(describe_ppo(recipe, model, template, len(prompts), len(held_out), planned_world(config.plan)))
+        print(f"a prompt:\n{show_prompt(prompts, tokenizer)}")
+
+
 def ppo_shape(config: PpoConfig, model: ModelConfig, world: int) -> StepShape:
     """Context, tokens of a micro-batch, and packs of pre-training text for each step of the policy.
 
@@ -141,33 +174,6 @@ def resolve(config: PpoConfig, shape: StepShape, prompts: int) -> PpoConfig:
         micro_batch_tokens=shape.tokens_per_pack,
     )
     return dataclasses.replace(config, train=train)
-
-
-def _open_prompts(
-    config: PpoConfig, template: ChatTemplate, tokenizer: Tokenizer, context: int, directory: Path
-) -> tuple[Prompts, Prompts]:
-    """To train on, and held out; no question is on both sides.
-
-    Raises:
-        InputError: no prompt, or all of them are held out.
-    """
-    data = config.data
-
-    def read(paths: list[str]) -> Prompts:
-        longest = config.rollout.max_new_tokens
-        return open_prompts(paths, data.keys, template, tokenizer, context, longest, directory, data.system)
-
-    prompts = read(data.paths)
-    if config.eval.data:
-        held_out = read(config.eval.data)
-        prompts = prompts.without(held_out)
-    else:
-        prompts, held_out = prompts.split(config.eval.fraction)
-    if not len(prompts):
-        raise InputError(
-            f"All prompts are held out by {', '.join(config.eval.data) or 'their hash'}. Give --eval.data other files."
-        )
-    return prompts, held_out
 
 
 def _open_texts(
