@@ -124,7 +124,10 @@ def dry_run(config: PpoConfig, base: Base) -> None:
         return
     tokenizer, template, model, _ = read_bases(config, base)
     with TemporaryDirectory() as beside:
-        prompts, held_out = _open_prompts(config, template, tokenizer, shape.context, Path(beside))
+        longest = config.rollout.max_new_tokens
+        prompts, held_out = open_split_prompts(
+            config.data, config.eval, longest, template, tokenizer, shape.context, Path(beside)
+        )
         recipe = resolve(config, shape, len(prompts))
         print(describe_ppo(recipe, model, template, len(prompts), len(held_out), planned_world(config.plan)))
         print(f"a prompt:\n{show_prompt(prompts, tokenizer)}")

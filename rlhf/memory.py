@@ -1,0 +1,60 @@
+"""The memory plan of an iteration, from the options of the job: who takes part, and in what sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from engine.job import StepShape, planned_step
+from engine.memory_roles import Role, RolesPlan, RolesSetup, plan_roles
+from model.config import PRESETS, ModelConfig
+from model.hf import load_config
+from rlhf.ppo_config import PpoConfig
+from rlhf.scores import names_function
+
+GIB = 2**30
+
+
+def plan_ppo(config: PpoConfig, policy: ModelConfig, shape: StepShape) -> RolesPlan:
+    """Plan the phases of an iteration.
+
+    Args:
+        policy: its configuration; what the options leave to it, or name a directory for that is not there yet, is of
+            its size.
+    """
+    answers = config.rollout.prompts * config.rollout.samples
+    packs = -(-answers * shape.context // (config.ppo.minibatches * shape.tokens_per_pack))  # if all are the longest
+    return plan_roles(
+        RolesSetup(
+            roles=_roles(config, policy),
+            step=planned_step(config, replace(shape, packs_per_step=packs)),
+            rows=config.rollout.rows,
+            answers=answers,
+            cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
+            keeps_generator=config.rollout.keep,
+            reads_pretraining=config.ptx.coef > 0,
+        )
+    )
+
+
+def _roles(config: PpoConfig, policy: ModelConfig) -> dict[str, Role]:
+    waits = config.rollout.offload_moments
+    score = replace(policy, head="score")
+    is_function = ":" in config.reward.source and names_function(config.reward.source)
+    reward = None if is_function else replace(_size(config.reward.source, score), head="score")
+    roles = {"policy": Role(policy, is_trained=True, is_on_host=waits)}
+    if config.ppo.advantage == "gae":
+        critic = _size(config.value.model, reward or score)
+        roles["critic"] = Role(replace(critic, head="score"), is_trained=True, is_on_host=waits)
+    if config.kl.coef > 0:
+        roles["reference"] = Role(_size(config.kl.reference, policy), is_on_host=config.kl.offload)
+    if reward is not None:
+        roles["reward"] = Role(reward, is_on_host=config.reward.offload)
+    return {name: replace(role, config=role.config.with_context(policy.rope_length)) for name, role in roles.items()}
+
+
+def _size(model: str | None, otherwise: ModelConfig) -> ModelConfig:
+    """Of a preset or a directory; else what it is taken for."""
+    if model in PRESETS:
+        return PRESETS[model]
+    return load_config(model) if model is not None and Path(model).is_dir() else otherwise
