@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.hf import load_config, read_model
 from model.tokenizer import Tokenizer, has_tokenizer
-from rlhf.ranking_loss import RankingLoss, ranking_accuracy, ranking_loss
+from rlhf.ranking_loss import RankingLoss, pair_means, ranking_accuracy, ranking_loss
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,21 @@ def open_reward_model(
     return RewardModel(directory, config, own, stored, 0.0 if mean is None else mean, 1.0 if std is None else std)
 
 
+SHOWN = ("accuracy", "margin")
+"""Of pairs, how many are in the right order; and by how much the better answer's raw score exceeds the worse one's."""
+
+
 def ranking_objective(kind: RankingLoss, margin: float, centre: float) -> Objective[RankedBatch]:
-    """The loss of comparisons by a reward model, and its `accuracy`. The loss that is shown is without margin and
+    """The loss of comparisons by a reward model, and what is `SHOWN`. The loss that is shown is without margin and
     centring, so that it means the same in every run."""
 
     def objective(model: nn.Module, batch: RankedBatch) -> Loss:
         scores = model(batch.batch)[batch.ends]
         total, count = ranking_loss(scores, batch, kind, margin, centre)
         shown = total if margin == centre == 0 else ranking_loss(scores, batch, kind)[0]
-        return Loss(total, shown.detach(), count, ranking_accuracy(scores.detach(), batch)[None])
+        better, worse = pair_means(scores, batch)
+        means = torch.stack([ranking_accuracy(scores, batch), better - worse])
+        return Loss(total, shown.detach(), count, means.detach())
 
     return objective
 

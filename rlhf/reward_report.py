@@ -38,6 +38,16 @@ class Judged:
     lengths: np.ndarray
     std: float = 1.0
 
+    @classmethod
+    def empty(cls) -> Judged:
+        return cls(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    @property
+    def best(self) -> np.ndarray:
+        """Of each prompt the answer with the highest grade, the first of equals: int64, one a prompt."""
+        order = np.lexsort((-self.grades, self.groups))
+        return order[np.unique(self.groups[order], return_index=True)[1]]
+
 
 def measure(judged: Judged) -> dict[str, Any]:
     """All figures of the report, for report.json. A share is [value, low, high], with 95 % confidence."""

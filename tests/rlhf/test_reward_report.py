@@ -134,5 +134,9 @@ def test_the_report_is_kept_for_people_and_for_programs(tmp_path: Path) -> None:
 
 
 def test_no_pairs_are_said_to_be_none() -> None:
-    nothing = Judged(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert "nobody knows how good the model is" in summary(measure(nothing))
+    assert "nobody knows how good the model is" in summary(measure(Judged.empty()))
+
+
+def test_the_best_answers_are_the_first_with_the_highest_grade() -> None:
+    answers = judged((0, 1.0, 9.0, 5), (0, 3.0, 2.0, 5), (0, 3.0, 4.0, 5), (4, 0.0, 7.0, 5), (4, -1.0, 8.0, 5))
+    assert answers.best.tolist() == [1, 3]
