@@ -24,14 +24,14 @@ def dialogues(count: int, seed: int = 0, most_turns: int = 3, most_characters: i
     for number in range(count):
         turns = []
         for turn in range(int(chance.integers(1, most_turns + 1))):
-            question, answer = (_text(chance, most_characters) for _ in range(2))
+            question, answer = (made_up_text(chance, most_characters) for _ in range(2))
             turns.append({"from": "human", "value": f"第{seed}之{number}问：{question}" if turn == 0 else question})
             turns.append({"from": "gpt", "value": answer})
         records.append({"conversations": turns})
     return records
 
 
-def _text(chance: np.random.Generator, most: int) -> str:
+def made_up_text(chance: np.random.Generator, most: int) -> str:
     length = int(np.clip(chance.lognormal(2.5, 0.8), 1, most))
     return "".join(chance.choice(list(_WORDS), length))
 
