@@ -113,14 +113,48 @@ def test_what_is_advised_for_a_model_that_does_not_fit_makes_it_fit(folder: Path
     assert "it fits" in dry_run(folder, *card, "--plan.world", advised[1]).stdout
 
 
-def test_a_preset_is_planned_for_jobs_that_go_on_from_trained_weights(tmp_path: Path) -> None:
-    """Before anybody has downloaded them; no data is needed, and nothing is written."""
-    recipe = TOOLS.parent / "configs" / "ziya2_13b_sft_8xh100.yaml"
-    node = ("--plan.world", 8, "--plan.device_gib", 79.1)
-    (ended,) = run_tool("sft", "--dry-run", "--model", "ziya2-13b", "--config", recipe, *node, cwd=tmp_path)
+CONFIGS = TOOLS.parent / "configs"
+NODE = ("--plan.world", 8, "--plan.device_gib", 79.1)
+
+
+def plan_preset(job: str, recipe: str, folder: Path, *words: object) -> str:
+    """The plan of a preset by a shipped recipe on eight H100; no data is needed, and nothing is written."""
+    words = ("--dry-run", "--model", "ziya2-13b", "--config", CONFIGS / recipe, *NODE, *words)
+    (ended,) = run_tool(job, *words, cwd=folder)
     assert ended.code == 0, ended.stderr
-    assert "it fits the 79.1 GiB that are there" in ended.stdout
-    assert everything(tmp_path) == set()
+    assert everything(folder) == set()
+    return ended.stdout
+
+
+def test_a_preset_is_planned_for_fine_tuning_before_anybody_has_downloaded_it(tmp_path: Path) -> None:
+    assert "it fits the 79.1 GiB that are there" in plan_preset("sft", "ziya2_13b_sft_8xh100.yaml", tmp_path)
+
+
+def test_the_13b_recipe_of_a_reward_model_fits_eight_h100(tmp_path: Path) -> None:
+    plan = plan_preset("rm", "ziya2_13b_rm_8xh100.yaml", tmp_path)
+    assert "12,890,040,320 parameters" in plan and "it fits the 79.1 GiB that are there" in plan
+
+
+def test_the_13b_recipe_of_ppo_fits_eight_h100_with_room_for_24_000_cached_tokens_a_rank(tmp_path: Path) -> None:
+    plan = plan_preset("ppo", "ziya2_13b_ppo_8xh100.yaml", tmp_path)
+    assert "it fits the 79.1 GiB that are there" in plan
+    room = re.search(r"room for ([\d,]+) cached tokens a rank", plan)
+    assert room is not None and int(room[1].replace(",", "")) >= 24_000
+    header = "rollout scores old logprobs reference values policy update critic update"
+    assert plan.splitlines()[2].split() == ["GiB", *header.split()]
+    for held in ("policy: fp32 weights", "policy: moments", "critic: fp32 weights", "critic: moments"):
+        assert re.search(rf"^  {held} .*\d\.\d\d", plan, re.MULTILINE), held
+    for held in ("reference, frozen", "reward, frozen", "generator, whole", "keys and values"):
+        assert re.search(rf"^  {held} .*\d\.\d\d", plan, re.MULTILINE), held
+
+
+def test_what_is_advised_for_ppo_that_does_not_fit_makes_it_fit(tmp_path: Path) -> None:
+    recipe = "ziya2_13b_ppo_8xh100.yaml"
+    large = ("--train.recompute", "none", "--train.micro_batch_tokens", 16384)
+    plan = plan_preset("ppo", recipe, tmp_path, *large)
+    assert "it does not fit" in plan
+    assert "  --train.recompute full  (" in plan
+    assert "it fits" in plan_preset("ppo", recipe, tmp_path, *large, "--train.recompute", "full")
 
 
 def test_a_mistake_is_found_before_the_run(folder: Path) -> None:
