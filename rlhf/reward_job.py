@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.building import Base, base_tokenizer, find_trained, fit_vocabulary, make_run_directory, publisher
+from engine.building import Base, find_trained, make_run_directory, publisher
 from engine.config import check_range
 from engine.data.groups import PreferenceSet
 from engine.data.loader import require_a_step
@@ -26,6 +26,7 @@ from engine.job import (
     begin_anew,
     describe_run,
     make_model,
+    plan_alone,
     plan_report,
     rate_of,
     rate_report,
@@ -44,8 +45,8 @@ from engine.preferences import (
     open_preferences,
 )
 from engine.preview import show_ids
-from engine.sft import ChatConfig
-from model.chat import ChatTemplate, resolve_template
+from engine.sft import ChatConfig, read_chat_base
+from model.chat import ChatTemplate
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import ScalarModel
@@ -113,7 +114,7 @@ def rm(config: RmConfig) -> None:
     """
     config.check()
     directory = Path(config.out)
-    base = find_trained(config.model, "tools/sft.py", head=None)
+    base = find_trained(config.model, "tools/sft.py", head=None, is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
     runtime = start(config.parallel)
@@ -187,6 +188,8 @@ def rm(config: RmConfig) -> None:
 
 def dry_run(config: RmConfig, base: Base) -> None:
     """Print the memory plan, the schedule and the answers to one prompt to stdout."""
+    if base.directory is None and config.tokenizer is None:
+        return plan_alone(config, dataclasses.replace(base.config, head="score"))
     world = planned_world(config.plan)
     context = resolve_shape(config.train, base.config, world).context
     tokenizer, template, model = _read_base(config, base)
@@ -202,19 +205,10 @@ def dry_run(config: RmConfig, base: Base) -> None:
 
 def _read_base(config: RmConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, ModelConfig]:
     """Tokenizer and template of the base, and the configuration of a reward model on it."""
-    tokenizer = base_tokenizer(base, config.tokenizer)
-    assert tokenizer is not None
-    template = resolve_template(config.chat.template, tokenizer, config.chat.replace)
-    ends = template.end_ids(tokenizer)
-    model = dataclasses.replace(
-        fit_vocabulary(base, tokenizer),
-        head="score",
-        score_mean=None,
-        score_std=None,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=padding_id(tokenizer, ends),
-    )
-    return tokenizer, template, model
+    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
+    padding = padding_id(tokenizer, template.end_ids(tokenizer))
+    scoring = dataclasses.replace(model, head="score", score_mean=None, score_std=None, pad_token_id=padding)
+    return tokenizer, template, scoring
 
 
 def padding_id(tokenizer: Tokenizer, ends: Sequence[int]) -> int:
