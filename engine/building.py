@@ -54,13 +54,16 @@ def find_base(model: str) -> Base:
     return _open_base(model, "lm")
 
 
-def find_trained(model: str, maker: str, head: Head | None = "lm", is_planned: bool = False) -> Base:
-    """Resolve `--model` of a job that goes on from trained weights.
+def find_trained(
+    model: str, maker: str, head: Head | None = "lm", is_planned: bool = False, option: str = "--model"
+) -> Base:
+    """Resolve `--model` of a job that goes on from trained weights, or another option that names some.
 
     Args:
         maker: the tool that makes what the job goes on from, for messages.
         head: what the model must have; None for any.
         is_planned: nothing is trained, so a preset will do: its size is what is asked about.
+        option: for messages.
     Raises:
         InputError: a preset, no complete model directory, or a model with the other head.
     """
@@ -70,7 +73,7 @@ def find_trained(model: str, maker: str, head: Head | None = "lm", is_planned: b
         return Base(PRESETS[model], None)
     found = "a preset, whose weights are fresh, but this job goes on from trained ones"
     raise InputError(
-        f"--model {model}: {found if model in PRESETS else 'no such directory'}. Run {maker} first, or give a Hugging "
+        f"{option} {model}: {found if model in PRESETS else 'no such directory'}. Run {maker} first, or give a Hugging "
         "Face model directory."
     )
 

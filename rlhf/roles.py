@@ -142,7 +142,10 @@ def make_roles(
 
     reference = None
     if config.kl.coef > 0:
-        other = base if config.kl.reference is None else _open_reference(config.kl.reference, tokenizer)
+        other = base
+        if config.kl.reference is not None:
+            other = find_trained(config.kl.reference, "tools/sft.py", option="--kl.reference")
+            _check_tokenizer(other, tokenizer, "--kl.reference")
         shape = other.config.with_context(model.rope_length)
         offload = config.kl.offload and is_on_gpu
         reference = Frozen(CausalLM, shape, other, config, precision, runtime, offload)
@@ -195,11 +198,12 @@ def _make_critic(
 ) -> nn.Module:
     """From the reward model, in whatever size it has; else from a language model, with a head of zeros: V is 0."""
     if config.value.model is not None:
-        found = find_trained(config.value.model, "tools/rm.py", head=None)
+        found = find_trained(config.value.model, "tools/rm.py", None, option="--value.model")
         if found.config.head == "score":
             reward = open_reward_model(config.value.model, tokenizer, template)
         else:
-            reward, base = None, _with_tokenizer(found, tokenizer, "--value.model")
+            _check_tokenizer(found, tokenizer, "--value.model")
+            reward, base = None, found
     if reward is not None:
         shape = reward.config.with_context(model.rope_length)
         return make_model(NormalisedScore, shape, config, Base(reward.config, reward.directory), precision, runtime)
@@ -210,11 +214,7 @@ def _make_critic(
     return critic
 
 
-def _open_reference(directory: str, tokenizer: Tokenizer) -> Base:
-    return _with_tokenizer(find_trained(directory, "tools/sft.py"), tokenizer, "--kl.reference")
-
-
-def _with_tokenizer(base: Base, tokenizer: Tokenizer, option: str) -> Base:
+def _check_tokenizer(base: Base, tokenizer: Tokenizer, option: str) -> None:
     """
     Raises:
         InputError: the model reads with another tokenizer.
@@ -225,4 +225,3 @@ def _with_tokenizer(base: Base, tokenizer: Tokenizer, option: str) -> Base:
             f"{option} {base.directory} reads with another tokenizer than the policy; its ids would mean other words. "
             "Give a model that was trained from the same base."
         )
-    return base
