@@ -1,8 +1,8 @@
 """What tuning on a reward has brought: the true reward of sampled answers to held-out questions, before and after.
 
-Both models answer every question several times as in a rollout, at temperature 1 without filters. What is compared is a
-question's mean over its answers, and intervals are of a bootstrap over questions, both models' answers to a question
-drawn together. Beside the gain stands the gain at equal length,
+Both models answer every question several times, as in the rollouts that one was trained on, without filters. What is
+compared is a question's mean over its answers, and intervals are of a bootstrap over questions, both models' answers to
+a question drawn together. Beside the gain stands the gain at equal length,
 
     gain - slope × (length after - length before),
 
@@ -30,7 +30,6 @@ from samples.quiz import compare
 from samples.true_reward import Judge, TrueReward
 
 ANSWERS = 4  # to a question
-LONGEST = 64  # tokens
 RESAMPLES = 2000
 SHOWN = 3  # questions of which an answer is shown
 
@@ -62,33 +61,41 @@ class Trial:
     lengths: Array
 
 
-def report_gains(before: Path | str, after: Path | str) -> str:
-    """How two model directories answer the held-out questions: lines with the gain, its parts, and some answers."""
+def report_gains(before: Path | str, after: Path | str, longest: int = 64, temperature: float = 1.0) -> str:
+    """How two model directories answer the held-out questions: lines with the gain, its parts, and some answers.
+
+    Args:
+        longest: tokens of an answer.
+        temperature: of sampling.
+    """
     knowledge = load_knowledge()
     questions = questions_of(render_dialogues(knowledge)[1])
     judge = Judge(knowledge)
-    template = ChatTemplate.of(Tokenizer.load(after))
+    tokenizer = Tokenizer.load(after)
+    template = ChatTemplate.of(tokenizer)
     assert template is not None
     generators = [Generator.from_directory(directory) for directory in (before, after)]
-    old, new = (try_out(generator, template, questions, judge) for generator in generators)
+    options = SamplingOptions(temperature, max_new_tokens=longest, stop_ids=template.end_ids(tokenizer))
+    old, new = (try_out(generator, template, questions, options, judge) for generator in generators)
     lines = [
-        f"{len(questions)} held-out questions, {ANSWERS} sampled answers each (temperature 1), before and after, "
-        "with 95% intervals:",
+        f"{len(questions)} held-out questions, {ANSWERS} sampled answers each (temperature {temperature:g}), "
+        "before and after, with 95% intervals:",
         *gain_lines(old, new),
         f"KL(after ‖ before)   {divergence(generators[0], template, questions, new)} nats an answer",
         "Token by token the likeliest:",
-        compare(before, after),
+        compare(before, after, longest),
     ]
     for number in range(0, len(questions), len(questions) // SHOWN + 1):
         lines += ["", *_shown(questions[number], old, new, number)]
     return "\n".join(lines)
 
 
-def try_out(generator: Generator, template: ChatTemplate, questions: Sequence[Question], judge: Judge) -> Trial:
-    """Sampled answers to every question, judged; the same in every process."""
+def try_out(
+    generator: Generator, template: ChatTemplate, questions: Sequence[Question], options: SamplingOptions, judge: Judge
+) -> Trial:
+    """Sampled answers to every question, judged."""
     tokenizer = generator.tokenizer
     assert tokenizer is not None
-    options = SamplingOptions(max_new_tokens=LONGEST, stop_ids=template.end_ids(tokenizer))
     requests = [
         Request(template.encode_prompt(tokenizer, question.messages), options, ANSWERS, seed)
         for seed, question in enumerate(questions)

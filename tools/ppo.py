@@ -2,6 +2,10 @@
 
     torchrun --nproc-per-node 8 tools/ppo.py --model ckpt/sft --reward ckpt/rm --data prompts/ --out ckpt/ppo
     torchrun tools/ppo.py --reward my_rules:score --data prompts/ --ppo.advantage group --rollout.samples 8
+    torchrun tools/ppo.py --reward ckpt/rm            # the bundled questions, on what tools/sft.py has left
+
+Without --data, --model and --config it improves ckpt/sft on the bundled questions, by the recipe configs/demo_ppo.yaml,
+and tells what their true reward has gained.
 """
 
 from __future__ import annotations
@@ -12,14 +16,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.launch import run
+from engine.building import find_trained
+from engine.launch import is_main_process, run, speak
 from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_job import train_ppo
+from samples.bundle import bundled_prompts, sample_folder
+from samples.gains import report_gains
 
 
 def main(config: PpoConfig) -> None:
     train_ppo(config)
 
 
+def demo(config: PpoConfig) -> None:
+    """The same on the bundled questions, and what the true reward of the answers has gained."""
+    find_trained(config.model, "tools/sft.py")  # before anything is written
+    speak("No --data: these are the bundled questions.")
+    with sample_folder(config.out, config.dry_run) as folder:
+        train, held_out = bundled_prompts(folder)
+        config.data.paths, config.eval.data = [str(train)], [str(held_out)]
+        train_ppo(config)
+    if is_main_process() and not config.dry_run:
+        print(report_gains(config.model, config.out, config.rollout.max_new_tokens, config.rollout.temperature))
+
+
 if __name__ == "__main__":
-    run(main, PpoConfig, aliases={"data": "data.paths", "reward": "reward.source"})
+    words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
+    is_demo = not {"--data", "--data.paths", "--model", "--config"} & set(words)
+    recipe = ROOT / "configs" / "demo_ppo.yaml" if is_demo else None
+    aliases = {"data": "data.paths", "reward": "reward.source"}
+    run(demo if is_demo else main, PpoConfig, aliases=aliases, default_config=recipe)

@@ -7,6 +7,7 @@ import pytest
 
 from model.chat import ChatTemplate
 from model.generate import Generator
+from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer
 from samples.dialogues import Dialogue
 from samples.gains import Trial, bootstrap, divergence, gain_at_equal_length, gain_lines, report_gains, try_out
@@ -68,7 +69,8 @@ def test_a_model_has_gained_nothing_over_itself_and_is_no_distance_away(
     questions = questions_of(dialogues.held_out)[:6]
     generator = Generator.from_directory(directory)
     template = ChatTemplate.of(generator.tokenizer)
-    old, new = (try_out(generator, template, questions, bundled_judge()) for _ in range(2))
+    options = SamplingOptions(max_new_tokens=16, stop_ids=template.end_ids(generator.tokenizer))
+    old, new = (try_out(generator, template, questions, options, bundled_judge()) for _ in range(2))
     assert [one.ids for own in old.answers for one in own] == [one.ids for own in new.answers for one in own]
     assert len({tuple(one.ids) for one in old.answers[0]}) == ANSWERS  # samples of a question differ
     # In fp32 the sampler's log-probabilities are within 1e-5 of a forward pass over the finished text, a token.
@@ -76,12 +78,8 @@ def test_a_model_has_gained_nothing_over_itself_and_is_no_distance_away(
     assert abs(divergence(generator, template, questions, new).value) < most
 
 
-def test_the_report_puts_both_models_to_every_held_out_question(
-    directory: Path, dialogues: Splits[Dialogue], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("samples.gains.LONGEST", 4)
-    monkeypatch.setattr("samples.quiz.LONGEST", 4)
-    said = report_gains(directory, directory)
+def test_the_report_puts_both_models_to_every_held_out_question(directory: Path, dialogues: Splits[Dialogue]) -> None:
+    said = report_gains(directory, directory, longest=4)
     assert said.startswith(f"{len(questions_of(dialogues.held_out))} held-out questions, 4 sampled answers each")
     assert "+0.000 (+0.000 to +0.000)" in said and "Right department: 0 of" in said
     assert said.count("  before ") == said.count("  after  ") == 3
