@@ -16,7 +16,7 @@ from engine.agreement import ControlGroup
 from engine.files import explain
 from engine.launch import speak
 from engine.mesh import Runtime
-from engine.publish import publish, require_model
+from engine.publish import STATE, publish, require_model
 from engine.shard import fill
 from model.config import PRESETS, Head, ModelConfig, parameter_shapes
 from model.errors import InputError
@@ -155,10 +155,10 @@ def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
     """
     aside = next(path for n in itertools.count(1) if not (path := directory / f"replaced-{n}").exists())
     # The state goes first: whatever happens then, nobody resumes from it here.
-    entries = sorted(directory.iterdir(), key=lambda entry: entry.name != "state")
+    entries = sorted(directory.iterdir(), key=lambda entry: entry.name not in STATE)
     stays = {*_KEPT, *moving_in}
     try:
-        if (directory / "state").is_dir():
+        if any((directory / name).is_dir() for name in STATE):
             aside.mkdir()
             for entry in entries:
                 if entry.name not in stays and not entry.name.startswith("replaced-"):

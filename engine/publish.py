@@ -24,6 +24,8 @@ from model.errors import InputError
 
 MODEL_COMPLETE = "MODEL_COMPLETE"
 PUBLISHING = ".model-publishing"
+STATE = ("state", "rounds")
+"""What a run that may go on has in its directory: its checkpoints, or the rounds of rejection sampling."""
 SCHEMA = 1
 
 # What an earlier publication with more shards may have left: index and shards are read by name.
@@ -140,7 +142,7 @@ def require_model(directory: Path | str) -> Path:
         raise InputError(f"{directory}: there is no such model directory. Give a preset's name or an existing one.")
     marker = directory / MODEL_COMPLETE
     if not marker.exists():
-        if (directory / "state").exists() or (directory / PUBLISHING).exists():
+        if any((directory / name).exists() for name in (*STATE, PUBLISHING)):
             raise InputError(
                 f"{directory}: this run has not finished writing its model. Resume it with the same command first."
             )

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 8 tools/rejection.py --model ckpt/sft --reward ckpt/rm --data prompts/ --rounds 4
     torchrun tools/rejection.py --reward my_rules:score --data prompts/ --select.by top --select.keep 100000
-    python tools/rejection.py --reward ckpt/rm        # the bundled prompts, on what tools/sft.py and tools/rm.py made
+    python tools/rejection.py --reward ckpt/rm        # the bundled questions, on what tools/sft.py and tools/rm.py made
 
-Without --data, --model and --config it works on ckpt/sft with the bundled prompts, by the recipe
+Without --data, --model and --config it works on ckpt/sft with the bundled questions, by the recipe
 configs/demo_rejection.yaml.
 """
 
@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained
-from engine.launch import run, speak
+from engine.launch import is_main_process, run, speak
 from rlhf.rejection_config import RejectionConfig
 from rlhf.rejection_job import rejection
 from samples.bundle import bundled_prompts, sample_folder
+from samples.gains import report_gains
+from samples.gains import report_gains
 
 
 def main(config: RejectionConfig) -> None:
@@ -28,13 +30,15 @@ def main(config: RejectionConfig) -> None:
 
 
 def demo(config: RejectionConfig) -> None:
-    """The same on the bundled prompts."""
+    """The same on the bundled prompts, and what the true reward of the answers has gained."""
     find_trained(config.model, "tools/sft.py")  # before anything is written
-    speak("No --data: these are the bundled prompts.")
+    speak("No --data: these are the bundled questions.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_prompts(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         rejection(config)
+    if is_main_process() and not config.dry_run:
+        print(report_gains(config.model, config.out, config.rollout.max_new_tokens, config.rollout.temperature))
 
 
 if __name__ == "__main__":
