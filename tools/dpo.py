@@ -19,7 +19,6 @@ from engine.launch import is_main_process, run, speak
 from rlhf.dpo_job import DpoConfig, dpo
 from samples.bundle import bundled_preferences, sample_folder
 from samples.gains import report_gains
-from samples.gains import report_gains
 
 
 def main(config: DpoConfig) -> None:

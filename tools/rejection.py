@@ -22,7 +22,6 @@ from rlhf.rejection_config import RejectionConfig
 from rlhf.rejection_job import rejection
 from samples.bundle import bundled_prompts, sample_folder
 from samples.gains import report_gains
-from samples.gains import report_gains
 
 
 def main(config: RejectionConfig) -> None:
