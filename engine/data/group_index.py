@@ -1,8 +1,8 @@
 """Stored records put together to groups: which answers are compared with each other.
 
 A record with several answers is a group by itself; one that repeats an earlier one is dropped. Records of one answer
-(the rows of a table of candidates) make a group with all others of the same prompt, wherever in the files they stand.
-Pairs with one prompt stay apart: nobody has compared the answer of one with the answer of another.
+(the rows of a table of candidates) are joined to groups (`candidates.py`), wherever in the files they stand. Pairs with
+one prompt stay apart: nobody has compared the answer of one with the answer of another.
 
 All this is found by sorting hashes, some 40 bytes a record, and kept beside the tokens:
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.candidates import join
 from engine.data.corpus import Store
-from engine.data.preferences import spread
 from engine.data.ranked_encoder import FACTS, HEAD
 from engine.data.shards import Prepared, token_path
 from engine.files import sync_file, write_durably
@@ -188,36 +188,13 @@ class _Grouping:
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
         """Records of one answer that are compared with others, and the number of each one's group."""
-        records = self.records
-        rows = np.flatnonzero(records.answers == 1)
-        _, owners = np.unique(self.store.hashes(0, len(self.store))[rows, 0], return_inverse=True)
-        if not len(rows):
-            return rows, owners
-        # Equal answers side by side, the earliest first.
-        order = np.lexsort((rows, records.answer[rows], owners))
-        rows, owners = rows[order], owners[order]
-        is_repeat = np.r_[False, (owners[1:] == owners[:-1]) & (np.diff(records.answer[rows]) == 0)]
-        twin = np.maximum.accumulate(np.where(is_repeat, 0, np.arange(len(rows))))
-        is_other = records.grade[rows] != records.grade[rows[twin]]
-        self.duplicates += int((is_repeat & ~is_other).sum())
-        contradicted = np.bincount(owners, is_other) > 0
-        order = np.lexsort((rows[~is_repeat], owners[~is_repeat]))
-        rows, owners = rows[~is_repeat][order], owners[~is_repeat][order]
-
-        starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-        counts = np.diff(np.r_[starts, len(rows)])
-        low, high = (find.reduceat(records.grade[rows], starts) for find in (np.minimum, np.maximum))
-        has_order = (low < high) & ~contradicted
-        for group in np.flatnonzero(~has_order):
-            self.left_out.append((int(rows[starts[group]]), _reason(bool(contradicted[group]), int(counts[group]))))
-        is_kept = np.repeat(has_order, counts)
-        for group in np.flatnonzero(has_order & (counts > self.max_responses)):
-            start, stop = starts[group], starts[group] + counts[group]
-            is_kept[start:stop] = False
-            is_kept[start + np.array(spread(records.grade[rows[start:stop]].tolist(), self.max_responses))] = True
-            self.beyond_most += int(counts[group]) - self.max_responses
-        _, renumbered = np.unique(owners[is_kept], return_inverse=True)
-        return rows[is_kept], renumbered
+        rows = np.flatnonzero(self.records.answers == 1)
+        prompts = self.store.hashes(0, len(self.store))[rows, 0]
+        joined = join(prompts, self.records.answer[rows], self.records.grade[rows], self.max_responses)
+        self.duplicates += joined.duplicates
+        self.beyond_most += joined.beyond_most
+        self.left_out += [(int(rows[first]), reason) for first, reason in joined.left_out]
+        return rows[joined.rows], joined.owners
 
     def _faults(self) -> Iterator[dict[str, Any]]:
         """Groups that are left out, by the place of their first candidates."""
@@ -231,9 +208,3 @@ class _Grouping:
             # Lines of JSON that was read in several pieces are counted from the piece's beginning.
             is_exact = file["format"] != "json_lines" or units[units <= record].max() <= first
             yield {"file": file["file"], "line": int(self.records.line[record]) if is_exact else None, "reason": reason}
-
-
-def _reason(is_contradicted: bool, count: int) -> str:
-    if is_contradicted:
-        return "an answer to this question has two grades"
-    return "this question has one answer" if count == 1 else f"all {count} answers to this question have one grade"

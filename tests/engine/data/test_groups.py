@@ -166,9 +166,10 @@ def test_candidates_that_teach_nothing_are_listed_by_their_first_row(tmp_path: P
 
 def test_place_in_a_later_file_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     first = write(tmp_path / "1.jsonl", [pair(), {"broken": 1}, pair("咳嗽？")])
-    second = write(tmp_path / "2.jsonl", [pair("发热？"), {"broken": 1}, row(1, GOOD, "甲")])
+    second = write(tmp_path / "2.jsonl", [{"broken": 1}, row(1, GOOD, "甲"), pair("发热？"), row(1, GOOD, "乙")])
     open_files(tmp_path / "out", [first, second], ranked_encoder(tokenizer))
-    assert listed(tmp_path / "out" / "left_out.jsonl") == [("2.jsonl", 3, "this question has one answer")]
+    alone = "this question has one answer"
+    assert listed(tmp_path / "out" / "left_out.jsonl") == [("2.jsonl", 2, alone), ("2.jsonl", 4, alone)]
 
 
 def test_repetitions_count_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -193,7 +194,8 @@ def test_candidates_beyond_the_most_are_counted(tmp_path: Path, tokenizer: Token
 
 
 def test_units_of_work_do_not_change_the_groups(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    records = [*comparisons(30), *(row(place % 2, f"答{place}", f"问{place % 5}") for place in range(40))]
+    candidates = [row(place % 2, f"答{place}", f"问{place % 5}") for place in range(40)]
+    records = [*comparisons(30), *candidates, row(1, GOOD, "独问")]
     whole = open_records(tmp_path / "1", records, tokenizer)
     raw = tmp_path / "1" / "raw.jsonl"
     prepare([raw], ranked_encoder(tokenizer), tmp_path / "2", PreferenceOptions(), workers=2, unit_bytes=1000)
@@ -202,6 +204,9 @@ def test_units_of_work_do_not_change_the_groups(tmp_path: Path, tokenizer: Token
     for one, other in zip(every(whole), every(cut), strict=True):
         assert one.grades == other.grades and one.first_sequence == other.first_sequence
         assert all(np.array_equal(*ids) for ids in zip(one.ids, other.ids, strict=True))
+    # Lines of JSON read in pieces are not counted from the file's beginning: better none than a wrong one.
+    assert [place for _, place, _ in listed(tmp_path / "1" / "prepared" / "left_out.jsonl")] == [71]
+    assert [place for _, place, _ in listed(tmp_path / "2" / "left_out.jsonl")] == [None]
 
 
 def test_another_grade_is_another_set(tmp_path: Path, tokenizer: Tokenizer) -> None:
