@@ -45,6 +45,7 @@ from engine.preferences import (
     open_preferences,
 )
 from engine.preview import show_ids
+from engine.schedule import ScheduleConfig
 from engine.sft import ChatConfig, read_chat_base
 from model.chat import ChatTemplate
 from model.config import ModelConfig
@@ -90,6 +91,7 @@ class RmConfig(JobConfig):
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_ratio=0.03))
     eval: EvalConfig = field(default_factory=lambda: EvalConfig(fraction=0.05))
     data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)

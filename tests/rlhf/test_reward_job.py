@@ -130,6 +130,14 @@ def test_transformers_gives_the_scores_that_the_directory_is_normalised_by(folde
     together = theirs(padded, attention_mask=mask.long()).logits[:, 0]
     assert len({len(row) for row in ids}) >= 10 and (alone - together).abs().max() < 1e-5
 
+    from transformers import AutoTokenizer
+
+    row = json.loads((folder / "held.jsonl").read_text().splitlines()[0])
+    said = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["responses"][0]["text"]}]
+    inputs = AutoTokenizer.from_pretrained(made).apply_chat_template(said, return_tensors="pt", return_dict=True)
+    normalised = (theirs(**inputs).logits[0, 0] - theirs.config.score_mean) / theirs.config.score_std
+    assert normalised.item() == pytest.approx(opened.normalise(alone[0]).item(), abs=1e-5)
+
     best = [max(range(4), key=lambda place: grades[first + place]) + first for first in range(0, 400, 4)]
     scores = opened.normalise(alone[best].double())
     assert abs(scores.mean()) < 1e-5 and abs(scores.std(correction=0) - 1) < 1e-5

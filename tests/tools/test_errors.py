@@ -14,15 +14,17 @@ from model.config import parameter_shapes
 from model.hf import load_config, write_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import train_sentencepiece
+from tests.rlhf.planted import write_comparisons
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes_rm import MISTAKES_RM, rm
 from tests.tools.mistakes_sft import MISTAKES_SFT, sft
 from tests.tools.mistakes_tools import MISTAKES_TOOLS
 from tests.tools.small_job import write_small_job
 from tests.tools.small_sft import write_small_sft_job
 
-PLAYED = {**MISTAKES, **MISTAKES_SFT, **MISTAKES_TOOLS}
+PLAYED = {**MISTAKES, **MISTAKES_SFT, **MISTAKES_RM, **MISTAKES_TOOLS}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -46,6 +48,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     write_small_job(folder)
     write_small_sft_job(folder, base="chat-base", out="tuned")
+    write_comparisons(folder / "compared.jsonl", 40, 3)
     wide = dataclasses.replace(load_config(folder / "base"), intermediate_size=64)
     shapes = parameter_shapes(wide)
     shutil.copytree(folder / "base", folder / "wide")
@@ -60,6 +63,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare("--out", "parts", "--part", "1/2"),
         prepare("--out", "parts", "--part", "2/2"),
         sft(),
+        rm("--out", "judge"),
     ):
         (ended,) = run_tool(command.tool, *command.words, cwd=folder)
         assert ended.code == 0, ended.stderr
@@ -69,7 +73,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_of_the_page_is_played_and_every_mistake_has_a_row() -> None:
     assert sorted(page_rows()) == sorted(PLAYED)
     assert len(MISTAKES) >= 30 and len(MISTAKES_SFT) >= 15
-    assert len(PLAYED) == len(MISTAKES) + len(MISTAKES_SFT) + len(MISTAKES_TOOLS), "a situation is played twice"
+    groups = (MISTAKES, MISTAKES_SFT, MISTAKES_RM, MISTAKES_TOOLS)
+    assert len(PLAYED) == sum(map(len, groups)), "a situation is played twice"
 
 
 def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
