@@ -61,7 +61,7 @@ class Read:
     """What models say of small samples, over the micro-batches of a rank."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.trajectory = runtime, Trajectory.of(small_samples()[1], "cpu")
+        self.runtime, self.trajectory = runtime, Trajectory.of(small_samples()[1], runtime.device)
         everybody = np.arange(self.trajectory.num_samples)
         self.slices = micro_batches(self.trajectory, everybody, 2 * CONTEXT, runtime.rank, runtime.world)
 
