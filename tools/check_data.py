@@ -3,8 +3,8 @@
     python tools/check_data.py --data PATH... [--tokenizer DIR] [--held_out PATH...]
     python tools/check_data.py --data PATH... --model DIR --template chatml --context 4096
 
-What the files hold, texts or conversations, is found from the first records. A conversation's tokens are counted under
-a chat template, and some are shown with the trained ones marked.
+What the files hold, texts, conversations or comparisons of answers, is found from the first records. Tokens of the
+latter two are counted under a chat template, and some are shown with the trained ones marked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.config import check_range
 from engine.data.check import check, render
 from engine.data.check_conversations import Counting, are_conversations, check_conversations, render_conversations
+from engine.data.check_preferences import are_preferences, check_preferences, render_preferences
 from engine.data.conversation_files import ConversationOptions
+from engine.data.preference_files import PreferenceOptions
+from engine.data.preferences import ONLY_PREFERENCES
 from engine.data.progress import ProgressLine
 from engine.data.sources import DataOptions, only
 from engine.launch import run
@@ -32,16 +35,19 @@ class CheckOptions(DataOptions):
     """Which files, and how they are read."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """of conversations: what fields mean, where the schema is not known by itself: user=ask assistant=answer"""
+    """what fields mean, where the schema is not known by itself: user=ask assistant=answer; of comparisons user=ask
+    chosen=good rejected=bad"""
     system: str | None = None
     """system prompt of conversations that have none; by default they have none"""
+    max_responses: int = 9
+    """of comparisons: answers to one prompt"""
 
 
 @dataclass
 class CheckConfig:
     """Report on raw files or prepared directories."""
 
-    kind: Literal["auto", "text", "conversations"] = "auto"
+    kind: Literal["auto", "text", "conversations", "preferences"] = "auto"
     """what the files hold; auto: what their first records are"""
     model: str | None = None
     """the same as --tokenizer"""
@@ -63,17 +69,36 @@ def main(config: CheckConfig) -> None:
     directory = config.tokenizer or config.model
     tokenizer = Tokenizer.load(directory) if directory else None
     progress = ProgressLine("Reading")
-    options = only(ConversationOptions, config.data)
-    is_conversations = config.kind == "conversations" or bool(config.data.keys)
-    if is_conversations or (config.kind == "auto" and are_conversations(config.data.paths, options, config.data)):
-        counting = None
-        if tokenizer is not None:
-            template = resolve_template(config.template, tokenizer, replace=True)
-            counting = Counting(template, tokenizer, config.context)
-        report = check_conversations(config.data.paths, options, counting, config.held_out, progress)
-        print(render_conversations(report, config.context))
+    kind, paths = config.kind, config.data.paths
+    if kind == "auto":
+        kind = _kind(config.data)
+    counting = None
+    if tokenizer is not None and kind != "text":
+        template = resolve_template(config.template, tokenizer, replace=True)
+        counting = Counting(template, tokenizer, config.context)
+    if kind == "preferences":
+        options = only(PreferenceOptions, config.data)
+        options.check()
+        report = check_preferences(paths, options, counting, config.held_out, progress)
+        print(render_preferences(report, counting and config.context, "tokens" if counting else "characters"))
+    elif kind == "conversations":
+        conversations = only(ConversationOptions, config.data)
+        print(
+            render_conversations(
+                check_conversations(paths, conversations, counting, config.held_out, progress), config.context
+            )
+        )
     else:
-        print(render(check(config.data.paths, tokenizer, config.data, config.held_out, config.verify, progress)))
+        print(render(check(paths, tokenizer, config.data, config.held_out, config.verify, progress)))
+
+
+def _kind(data: CheckOptions) -> Literal["text", "conversations", "preferences"]:
+    """What the first records are, or what their fields are said to mean."""
+    if data.keys:
+        return "preferences" if data.keys.keys() & set(ONLY_PREFERENCES) else "conversations"
+    if are_preferences(data.paths, only(PreferenceOptions, data)):
+        return "preferences"
+    return "conversations" if are_conversations(data.paths, only(ConversationOptions, data), data) else "text"
 
 
 if __name__ == "__main__":

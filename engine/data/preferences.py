@@ -18,11 +18,9 @@ from engine.data.conversations import ROLES, UnknownFieldsError, parse_conversat
 from engine.data.records import CONVERSATION_FIELDS, kind_of, names_in
 from model.chat import ConversationError, Message
 
-KEYS = (
-    *("user", "assistant", "system", "history", "turns", "role", "content"),
-    *("chosen", "rejected", "responses", "text", "score", "rank"),
-)
-"""What a field can be mapped to."""
+ONLY_PREFERENCES = ("chosen", "rejected", "responses", "text", "score", "rank")
+KEYS = ("user", "assistant", "system", "history", "turns", "role", "content", *ONLY_PREFERENCES)
+"""What a field can be mapped to; the former are of comparisons alone."""
 
 _PAIRS = (
     ("chosen", "rejected"),

@@ -115,7 +115,7 @@ class RankedEncoder(Encoder):
         facts = np.zeros((len(places), FACTS), self.dtype)
         facts[:, 0] = [len(each.ids) for each in encoded]
         facts[:, 1] = np.array([response.grade for response in responses], "<f4").view(self.dtype)
-        hashes = b"".join(_hash(response.text.strip()) for response in responses)
+        hashes = b"".join(digest(response.text.strip()) for response in responses)
         facts[:, 2:] = np.frombuffer(hashes, self.dtype).reshape(-1, 2)
         head = np.array([len(places), line], self.dtype)
         cells = np.concatenate([head, facts.ravel(), *(self._flagged(each) for each in encoded)])
@@ -144,8 +144,9 @@ def comparison_hash(found: Comparison) -> bytes:
     prompt = [(message.role, message.content) for message in found.prompt]
     answers = [] if found.is_candidate else sorted(found.responses)
     first = next(message.content for message in found.prompt if message.role == "user")
-    return _hash(json.dumps([prompt, answers])) + question_hash(first)
+    return digest(json.dumps([prompt, answers])) + question_hash(first)
 
 
-def _hash(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """64 bits that stand for a text."""
     return blake2b(text.encode(), digest_size=8).digest()
