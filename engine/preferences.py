@@ -119,7 +119,7 @@ def _open(
     if not paths:
         raise InputError("There is no data. Name files or directories with --data.")
     for path in filter(is_prepared, paths):
-        raise InputError(f"{path}: prepared from other data. Give the files that compare answers.")
+        raise InputError(f"{path}: prepared; comparisons are prepared by the job that reads them. Give the raw files.")
     encoder = RankedEncoder(template, tokenizer, context, config.max_responses)
     target = directory / "prepared" / preparation_key(paths, encoder, config)
     prepare(paths, encoder, target, config, workers=config.workers, progress=ProgressLine("Preparing"))

@@ -46,8 +46,8 @@ class Groups(Store):
         super().__init__([[Prepared(directory)]])
         self.facts = index.facts
         self.fingerprint = index.facts.fingerprint
-        self._groups, self._members = index.groups, index.members
-        first = self._members[self._groups["members"]]
+        self.groups, self.members = index.groups, index.members
+        first = self.members[self.groups["members"]]
         self.source_bounds = np.searchsorted(first, self.source_bounds)
 
     def __len__(self) -> int:
@@ -55,33 +55,33 @@ class Groups(Store):
 
     @property
     def num_tokens(self) -> int:
-        return int(self._groups["tokens"].sum(dtype=np.int64))
+        return int(self.groups["tokens"].sum(dtype=np.int64))
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
-        return self._groups["tokens"][documents].astype(np.int64)
+        return self.groups["tokens"][documents].astype(np.int64)
 
     def sequences(self, documents: np.ndarray) -> np.ndarray:
         """Sequences of each group: int64, the shape of `documents`."""
-        return self._groups["sequences"][documents].astype(np.int64)
+        return self.groups["sequences"][documents].astype(np.int64)
 
     def hashes(self, first: int, last: int) -> np.ndarray:
-        return np.ascontiguousarray(self._groups["hashes"][first:last])
+        return np.ascontiguousarray(self.groups["hashes"][first:last])
 
     def tokens_between(self, first: int, last: int) -> int:
-        return int(self._groups["tokens"][first:last].sum(dtype=np.int64))
+        return int(self.groups["tokens"][first:last].sum(dtype=np.int64))
 
     def group(self, number: int) -> Group:
         """A group by its number."""
-        end = self._groups["members"][number + 1] if number + 1 < len(self) else len(self._members)
+        end = self.groups["members"][number + 1] if number + 1 < len(self) else len(self.members)
         ids: list[np.ndarray] = []
         grades: list[float] = []
-        for record in self._members[self._groups["members"][number] : end].tolist():
+        for record in self.members[self.groups["members"][number] : end].tolist():
             answers = unpack(super().read(record))
             ids += answers.ids
             grades += answers.grades.tolist()
         starts = [int(np.argmax(cells >= TRAINED)) for cells in ids]
         plain = [(cells % TRAINED).astype(np.int64) for cells in ids]
-        return Group(plain, starts, grades, int(self._groups["sequence"][number]))
+        return Group(plain, starts, grades, int(self.groups["sequence"][number]))
 
 
 class PreferenceSet(Corpus):
