@@ -27,6 +27,7 @@ from engine.job import (
     begin_anew,
     describe_run,
     make_model,
+    plan_alone,
     plan_report,
     rate_of,
     rate_report,
@@ -52,6 +53,7 @@ from engine.watchdog import Watchdog
 from model.heads import CausalLM
 from rlhf.dpo import SHOWN, DpoLossConfig, dpo_objective
 from rlhf.reference import reference_key, reference_logprobs
+from rlhf.reward_job import show_group
 
 LEARNING_RATE = 5e-7
 """What 7B to 70B took (Ivison et al. 2023, Tunstall et al. 2023): the log-ratio of a whole answer moves fast."""
@@ -87,7 +89,7 @@ def dpo(config: DpoConfig) -> None:
     """
     config.check()
     directory = Path(config.out)
-    base = find_trained(config.model, "tools/sft.py")
+    base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
     runtime = start(config.parallel)
@@ -110,6 +112,8 @@ def dpo(config: DpoConfig) -> None:
     if runtime.is_main:
         speak(describe_preferences(comparisons, held_out))
         describe_run(recipe, model_config, shape, runtime, "an answer with its prompt at most")
+        speak(f"The chat template is {template.name}. A prompt's answers, compared tokens marked:")
+        speak(show_group(comparisons, tokenizer))
 
     precision = resolve_precision(config.train, runtime)
     model = make_model(CausalLM, model_config, config, base, precision, runtime)
@@ -150,6 +154,7 @@ def dpo(config: DpoConfig) -> None:
                 **dataclasses.asdict(shape),
             },
             publish=publisher(model, model_config, template.store(tokenizer), "dpo", STORED[precision]),
+            counts="prompts",
             shown=SHOWN,
         ),
         checkpoint=config.checkpoint,
@@ -164,12 +169,14 @@ def dpo(config: DpoConfig) -> None:
 
 def dry_run(config: DpoConfig, base: Base) -> None:
     """Print the memory plan, the schedule and the answers to one prompt to stdout."""
+    if base.directory is None and config.tokenizer is None:
+        return plan_alone(config, base.config, loss="logprob")
     world = planned_world(config.plan)
     context = resolve_shape(config.train, base.config, world).context
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look, largest = look_at_preferences(config.data, template, tokenizer, context)
     shape = resolve_shape(config.train, base.config, world, largest)
-    print(plan_report(config, model, shape))
+    print(plan_report(config, model, shape, loss="logprob"))
     print(f"data: about {look.tokens:,} tokens, which are read once more for the reference")
     print(rate_report(_resolve(config, shape, math.ceil(look.tokens / shape.tokens_per_pack)), shape))
     print(f"the answers to one prompt as {template.name} writes them, after their grades; what is compared is marked:")
