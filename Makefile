@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu lint bench-train bench-generate bench-kernels tune-kernels clean
+.PHONY: setup demo test test-gpu mutate-rlhf lint bench-train bench-generate bench-kernels tune-kernels clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ test: $(READY)
 # The kernels' own tests too: on a GPU they run compiled, and in bf16. One process, for one GPU.
 test-gpu: $(READY)
 	$(BIN)/pytest tests/gpu tests/kernels tests/engine/test_training_curve.py
+
+# Breaks the details of docs/rlhf-details.md in a copy of the tree, one at a time: a test must notice each.
+mutate-rlhf: $(READY)
+	$(BIN)/python tests/mutate_rlhf.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

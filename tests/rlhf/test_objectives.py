@@ -146,7 +146,7 @@ def test_statistics_are_means_over_actions_alone() -> None:
         "policy/ratio_mean": ratios.mean().item(),
         "policy/ratio_variance": ratios.var(correction=0).item(),
         "policy/entropy": 1.5,
-        "policy/kl": 0.0,
+        "policy/kl_loss": 0.0,
     }
     assert statistics == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
