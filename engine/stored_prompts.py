@@ -152,20 +152,20 @@ def open_prompts(
         target.mkdir(parents=True, exist_ok=True)
         _write(target, paths, keys, template, tokenizer, context - max_new_tokens, system)
     report = json.loads((target / _COMPLETE).read_text(encoding="utf-8"))
-    said = [f"{report['count']:,} different prompts, {report['tokens']:,} tokens"]
+    said = [f"{report['count']:,} prompts, {report['tokens']:,} tokens"]
     said += [f"{report[name]:,} {what}" for name, what in _COUNTS.items() if report[name]]
     speak("; ".join(said) + ".")
     for reason, (number, where) in report["refused"].items():
         speak(f"Left out: {number:,} x {reason} (first {where}).")
     if not report["count"]:
-        raise InputError(f"{', '.join(paths)}: there is no prompt in it. Give --data other files.")
+        raise InputError(
+            f"{', '.join(paths)}: no prompt of it can be used. Give --data other files, or lower "
+            "--rollout.max_new_tokens."
+        )
     return Prompts(_Files.open(target, report["fingerprint"]), np.arange(report["count"]))
 
 
-_COUNTS = {
-    "repeated": "times one that was there already",
-    "shortened": "without their oldest turns, to fit the context",
-}
+_COUNTS = {"repeated": "repetitions dropped", "shortened": "without their oldest turns, to fit the context"}
 
 
 def _write(

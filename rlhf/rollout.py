@@ -7,6 +7,7 @@ and nothing penalised: a token's probability is that of softmax(logits / tempera
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from torch import nn
 from engine.mesh import Runtime
 from engine.publish import gather_full
 from model.config import ModelConfig
+from model.errors import InputError
 from model.generate import Completion, Generator, Request
+from model.kv_cache import page_bytes, pages_for
 from model.sampling import SamplingOptions, row_seed
 from model.tokenizer import Tokenizer
 from rlhf.prompts import Prompt
@@ -40,6 +43,8 @@ class Rollout:
 
     Attributes:
         seconds: of the last rollout, by part: weights, generation, exchange.
+    Raises:
+        InputError: the cache would not hold one prompt with its answer.
     """
 
     def __init__(
@@ -55,6 +60,12 @@ class Rollout:
         cache_bytes: int | None = None,
         keep: bool = False,
     ) -> None:
+        needed = (1 + pages_for(context)) * page_bytes(config, dtype)
+        if cache_bytes is not None and cache_bytes < needed:
+            raise InputError(
+                f"--rollout.cache_gib {cache_bytes / 2**30:g} does not hold an answer with its prompt, {context} "
+                f"tokens. Use at least {math.ceil(1000 * needed / 2**30) / 1000:g}, or lower --train.context."
+            )
         self.seconds: dict[str, float] = {}
         self.generator: Generator | None = None
         self._config, self._tokenizer, self._stop_ids = config, tokenizer, tuple(stop_ids)

@@ -93,7 +93,7 @@ def test_prompt_and_longest_answer_fit_the_context(
     assert any(shortened.ids == template.encode_prompt(tokenizer, kept[start:]) for start in range(2, len(kept), 2))
     assert short.messages[0].content == "短？"
     said = capfd.readouterr().err
-    assert "2 different prompts" in said and "1 times one" in said and "1 without their oldest turns" in said
+    assert "2 prompts" in said and "1 repetitions" in said and "1 without their oldest turns" in said
     assert f"1 x its last question takes N tokens of a context of N (first {data}:1)" in said
     assert f"(first {data}:4)" in said
 
@@ -105,7 +105,7 @@ def test_a_prompt_may_take_all_that_the_answer_leaves_and_no_token_more(
     data = write(tmp_path / "a.jsonl", {"prompt": "短？"})
     size = len(template.encode_prompt(tokenizer, [Message("user", "短？")]))
     assert len(opened(chat, tmp_path / "out", data, context=size + NEW)) == 1
-    with pytest.raises(InputError, match="there is no prompt in it"):
+    with pytest.raises(InputError, match="no prompt of it can be used"):
         opened(chat, tmp_path / "out", data, context=size + NEW - 1)
 
 

@@ -20,9 +20,11 @@ from engine.publish import gather_full
 from engine.shard import Precision, fill, local, parallelize
 from model.batch import Layout
 from model.config import ModelConfig, parameter_shapes
+from model.errors import InputError
 from model.generate import Completion, Generator, Request
 from model.heads import CausalLM
 from model.init import initial_value
+from model.kv_cache import page_bytes
 from model.sampling import TokenChooser
 from model.tokenizer import Tokenizer
 from rlhf.micro_batches import each_token, micro_batches
@@ -273,3 +275,12 @@ def test_the_generator_computes_in_the_compute_dtype(tokenizer: Tokenizer, runti
     )
     error, of_same_dtype = ((x - in_fp32).abs().mean() for x in (trajectory.sampled_logprob, of_training))
     assert 0 < error < 2 * of_same_dtype
+
+
+def test_a_cache_that_does_not_hold_one_answer_is_refused_before_anything_is_gathered(tokenizer: Tokenizer) -> None:
+    needed = 2 * page_bytes(lively(tokenizer), torch.float32)  # one page of 64 tokens, and one that is nobody's
+    make_rollout(tokenizer, cache_bytes=needed)
+    with pytest.raises(
+        InputError, match=r"--rollout.cache_gib \S+ does not hold an answer .*, 48 tokens. Use at least 0.001"
+    ):
+        make_rollout(tokenizer, cache_bytes=needed - 1)

@@ -86,12 +86,12 @@ def test_scores_of_a_reward_model_are_clipped_at_five_deviations(folder: Path, r
 def test_the_penalty_of_a_missing_end_is_not_clipped_away(runtime: Runtime) -> None:
     prompts, samples = small_samples()
     trajectory = Trajectory.of(samples, "cpu")
-    given = torch.tensor([9.0, -9, 9, -9, 1, 0, 2])
+    given = torch.tensor([9.0, -9, 9, -9, 1, -9, 2])
     raw, final = Scorer(lambda *_: given, clip=3.0, missing_end_penalty=2.0).score(
         prompts, samples, trajectory, runtime
     )
     assert raw is given
-    assert final.tolist() == [3, -3, 3 - 2, -3, 1, 0 - 2, 2]  # every third has no end
+    assert final.tolist() == [3, -3, 3 - 2, -3, 1, -3 - 2, 2]  # every third has no end
     _, as_it_is = Scorer(lambda *_: given).score(prompts, samples, trajectory, runtime)
     assert torch.equal(as_it_is, given)
 
