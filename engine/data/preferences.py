@@ -289,7 +289,7 @@ def _listed(values: Any, texts: Sequence[str], grades: Sequence[str], by_rank: b
 def _several(responses: Iterable[Response]) -> tuple[Response, ...]:
     listed = tuple(responses)
     if len(listed) < 2:
-        raise ConversationError(f"its list holds {len(listed)} answers; a comparison takes two")
+        raise ConversationError(f"its list holds {'one answer' if listed else 'no answer'}; a comparison takes two")
     return listed
 
 

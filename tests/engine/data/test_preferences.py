@@ -277,7 +277,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"prompt": Q1, **BOTH, "score_chosen": 2, "score_rejected": 2},
         "all 2 answers have one grade",
     ),
-    "one answer": ({"prompt": Q1, "responses": LISTED["responses"][:1]}, "its list holds 1 answers"),
+    "one answer": ({"prompt": Q1, "responses": LISTED["responses"][:1]}, "its list holds one answer"),
     "one grade": (
         {"prompt": Q1, "responses": [{"text": text, "score": 1} for text in (GOOD, FAIR, BAD)]},
         "all 3 answers have one grade",
