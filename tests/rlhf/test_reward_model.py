@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from engine.data.ranked_batch import RankedBatch
+from engine.mesh import Runtime
+from model.batch import PackedBatch
 from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from rlhf.ranking_loss import ranking_accuracy
-from rlhf.reward_model import open_reward_model
+from rlhf.reward_model import open_reward_model, ranking_objective, score_sequences
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 
 
@@ -83,3 +87,29 @@ def test_accuracy_is_the_share_of_pairs_in_order_group_by_group() -> None:
     )
     scores = torch.tensor([1.5, 0.5, 2.5, 4.0, 4.0, 9.0, -9.0])
     assert ranking_accuracy(scores, batch).item() == 1 / 2 + 1 / 2
+
+
+def test_a_score_is_read_at_the_last_token_of_each_answer() -> None:
+    """Of two answers, with a model that gives token t the number t squared: ends at 2 and 6, the second is better."""
+    tokens = torch.zeros(9, dtype=torch.int64)
+    bounds = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
+    batch = RankedBatch(
+        batch=PackedBatch(tokens, tokens, bounds, tokens, num_documents=2, max_seqlen=9),
+        ends=torch.tensor([2, 6, 0, 0]),
+        groups=torch.tensor([0, 0, -1, -1]),
+        grades=torch.tensor([1.0, 2.0, 0.0, 0.0]),
+        sequence=torch.tensor([1, 0, -1, -1]),
+        most_responses=2,
+    )
+
+    class Squares(nn.Module):
+        def forward(self, of: PackedBatch) -> torch.Tensor:
+            return torch.arange(len(of.tokens)).float().square() / 10
+
+    loss = ranking_objective("pairwise", margin=0.5, centre=0.25)(Squares(), batch)
+    assert loss.reported.item() == pytest.approx(math.log1p(math.exp(0.4 - 3.6)))
+    assert loss.total.item() == pytest.approx(math.log1p(math.exp(0.4 - 3.6 + 0.5)) + 0.25 * (0.4 + 3.6) ** 2)
+    assert loss.count == 1 and loss.shown is not None
+    assert loss.shown.tolist() == pytest.approx([1.0, 3.2])
+    alone = Runtime(0, 1, torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
+    assert score_sequences(Squares(), [batch], 3, alone).tolist() == pytest.approx([3.6, 0.4, 0.0])
