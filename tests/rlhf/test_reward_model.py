@@ -90,7 +90,7 @@ def test_accuracy_is_the_share_of_pairs_in_order_group_by_group() -> None:
 
 
 def test_a_score_is_read_at_the_last_token_of_each_answer() -> None:
-    """Of two answers, with a model that gives token t the number t squared: ends at 2 and 6, the second is better."""
+    """Of two answers, ending at tokens 3 and 7 of a model that gives token t the number t squared / 10, the second is better."""
     tokens = torch.zeros(9, dtype=torch.int64)
     bounds = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
     batch = RankedBatch(
@@ -104,12 +104,12 @@ def test_a_score_is_read_at_the_last_token_of_each_answer() -> None:
 
     class Squares(nn.Module):
         def forward(self, of: PackedBatch) -> torch.Tensor:
-            return torch.arange(len(of.tokens)).float().square() / 10
+            return torch.arange(1, len(of.tokens) + 1).float().square() / 10
 
     loss = ranking_objective("pairwise", margin=0.5, centre=0.25)(Squares(), batch)
-    assert loss.reported.item() == pytest.approx(math.log1p(math.exp(0.4 - 3.6)))
-    assert loss.total.item() == pytest.approx(math.log1p(math.exp(0.4 - 3.6 + 0.5)) + 0.25 * (0.4 + 3.6) ** 2)
+    assert loss.reported.item() == pytest.approx(math.log1p(math.exp(0.9 - 4.9)))
+    assert loss.total.item() == pytest.approx(math.log1p(math.exp(0.9 - 4.9 + 0.5)) + 0.25 * (0.9 + 4.9) ** 2)
     assert loss.count == 1 and loss.shown is not None
-    assert loss.shown.tolist() == pytest.approx([1.0, 3.2])
+    assert loss.shown.tolist() == pytest.approx([1.0, 4.0])
     alone = Runtime(0, 1, torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
-    assert score_sequences(Squares(), [batch], 3, alone).tolist() == pytest.approx([3.6, 0.4, 0.0])
+    assert score_sequences(Squares(), [batch], 3, alone).tolist() == pytest.approx([4.9, 0.9, 0.0])
