@@ -17,9 +17,10 @@ import torch
 
 from engine.mesh import ParallelConfig, Runtime, start, stop
 from model.errors import InputError
+from rlhf.judges import FunctionJudge
 from rlhf.ppo_config import RewardConfig
 from rlhf.reward_model import open_reward_model
-from rlhf.scores import Answer, FunctionJudge, Scorer, names_function, open_scorer
+from rlhf.scores import Answer, Scorer, names_function, open_scorer
 from rlhf.trajectory import Trajectory
 from tests.ranks import run_ranks
 from tests.rlhf.small_ppo import CONTEXT, small_recipe, small_samples, small_tokenizer, write_small_roles
