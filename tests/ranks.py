@@ -15,7 +15,15 @@ from typing import Any
 _context = mp.get_context("forkserver")
 # torch imports dynamo when the first DTensor is distributed: a second in each rank unless the server has it.
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "engine.pretraining", "rlhf.reward_job", "pytest"]
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "engine.pretraining",
+        "rlhf.ppo_job",
+        "rlhf.reward_job",
+        "pytest",
+    ]
 )
 
 
