@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.loader import packed_batch, pinned
 from engine.data.permutation import Permutation
 from engine.mesh import Runtime
 from model.batch import IGNORE, PackedBatch
 from rlhf.trajectory import Trajectory
 
 _LENGTHS = 8  # different lengths of micro-batches, at most
-_ROWS = 16  # what the number of their segments is a multiple of
+_ROWS = 16  # what the number of samples that one has room for is a multiple of
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,14 @@ def micro_batches(
         samples: int64, numbers of samples.
         capacity: most tokens of a micro-batch; no sample of the trajectory is longer.
     """
-    bins = _deal(samples, trajectory.lengths, capacity, world)
-    step = -(-capacity // _LENGTHS)
-    length, longest = (
-        min(_multiple(tokens, step), capacity)
-        for tokens in (max(int(trajectory.lengths[own].sum()) for own in bins), int(trajectory.lengths.max()))
-    )
-    # Positions behind the samples, too, must be ones that the model knows.
-    tail = int(trajectory.lengths.max())
-    rows = _multiple(max(len(own) for own in bins) + -(-length // tail), _ROWS)
-    return [_slice(trajectory, own, length, rows, tail, longest) for own in bins[rank::world]]
+    lengths, step = trajectory.lengths, -(-capacity // _LENGTHS)
+    bins = _deal(samples, lengths, capacity, world)
+    longest = int(lengths.max())
+    length = min(_multiple(max(int(lengths[own].sum()) for own in bins), step), capacity)
+    most = _multiple(max(map(len, bins)), _ROWS)
+    max_seqlen = min(_multiple(longest, step), capacity)
+    # What is behind the samples is cut at the longest of them, so that it takes no positions that the model lacks.
+    return [_slice(trajectory, own, length, most, longest, max_seqlen) for own in bins[rank::world]]
 
 
 def _multiple(number: int, of: int) -> int:
@@ -113,32 +112,25 @@ def _deal(samples: np.ndarray, lengths: np.ndarray, capacity: int, world: int) -
         count += world
 
 
-def _slice(trajectory: Trajectory, samples: Sequence[int], length: int, rows: int, tail: int, max_seqlen: int) -> Slice:
-    begins, ends = trajectory.bounds[:-1][samples], trajectory.bounds[1:][samples]
-    bounds = np.append(0, np.cumsum(ends - begins)).tolist()
-    filled = bounds[-1]
-    where = np.full(length, -1, np.int64)
-    spans = [np.arange(*span) for span in zip(begins, ends, strict=True)]
-    where[:filled] = np.concatenate([np.empty(0, np.int64), *spans])
-    while bounds[-1] < length:
-        bounds.append(min(bounds[-1] + tail, length))
-    positions = np.arange(length) - np.repeat(bounds[:-1], np.diff(bounds))
-    cu_seqlens = np.full(rows + 1, length, np.int32)
-    cu_seqlens[: len(bounds)] = bounds
-
-    device = trajectory.tokens.device
-    at, *rest = (torch.from_numpy(values).to(device) for values in (where, positions, cu_seqlens))
-    following = (at + 1).clamp(min=0, max=len(trajectory.tokens) - 1)
-    is_action = trajectory.actions[at.clamp(min=0)] & (at >= 0)
-    batch = PackedBatch(
-        tokens=trajectory.tokens[at.clamp(min=0)].where(at >= 0, 0),
-        positions=rest[0],
-        cu_seqlens=rest[1],
-        targets=trajectory.tokens[following].where(is_action, IGNORE),
-        num_documents=len(samples),
-        max_seqlen=max_seqlen,
+def _slice(
+    trajectory: Trajectory, samples: Sequence[int], length: int, most: int, longest: int, max_seqlen: int
+) -> Slice:
+    spans = [np.arange(trajectory.bounds[sample], trajectory.bounds[sample + 1]) for sample in samples]
+    where = np.concatenate([np.empty(0, np.int64), *spans])
+    filled, gap = len(where), (0, length - len(where))
+    tokens, targets = (values[where] for values in trajectory.on_host)
+    batch = packed_batch(
+        np.pad(tokens, gap),
+        np.pad(targets, gap, constant_values=IGNORE),
+        [len(span) for span in spans],
+        most,
+        longest,
+        index=0,
     )
-    return Slice(batch, at, filled, trajectory)
+    own = Slice(
+        replace(batch, max_seqlen=max_seqlen), pinned(np.pad(where, gap, constant_values=-1)), filled, trajectory
+    )
+    return own.to(trajectory.tokens.device)
 
 
 @torch.no_grad()

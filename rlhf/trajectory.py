@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.batch import IGNORE
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -122,6 +124,12 @@ class Trajectory:
     def bounds(self) -> np.ndarray:
         """int64 [D + 1], `cu_seqlens` on the host."""
         return self.cu_seqlens.cpu().numpy().astype(np.int64)
+
+    @cached_property
+    def on_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets, int64 [T] each: what follows where that is an action, else IGNORE."""
+        tokens, actions = self.tokens.cpu().numpy(), self.actions.cpu().numpy()
+        return tokens, np.where(actions, np.roll(tokens, -1), IGNORE)
 
     @property
     def lengths(self) -> np.ndarray:
