@@ -90,7 +90,7 @@ def test_accuracy_is_the_share_of_pairs_in_order_group_by_group() -> None:
 
 
 def test_a_score_is_read_at_the_last_token_of_each_answer() -> None:
-    """Of two answers, ending at tokens 3 and 7 of a model that gives token t the number t squared / 10, the second is better."""
+    """A model gives token t the number t squared / 10; of answers that end at 3 and 7 the second is better."""
     tokens = torch.zeros(9, dtype=torch.int64)
     bounds = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
     batch = RankedBatch(
