@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.conversations import ConversationDataConfig, open_conversations
+from engine.data.preference_files import read_comparisons
 from engine.stored_prompts import Prompts, open_prompts
 from model.chat import ChatTemplate, Message
 from model.errors import InputError
@@ -172,3 +173,16 @@ def test_an_answer_that_leaves_no_room_is_refused(chat: tuple[ChatTemplate, Toke
     data = write(tmp_path / "a.jsonl", {"prompt": "咳嗽？"})
     with pytest.raises(InputError, match="leaves no room for its prompt in a context of 64"):
         opened(chat, tmp_path / "out", data, new=64)
+
+
+@pytest.mark.parametrize("name", ["dpo_zh_500.jsonl", "ranked_first_turn.jsonl", "cmedqa_candidates.tsv"])
+def test_every_record_of_real_preferences_gives_a_prompt(
+    chat: tuple[ChatTemplate, Tokenizer], tmp_path: Path, real_data: Path, name: str
+) -> None:
+    path = real_data / "preference" / name
+    prompts = opened(chat, tmp_path, path, context=1 << 15)
+    records = list(read_comparisons([path]))
+    found = {prompt.messages for prompt in prompts.first(len(prompts))}
+    assert len(records) >= 293 and {record.prompt for record in records} <= found
+    (report,) = tmp_path.glob("prepared/*/prompts.json")
+    assert json.loads(report.read_text())["refused"] == {}
