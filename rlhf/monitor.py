@@ -46,8 +46,10 @@ def answer_statistics(trajectory: Trajectory, raw: Tensor, kind: Estimator) -> d
         "response/truncated": 1 - trajectory.ended.float().mean(),
         "sampler/logprob_diff_mean": drift.mean(),
         "sampler/logprob_diff_max": drift.max(),
-        "groups/zero_std": _share_of_equal_groups(score, trajectory.prompt),
     }
+    _, group, count = trajectory.prompt.unique(return_inverse=True, return_counts=True)
+    if len(count) < len(score):
+        values["groups/zero_std"] = _share_of_equal_groups(score, group, len(count))
     if trajectory.reference_logprob is not None:
         k1 = trajectory.sum_by_sample(trajectory.old_logprob - trajectory.reference_logprob)
         used = trajectory.sum_by_sample(
@@ -86,16 +88,10 @@ def _span(values: Tensor) -> dict[str, Tensor]:
     return {"mean": values.mean(), "min": values.min(), "max": values.max()}
 
 
-def _share_of_equal_groups(score: Tensor, prompt: Tensor) -> Tensor:
+def _share_of_equal_groups(score: Tensor, group: Tensor, count: int) -> Tensor:
     """Share of prompts whose answers all have one score, of which a group learns nothing."""
-    _, group = prompt.unique(return_inverse=True)
-    ends = [
-        torch.full((int(group.max()) + 1,), math.nan, device=score.device).scatter_reduce(
-            0, group, score, how, include_self=False
-        )
-        for how in ("amin", "amax")
-    ]
-    return (ends[0] == ends[1]).float().mean()
+    ends = (score.new_zeros(count).scatter_reduce(0, group, score, how, include_self=False) for how in ("amin", "amax"))
+    return torch.eq(*ends).float().mean()
 
 
 def _numbers(values: dict[str, Tensor]) -> dict[str, float]:
