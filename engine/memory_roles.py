@@ -17,9 +17,11 @@ What a role at work takes beside that is `engine.memory`'s, so the plan holds as
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -29,6 +31,7 @@ from model.config import ModelConfig, parameter_shapes
 from model.generate import PREFILL_TOKENS
 from model.kv_cache import PAGE, SHARE, page_bytes, pages_for
 
+_MIB = 1 << 20
 # Of a trajectory, a token: its id, whether it was sampled, and seven numbers such as log-probabilities and values.
 TRAJECTORY_BYTES = 8 + 1 + 7 * FP32
 
@@ -50,7 +53,8 @@ class Role:
 class RolesSetup:
     """Who takes part, and in what sizes.
 
-    roles: policy (trained), and as far as they are there critic (trained), reference and reward, by name.
+    sampler: whose weights the generator takes: the policy's.
+    roles: policy and critic (trained), reference and reward, by name, as far as they are there.
     step: of forward passes, whoever makes them: tokens of a micro-batch, longest prompt with its answer, processes,
         precision, recompute; `loss` is set here.
     rows: answers that a rank decodes at once.
@@ -60,6 +64,7 @@ class RolesSetup:
     reads_pretraining: policy steps learn from other texts, too (PPO-ptx).
     """
 
+    sampler: ModelConfig
     roles: Mapping[str, Role]
     step: Setup
     rows: int = 64
@@ -112,19 +117,16 @@ class RolesPlan:
         return max(self.phases(device_bytes), key=lambda phase: phase.total)
 
     def fits(self, device_bytes: int) -> bool:
-        """Whether a device with so much memory can run this; its cache then holds one answer at least."""
-        return self.needed_bytes <= device_bytes
+        """Whether a device with so much memory can run this, with the cache that it then gets: one answer at least."""
+        usable = USABLE_SHARE * (device_bytes - RESERVED_BYTES[self.setup.step.device])
+        return (
+            self._pages(device_bytes) > pages_for(self.setup.step.context) and self.peak(device_bytes).total <= usable
+        )
 
-    @property
+    @cached_property
     def needed_bytes(self) -> int:
-        """The least memory of a device, with gaps and what holds no tensor; of the cache, one longest answer."""
-        setup = self.setup
-        cache = self._least_pages * self.page if setup.cache_bytes is None else setup.cache_bytes
-        peak = max(phase.total for phase in self._with_cache(cache))
-        needed = math.ceil(peak / USABLE_SHARE)
-        if setup.cache_bytes is None:
-            needed = max(needed, self.rollout_rest + math.ceil(cache / SHARE[setup.step.device]))
-        return needed + RESERVED_BYTES[setup.step.device]
+        """The smallest device that can run this, to a mebibyte."""
+        return _MIB * bisect.bisect_left(range(1 << 24), True, key=lambda size: self.fits(size * _MIB))
 
     @property
     def host_bytes(self) -> int:
@@ -135,10 +137,6 @@ class RolesPlan:
     def rollout_rest(self) -> int:
         """What the rollout holds when the generator asks what is left: models, but nothing at work."""
         return sum(size for name, size in self.rollout.parts.items() if name not in _AT_WORK)
-
-    @property
-    def _least_pages(self) -> int:
-        return 1 + pages_for(self.setup.step.context)
 
     def _pages(self, device_bytes: int) -> int:
         """As `model.kv_cache.count_pages` counts them."""
@@ -180,7 +178,7 @@ def plan_roles(setup: RolesSetup) -> RolesPlan:
     for name in ("policy", "critic"):
         if name in roles:
             phases.append(_phase(setup, f"{name} update", name, _step(setup, name)))
-    return RolesPlan(setup, tuple(phases), page_bytes(roles["policy"].config, _dtype(step)))
+    return RolesPlan(setup, tuple(phases), page_bytes(setup.sampler, _dtype(step)))
 
 
 def _step(setup: RolesSetup, name: str) -> tuple[Moment, ...]:
@@ -210,7 +208,7 @@ def _phase(setup: RolesSetup, title: str, name: str, moments: tuple[Moment, ...]
 
 def _rollout(setup: RolesSetup) -> Phase:
     """The generator with all of its weights, at a prefill or while it takes them over."""
-    config, step = setup.roles["policy"].config, setup.step
+    config, step = setup.sampler, setup.step
     tokens = min(PREFILL_TOKENS, setup.rows * step.context)
     whole = replace(step, tokens_per_pack=tokens, world=1, replicas=1, loss="logprob")
     block, _ = reading(config, whole, is_frozen=True)
@@ -247,7 +245,7 @@ def _waiting(role: Role, step: Setup) -> int:
 
 
 def _generator(setup: RolesSetup) -> int:
-    return setup.step.number_bytes * setup.roles["policy"].config.num_parameters
+    return setup.step.number_bytes * setup.sampler.num_parameters
 
 
 def _trajectory(setup: RolesSetup) -> int:

@@ -46,7 +46,7 @@ def describe_roles(memory: RolesPlan, device_bytes: int | None = None) -> str:
     else:
         verdict = f"it {'fits' if fits else 'does not fit'} the {gib(device)} that are there"
     lines.append(
-        f"A rank needs {gib(memory.needed_bytes)}, with what holds no tensor and a cache of one answer: {verdict}."
+        f"A rank needs {gib(memory.needed_bytes)}, with what holds no tensor and the cache's share: {verdict}."
     )
     lines.append(_room(memory, device))
     if memory.host_bytes:

@@ -1,4 +1,4 @@
-"""The memory plan of an iteration, from the options of the job: who takes part, and in what sizes."""
+"""Memory plans from the options of the jobs that sample: who takes part, and in what sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from engine.memory_roles import Role, RolesPlan, RolesSetup, plan_roles
 from model.config import PRESETS, ModelConfig
 from model.hf import load_config
 from rlhf.ppo_config import PpoConfig
+from rlhf.rejection_config import RejectionConfig
 from rlhf.scores import names_function
 
 GIB = 2**30
@@ -26,6 +27,7 @@ def plan_ppo(config: PpoConfig, policy: ModelConfig, shape: StepShape) -> RolesP
     packs = -(-answers * shape.context // (config.ppo.minibatches * shape.tokens_per_pack))  # if all are the longest
     return plan_roles(
         RolesSetup(
+            sampler=policy,
             roles=_roles(config, policy),
             step=planned_step(config, replace(shape, packs_per_step=packs)),
             rows=config.rollout.rows,
@@ -33,6 +35,23 @@ def plan_ppo(config: PpoConfig, policy: ModelConfig, shape: StepShape) -> RolesP
             cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
             keeps_generator=config.rollout.keep,
             reads_pretraining=config.ptx.coef > 0,
+        )
+    )
+
+
+def plan_rejection(config: RejectionConfig, policy: ModelConfig, shape: StepShape) -> RolesPlan:
+    """Plan sampling and scoring of a round; what fine-tuning needs is planned as any training is."""
+    is_function = ":" in config.reward and names_function(config.reward)
+    reward = replace(_size(config.reward, policy), head="score", context=policy.rope_length)
+    return plan_roles(
+        RolesSetup(
+            sampler=policy,
+            roles={} if is_function else {"reward": Role(reward, is_on_host=True)},
+            step=planned_step(config, shape),
+            rows=config.rollout.rows,
+            answers=config.rollout.chunk,
+            cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
+            keeps_generator=True,
         )
     )
 

@@ -11,14 +11,16 @@ from typing import Any
 from engine.agreement import ControlGroup
 from engine.building import Base, find_trained, make_run_directory
 from engine.config import to_yaml
-from engine.dry_run import planned_world
+from engine.dry_run import planned_device, planned_world
 from engine.files import write_durably
-from engine.job import STORED, begin_anew, plan_report, resolve_precision, resolve_shape
+from engine.job import STORED, begin_anew, plan_alone, plan_report, resolve_precision, resolve_shape
 from engine.launch import speak
+from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
 from engine.sft import read_chat_base
 from model.errors import InputError
 from rlhf.draws import Draws
+from rlhf.memory import plan_rejection
 from rlhf.ppo_config import RewardConfig
 from rlhf.prompts import open_split_prompts
 from rlhf.rejection import Rounds
@@ -40,7 +42,7 @@ def rejection(config: RejectionConfig) -> None:
     """
     config.check()
     directory = Path(config.out)
-    base = find_trained(config.model, "tools/sft.py")
+    base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
     runtime = start(config.parallel)
@@ -96,6 +98,11 @@ def rejection(config: RejectionConfig) -> None:
 def dry_run(config: RejectionConfig, base: Base) -> None:
     """Print the memory plan, what a round samples and one prompt to stdout."""
     shape = resolve_shape(config.train, base.config, planned_world(config.plan))
+    policy = base.config.with_context(shape.context)
+    print(f"sampling and scoring\n{describe_roles(plan_rejection(config, policy, shape), planned_device(config.plan))}")
+    print("fine-tuning")
+    if base.directory is None and config.tokenizer is None:
+        return plan_alone(config, base.config)
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     with tempfile.TemporaryDirectory() as beside:
         prompts, held_out = open_split_prompts(

@@ -21,7 +21,7 @@ from model.heads import CausalLM, ScalarModel
 from model.kv_cache import PAGE, KVCache, count_pages
 from tests.engine.test_memory import SMALL, silent_ranks, storage_bytes
 
-H100 = int(79.1 * GIB)
+H100, H200 = int(79.1 * GIB), int(139.8 * GIB)
 STEP = Setup(512, 256, world=8, micro_batches=2)
 
 
@@ -31,7 +31,8 @@ def four_roles(config: ModelConfig, on_host: tuple[str, ...] = ()) -> dict[str, 
     return {name: Role(of, name in ("policy", "critic"), name in on_host) for name, of in roles.items()}
 
 
-THIRTEEN = RolesSetup(four_roles(PRESETS["ziya2-13b"]), Setup(8192, 4096, world=8, recompute="full", micro_batches=2))
+BASE = PRESETS["ziya2-13b"]
+THIRTEEN = RolesSetup(BASE, four_roles(BASE), Setup(8192, 4096, world=8, recompute="full", micro_batches=2))
 
 
 def held(role: Role, setup: Setup) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def held(role: Role, setup: Setup) -> tuple[int, int]:
 @pytest.mark.parametrize("setup", [STEP, Setup(512, 256, world=4, precision="fp32")])
 def test_every_phase_holds_what_the_roles_hold(setup: Setup) -> None:
     roles = four_roles(SMALL)
-    for phase in plan_roles(RolesSetup(roles, setup)).at_work:
+    for phase in plan_roles(RolesSetup(SMALL, roles, setup)).at_work:
         for name, role in roles.items():
             weights, moments = held(role, setup)
             if role.is_trained:
@@ -65,7 +66,7 @@ def test_every_phase_holds_what_the_roles_hold(setup: Setup) -> None:
 
 
 def test_generator_and_its_cache_are_counted_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = plan_roles(RolesSetup(four_roles(SMALL), STEP, rows=4))
+    planned = plan_roles(RolesSetup(SMALL, four_roles(SMALL), STEP, rows=4))
     model = CausalLM(SMALL).to(torch.bfloat16)
     assert planned.rollout.parts["generator, whole"] == storage_bytes(iter(model.parameters()))
     # The generator asks what is left when every role and its own weights are there, and nothing else.
@@ -78,14 +79,13 @@ def test_generator_and_its_cache_are_counted_to_the_byte(monkeypatch: pytest.Mon
 
 
 def test_a_cache_is_no_larger_than_its_rows_can_use() -> None:
-    planned = plan_roles(RolesSetup(four_roles(SMALL), STEP, rows=4))
+    planned = plan_roles(RolesSetup(SMALL, four_roles(SMALL), STEP, rows=4))
     assert planned.cached_tokens(H100) == 4 * STEP.context
 
 
 def test_what_waits_in_host_memory_makes_room_in_rollouts_alone() -> None:
     here, waiting = (
-        plan_roles(replace(THIRTEEN, roles=four_roles(PRESETS["ziya2-13b"], names)))
-        for names in ((), ("policy", "critic"))
+        plan_roles(replace(THIRTEEN, roles=four_roles(BASE, names))) for names in ((), ("policy", "critic"))
     )
     parameters = sum(role.config.num_parameters for role in list(THIRTEEN.roles.values())[:2])
     assert here.host_bytes == 0
@@ -96,7 +96,7 @@ def test_what_waits_in_host_memory_makes_room_in_rollouts_alone() -> None:
 
 
 def test_a_frozen_role_on_the_host_is_there_while_it_reads_and_at_no_other_time() -> None:
-    planned = plan_roles(replace(THIRTEEN, roles=four_roles(PRESETS["ziya2-13b"], ("reference",))))
+    planned = plan_roles(replace(THIRTEEN, roles=four_roles(BASE, ("reference",))))
     there = [phase.name for phase in planned.at_work if "reference, frozen" in phase.parts]
     assert there == ["reference"]
 
@@ -110,11 +110,21 @@ def test_a_generator_that_stays_is_there_in_every_phase() -> None:
 
 
 def test_a_cache_of_a_given_size_is_needed_whole() -> None:
-    given = plan_roles(replace(THIRTEEN, cache_bytes=30 * GIB))
-    assert given.rollout.parts.get("keys and values") is None
-    assert given.phases(H100)[0].parts["keys and values"] <= 30 * GIB
-    assert not given.fits(H100)
-    assert plan_roles(replace(THIRTEEN, cache_bytes=4 * GIB)).fits(H100)
+    large, small = (plan_roles(replace(THIRTEEN, cache_bytes=size * GIB)) for size in (30, 4))
+    held = [planned.phases(H100)[0].parts["keys and values"] for planned in (large, small)]
+    assert held == [planned.page * (size * GIB // planned.page) for planned, size in ((large, 30), (small, 4))]
+    assert small.fits(H100) and not large.fits(H100)
+
+
+def test_a_cache_that_stays_leaves_the_others_a_fifth_of_what_is_left() -> None:
+    """So a generator that stays needs a device on which that is enough for an update."""
+    stays = plan_roles(replace(THIRTEEN, keeps_generator=True))
+    update = stays.at_work[-2]
+    device = stays.needed_bytes
+    left = device - RESERVED_BYTES["cuda"] - stays.rollout_rest
+    cache = stays.phases(device)[-2].parts["keys and values"]
+    assert cache == pytest.approx(0.8 * left, abs=stays.page)
+    assert update.total + cache == pytest.approx(0.95 * (device - RESERVED_BYTES["cuda"]), rel=1e-3)
 
 
 def test_without_a_critic_a_reference_or_a_reward_model_there_are_fewer_phases() -> None:
@@ -128,6 +138,16 @@ def test_other_texts_read_between_are_counted() -> None:
         plan_roles(replace(THIRTEEN, step=step, reads_pretraining=reads)).at_work[-2] for reads in (False, True)
     )
     assert mixed.total > without.total  # a cross-entropy forms its gradients at once
+
+
+def test_a_generator_without_a_policy_beside_it_samples_and_is_judged() -> None:
+    """Rejection sampling: the policy is read from its directory into the generator, which stays."""
+    reward = Role(replace(BASE, head="score"), is_on_host=True)
+    planned = plan_roles(replace(THIRTEEN, roles={"reward": reward}, keeps_generator=True))
+    rollout, scores = planned.phases(H100)
+    assert rollout.parts["generator, whole"] == scores.parts["generator, whole"] == 2 * BASE.num_parameters
+    assert "reward, frozen" in scores.parts and "reward, frozen" not in rollout.parts
+    assert not any("policy" in part for part in (*rollout.parts, *scores.parts))
 
 
 TOO_LARGE = {
@@ -200,9 +220,16 @@ def test_table_adds_up() -> None:
 
 def test_room_for_cached_tokens_and_what_gives_more_is_told() -> None:
     planned = plan_roles(THIRTEEN)
-    said = describe_roles(planned, H100)
-    assert f"room for {planned.cached_tokens(H100):,} cached tokens a rank" in said
-    moved = plan_roles(replace(THIRTEEN, roles=four_roles(PRESETS["ziya2-13b"], ("policy", "critic"))))
-    assert "--rollout.offload_moments true  (moments wait in host memory during rollouts; " in said
-    assert f"{moved.cached_tokens(H100):,} tokens)" in said
-    assert f"In host memory wait {moved.host_bytes / GIB:.1f} GiB a rank" in describe_roles(moved, H100)
+    moved = plan_roles(replace(THIRTEEN, roles=four_roles(BASE, ("policy", "critic"))))
+    said = describe_roles(planned, H200)
+    assert f"room for {planned.cached_tokens(H200):,} cached tokens a rank" in said
+    told = f"(moments wait in host memory during rollouts; {moved.cached_tokens(H200):,} tokens)"
+    assert f"  --rollout.offload_moments true  {told}" in said
+    assert f"In host memory wait {moved.host_bytes / GIB:.1f} GiB a rank" in describe_roles(moved, H200)
+
+
+def test_the_smallest_device_is_told_that_a_plan_fits() -> None:
+    for setup in (THIRTEEN, replace(THIRTEEN, keeps_generator=True), replace(THIRTEEN, cache_bytes=30 * GIB)):
+        planned = plan_roles(setup)
+        assert planned.fits(planned.needed_bytes) and not planned.fits(planned.needed_bytes - (1 << 20))
+        assert f"A rank needs {planned.needed_bytes / GIB:.1f} GiB" in describe_roles(planned, H100)
