@@ -152,6 +152,7 @@ class Session:
             "tokens_per_second": len(trajectory.tokens) / sum(self._seconds.values()),
             "memory_bytes": peak_memory_bytes(self._runtime.device),
             **{f"seconds/{name}": seconds for name, seconds in self._seconds.items()},
+            **{f"seconds/rollout/{part}": seconds for part, seconds in self._learner.rollout.seconds.items()},
         }
         self._log.record(self.iteration, row)
         self._table.write(self.iteration, prompts, samples, trajectory, raw)

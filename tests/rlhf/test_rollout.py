@@ -144,6 +144,7 @@ def test_ids_are_those_that_the_sampler_drew_and_no_end_is_invented(
     with patch.object(TokenChooser, "choose", watch):
         rollout = make_rollout(tokenizer)
         samples = drawn(policy, rollout, make_prompts(), runtime)
+    assert sorted(rollout.seconds) == ["exchange", "generation", "weights"]
     assert {sample.end_reason for sample in samples} == {"stop", "length"}
     for sample in samples:
         assert sample.answer_ids == drawn_ids[sample.seed]
