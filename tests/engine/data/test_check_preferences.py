@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from model.tokenizer import Tokenizer
 from tests.engine.data.comparisons import comparisons, open_records
 from tests.engine.data.dialogues import write
 from tests.engine.data.test_groups import BAD, FAIR, GOOD, Q, pair, row
+from tests.tools.in_child import run_tool
 
-ROOT = Path(__file__).resolve().parents[3]
 LIST = {"prompt": "咳嗽？", "responses": [{"text": "一" * size, "score": size} for size in (1, 2, 3)]}
 
 
@@ -107,14 +105,15 @@ def test_comparisons_are_told_from_conversations(tmp_path: Path, records: list[A
     assert are_preferences([str(path)], PreferenceOptions()) == expected
 
 
-def check_data(*words: object) -> str:
-    command = [sys.executable, str(ROOT / "tools" / "check_data.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def check_data(folder: Path, *words: object) -> str:
+    (ended,) = run_tool("check_data", *words, cwd=folder)
+    assert ended.code == 0, ended.stderr
+    return ended.stdout
 
 
 def test_tool_finds_comparisons_and_shows_one(tmp_path: Path, tokenizer_directory: Path) -> None:
     path = write(tmp_path / "a.jsonl", [pair(), pair("甲？")])
-    page = check_data("--data", path, "--tokenizer", tokenizer_directory, "--context", 64)
+    page = check_data(tmp_path, "--data", path, "--tokenizer", tokenizer_directory, "--context", 64)
     assert "prompts        2 with 4 answers (2: 2 by answers a prompt)" in page
     assert f"One record, {path}:1\n1: " in page
     assert f"⟦{GOOD}<eos>⟧" in page and f"⟦{BAD}<eos>⟧" in page
@@ -123,5 +122,5 @@ def test_tool_finds_comparisons_and_shows_one(tmp_path: Path, tokenizer_director
 
 def test_tool_takes_keys_of_comparisons(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"ask": Q, "up": GOOD, "down": BAD}])
-    page = check_data("--data", path, "--data.keys", "user=ask", "chosen=up", "rejected=down")
+    page = check_data(tmp_path, "--data", path, "--data.keys", "user=ask", "chosen=up", "rejected=down")
     assert f"user: {Q}\n1: {GOOD}\n0: {BAD}" in page
