@@ -24,16 +24,16 @@ from samples.topics import Topic
 from samples.true_reward import Judge
 
 RESPONSES = 4  # answers to a question
-LONGEST = 4  # sentences
+LONGEST = 3  # sentences, where an answer is filled up
 
 CORRECT_RATE = 0.5
 COMPLETE_RATE = 0.5
 CAUTIOUS_RATE = 0.5
-UNSAFE_RATE = 0.15
+UNSAFE_RATE = 0.1
 CARELESS_RATE = 0.5  # how many of the departments named without caution are named with certainty
-PLAIN_RATE = 0.2  # how many answers have no courtesies
+PLAIN_RATE = 0.3  # how many answers have no courtesies
+ALIKE_RATE = 0.4  # how many wrong answers are of a condition or for a need that is near, where there is one
 RIGHT_NAME_RATE = 0.25  # how many wrong departments come with the right condition
-STRANGE_RATE = 0.4  # how many wrong drugs are for something else altogether
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Answers:
         texts: dict[str, None] = {}
         number = 0
         while len(texts) < count:
-            texts[self.one(Draw(f"answer/{self._question.id}/{number}"))] = None
+            texts[self._one(Draw(f"answer/{self._question.id}/{number}"))] = None
             number += 1
         return list(texts)
 
-    def one(self, draw: Draw) -> str:
+    def _one(self, draw: Draw) -> str:
         """An answer that is right or wrong, complete or not, cautious or not, safe or not, short or padded."""
         facts = self._right(draw) if draw.chance(CORRECT_RATE) else self._wrong(draw)
         is_complete, is_cautious = draw.chance(COMPLETE_RATE), draw.chance(CAUTIOUS_RATE)
@@ -88,7 +88,7 @@ class Answers:
             parts += ["unsafe"]
         if is_cautious:
             parts += ["caution"]
-        length = len(parts) if draw.chance(PLAIN_RATE) else draw.integer(len(parts), LONGEST)
+        length = len(parts) if draw.chance(PLAIN_RATE) else max(len(parts), draw.integer(2, LONGEST))
         said = [draw.choice(possible(self._wordings[part], facts)).format_map(facts) for part in parts]
         return "".join(said + draw.shuffled(self._wordings["courtesy"])[: length - len(said)])
 
@@ -99,18 +99,17 @@ class Answers:
 
     def _wrong(self, draw: Draw) -> Facts:
         """A condition of another department, at times under the right name; a drug for another need, or unsuitable."""
-        conditions = self._knowledge.conditions
         if self._question.kind == "department":
-            others = [one for one in conditions if one.department != self._condition.department]
+            others = [one for one in self._knowledge.conditions if one.department != self._condition.department]
             alike = [one for one in others if set(one.symptoms) & set(self._condition.symptoms)]
-            facts = condition_facts(draw.choice(alike or others), self._knowledge, draw, part=True)
+            other = draw.choice(alike if alike and draw.chance(ALIKE_RATE) else others)
+            facts = condition_facts(other, self._knowledge, draw, part=True)
             return facts | ({"name": self._condition.name} if draw.chance(RIGHT_NAME_RATE) else {})
         related = {self._knowledge.drug(drug_id).name for drug_id in self._condition.drugs}
-        unsuitable = related & set(self._question.forbidden)
-        wrong = related - set(self._question.accepted)
-        if not wrong or draw.chance(STRANGE_RATE):
-            wrong = self._classes.keys() - related
-        return self._facts | self._drug_facts(draw.choice(sorted(unsuitable or wrong)))
+        near = related - set(self._question.accepted)
+        return self._facts | self._drug_facts(
+            draw.choice(sorted(near if near and draw.chance(ALIKE_RATE) else self._classes.keys() - related))
+        )
 
     def _drug_facts(self, name: str) -> Facts:
         return {"drug": name, "drug_class": self._classes[name]}
