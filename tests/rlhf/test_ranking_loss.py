@@ -189,3 +189,14 @@ def test_pair_means_are_taken_over_better_and_worse_answers() -> None:
     # Pairs of group 1: (6, 4), (6, 1), (4, 1).
     assert better.item() == pytest.approx((6 + 6 + 4) / 3 + 7)
     assert worse.item() == pytest.approx((4 + 1 + 1) / 3 + 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_host_never_waits_for_a_value(kind: Any) -> None:
+    """Tensors without values: whoever asks for one of them is refused."""
+    batch = ranked_groups([[1.0, 0.0], [2.0, 1.0, 0.0]]).to("meta")
+    scores = torch.zeros(len(batch.ends), device="meta", requires_grad=True)
+    total, count = ranking_loss(scores, batch, kind, 0.5, 0.01)
+    total.backward()
+    assert scores.grad is not None and scores.grad.is_meta and count.is_meta
+    assert ranking_accuracy(scores, batch).is_meta
