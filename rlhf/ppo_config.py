@@ -134,6 +134,8 @@ class KlConfig:
         check_range("kl", self, 0, "coef")
         check_range("kl", self, 1e-6, "target")
         check_range("kl", self, 1, "horizon")
+        if self.target is not None and not self.coef:
+            raise InputError("--kl.target steers a coefficient that is 0 and stays 0. Give --kl.coef, such as 0.05.")
         if self.place == "loss" and self.estimator == "k1":
             raise InputError(
                 "--kl.estimator k1 pulls nowhere in the loss: its gradient is 0 on average. Use k2 there, or "

@@ -42,6 +42,7 @@ def test_the_estimator_has_the_right_gradient_where_it_stands() -> None:
         ("--rollout.top_p 0.9", "--rollout.top_p is not an option"),
         ("--rollout.temperature 0", "likeliest tokens alone teach nothing"),
         ("--kl.place loss --kl.estimator k1", "pulls nowhere in the loss"),
+        ("--kl.coef 0 --kl.target 6", "--kl.target steers a coefficient that is 0 and stays 0"),
         ("--kl.coef -1", "--kl.coef is -1.0. Use 0 or more."),
         ("--ppo.clip 1", "--ppo.clip is 1.0. Use a value below 1"),
         ("--ppo.dual_clip 1", "--ppo.dual_clip is 1.0. Use a value above 1"),
