@@ -18,8 +18,10 @@ from engine.step import PendingReport, next_token_loss
 from model.batch import PackedBatch
 from rlhf.advantages import shaped_rewards
 from rlhf.kl import kl_estimate
+from rlhf.learner import Learner
 from rlhf.micro_batches import each_token, micro_batches, minibatches
 from rlhf.objectives import PolicyOptions, policy_objective, policy_statistics
+from rlhf.ppo_config import AlgorithmConfig, PpoConfig, PpoTrainConfig
 from rlhf.trajectory import Trajectory
 from rlhf.update import Trained, UpdateOptions, update
 from tests.model.tiny import LLAMA, batch, causal_lm
@@ -134,6 +136,18 @@ def test_each_epoch_learns_from_every_sample_once_in_another_order() -> None:
     for epoch in (steps[:5], steps[5:]):
         assert sorted(place for places in epoch for place in places) == list(range(len(trajectory.tokens)))
     assert steps[:5] != steps[5:]
+
+
+def test_what_is_read_before_an_update_is_read_over_its_own_first_micro_batches() -> None:
+    policy, _, trajectory = prepared(minibatches=5, capacity=40)
+    role, learner = watched(policy), object.__new__(Learner)
+    train = PpoTrainConfig(micro_batch_tokens=40)
+    learner.config = PpoConfig(seed=9, train=train, ppo=AlgorithmConfig(minibatches=5))
+    learner.runtime = ALONE
+    update(role, None, trajectory, UpdateOptions(2, 5, 40, TEMPERATURE), 9, 4, ALONE)
+    learnt_from = [own for slices in role.__dict__["seen"][:5] for own in slices]
+    read_over = learner._slices(trajectory, 4)
+    assert [own.where.tolist() for own in read_over] == [own.where.tolist() for own in learnt_from]
 
 
 def test_each_model_has_a_learning_rate_of_its_own() -> None:
