@@ -56,6 +56,27 @@ def test_on_the_first_minibatch_every_ratio_is_exactly_one() -> None:
             assert statistics[f"policy/{name}"] == 0.0, name
 
 
+def first_minibatch_in_bf16() -> list[float]:
+    """The largest log-ratio of each micro-batch of this rank's, from sharded weights that are gathered in bf16."""
+    runtime = start(ParallelConfig())
+    policy = make(LLAMA, runtime, precision="bf16")
+    trajectory = Trajectory.of(some_samples(), "cpu")
+    trajectory = read(trajectory, policy, None, first_pass(trajectory, 1, 40, runtime), runtime, TEMPERATURE)
+    assert trajectory.old_logprob is not None
+    largest = []
+    for own in micro_batches(trajectory, minibatches(trajectory, 1, 0, 0, 0)[0], 40, runtime.rank, runtime.world):
+        logprob = policy(own.batch, TEMPERATURE).logprob
+        assert logprob.requires_grad
+        largest.append((logprob - own.take(trajectory.old_logprob)).abs().max().item())
+    return largest
+
+
+def test_in_bf16_and_sharded_too_every_first_ratio_is_exactly_one() -> None:
+    found = run_ranks(first_minibatch_in_bf16, 2)
+    assert len(found[0]) == len(found[1]) > 1
+    assert found == [[0.0] * len(found[0])] * 2
+
+
 def test_one_step_over_everything_has_no_policy_loss() -> None:
     """Advantages of mean 0, ratios of 1, one denominator: their product is rounding alone."""
     policy, critic, trajectory = prepared(minibatches=1, capacity=40)

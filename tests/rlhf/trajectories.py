@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.guard import Guard, GuardConfig
 from engine.mesh import ParallelConfig, Runtime
 from engine.optim import AdamW, OptimConfig
-from engine.shard import fill, parallelize
+from engine.shard import Precision, fill, parallelize
 from model.batch import PackedBatch
 from model.config import ModelConfig, parameter_shapes
 from model.heads import CausalLM, ScalarModel, TokenLogprobs
@@ -70,11 +70,11 @@ def spans(trajectory: Trajectory) -> list[slice]:
     return [slice(start - 1, end - 1) for start, end in zip(starts, ends, strict=True)]
 
 
-def make(config: ModelConfig, runtime: Runtime, seed: int = 0) -> CausalLM | ScalarModel:
+def make(config: ModelConfig, runtime: Runtime, seed: int = 0, precision: Precision = "fp32") -> CausalLM | ScalarModel:
     """A model with fresh weights, sharded over the ranks there are."""
     with torch.device("meta"):
         model = CausalLM(config) if config.head == "lm" else ScalarModel(config)
-    parallelize(model, runtime, ParallelConfig(), "fp32", "none")
+    parallelize(model, runtime, ParallelConfig(), precision, "none")
     shapes = parameter_shapes(config)
     fill(model, ((name, initial_value(config, name, shape, seed)) for name, shape in shapes.items()))
     return model
