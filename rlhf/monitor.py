@@ -37,16 +37,16 @@ def answer_statistics(trajectory: Trajectory, raw: Tensor, kind: Estimator) -> d
     score, actions = trajectory.score, trajectory.actions
     assert score is not None and trajectory.old_logprob is not None
     lengths = trajectory.sum_by_sample(actions.float())
-    drift = (trajectory.sampled_logprob - trajectory.old_logprob)[actions].abs()
     values = {
         **spread("objective/score", raw),
         **spread("objective/reward", score),
         "objective/entropy": -trajectory.old_logprob[actions].mean(),
         **{f"response/length_{name}": value for name, value in _span(lengths).items()},
         "response/truncated": 1 - trajectory.ended.float().mean(),
-        "sampler/logprob_diff_mean": drift.mean(),
-        "sampler/logprob_diff_max": drift.max(),
     }
+    if trajectory.old_logprob is not trajectory.sampled_logprob:
+        drift = (trajectory.sampled_logprob - trajectory.old_logprob)[actions].abs()
+        values |= {"sampler/logprob_diff_mean": drift.mean(), "sampler/logprob_diff_max": drift.max()}
     _, group, count = trajectory.prompt.unique(return_inverse=True, return_counts=True)
     if len(count) < len(score):
         values["groups/zero_std"] = _share_of_equal_groups(score, group, len(count))

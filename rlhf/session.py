@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpointer
-from engine.launch import StoppedError, speak
+from engine.launch import DivergedError, StoppedError, speak
 from engine.loggers import RunLog
 from engine.metrics import peak_memory_bytes
 from engine.signals import StopSignals
@@ -92,8 +92,10 @@ class Session:
         self._saved = self._numbers()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        if kind is DivergedError:  # on every rank alike; what is being written is still good
+            self._checkpointer.wait()
+        self._stack.__exit__(kind, *exception)
 
     @property
     def iteration(self) -> int:

@@ -138,7 +138,7 @@ def _summary(
     steps: Sequence[PendingReport],
     statistics: Callable[[Sequence[float]], dict[str, float]],
 ) -> dict[str, float]:
-    """Means over the steps, weighted by their actions.
+    """Means over the steps, weighted by their actions; of the first one, how far the policy was from the old one.
 
     Raises:
         DivergedError: the guard has given up.
@@ -155,8 +155,10 @@ def _summary(
     weights = np.array([report.targets for report in reports])
     rows = [statistics(report.shown) for report in reports]
     means = {key: float(np.average([row[key] for row in rows], weights=weights)) for key in rows[0]}
+    first = {f"{key}_first": value for key, value in rows[0].items() if key == "policy/approx_kl"}
     return {
         **means,
+        **first,
         f"{name}/grad_norm": float(np.mean([report.grad_norm for report in reports])),
         f"{name}/lr": trained.lr(trained.steps - 1),
         f"{name}/skipped": float(sum(report.was_skipped for report in reports)),

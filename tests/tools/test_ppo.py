@@ -129,6 +129,14 @@ def test_grpo_needs_no_critic_and_takes_a_function(folder: Path) -> None:
     assert all("critic" not in path.name for path in said)
 
 
+def test_the_first_ratios_are_1_exactly_or_the_difference_is_reported(folder: Path) -> None:
+    assert [row["policy/approx_kl_first"] for row in trained(folder / "run")] == [0.0] * 4
+    run_ppo(folder, "sampled", "--ppo.old_logprobs", "rollout", "--train.steps", 1)
+    (row,) = trained(folder / "sampled")
+    # Half the mean square of rounding in fp32, and no column that would compare the sampler with itself.
+    assert row["policy/approx_kl_first"] < (1e-5) ** 2 and "sampler/logprob_diff_max" not in row
+
+
 def test_pre_training_text_is_read_beside(folder: Path) -> None:
     texts = ("--ptx.coef", 0.5, "--ptx.kind", "conversations", "--ptx.paths", "chats.jsonl")
     run_ppo(folder, "mixed", *texts, "--train.steps", 2)
