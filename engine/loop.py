@@ -7,7 +7,7 @@ that a GPU never waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -340,24 +340,38 @@ def _trainer_state(run: Run, progress: Progress, loader: Loader) -> dict[str, An
     return {"identity": run.identity, "progress": asdict(progress), "cursor": loader.cursor}
 
 
+def require_same_run(
+    directory: Path, saved: Mapping[str, Any], identity: Mapping[str, Any], done: int, asked: int, unit: str
+) -> None:
+    """See that a checkpoint is of the run that goes on from it.
+
+    Args:
+        saved, identity: of the checkpoint and of the run, by name.
+        done, asked: steps behind the checkpoint, and those that the run shall have; unit: what they are called.
+    Raises:
+        InputError: it is of another run, or of a longer one.
+    """
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"{directory}: its checkpoint was trained with {name} {saved.get(name)!r}, this command asks for "
+                f"{value!r}. Use the same options to go on, another --out for a new run, or --resume never to start "
+                "over."
+            )
+    if done > asked:
+        raise InputError(
+            f"{directory}: its checkpoint has {done} {unit} behind it, this command asks for {asked}. Ask for at least "
+            "as many, or use --resume never to start over."
+        )
+
+
 def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:
     """Fill the run's tensors from the newest checkpoint that all ranks agree on, if there is one."""
     step = checkpointer.latest()
     if step is None:
         return Progress(), run.fresh_loader(None)
     trainer = checkpointer.load(step, run.tensors())
-    for name, value in run.identity.items():
-        saved = trainer["identity"].get(name)
-        if saved != value:
-            raise InputError(
-                f"{run.directory}: its checkpoint was trained with {name} {saved!r}, this command asks for {value!r}. "
-                "Use the same options to go on, another --out for a new run, or --resume never to start over."
-            )
-    if step > run.steps:
-        raise InputError(
-            f"{run.directory}: its checkpoint has {step} steps behind it, this command asks for {run.steps}. "
-            "Ask for at least as many, or use --resume never to start over."
-        )
+    require_same_run(run.directory, trainer["identity"], run.identity, step, run.steps, "steps")
     try:
         loader = run.fresh_loader(trainer["cursor"])
     except InputError as error:

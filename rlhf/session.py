@@ -21,10 +21,10 @@ from torch import Tensor
 from engine.checkpoint import Checkpointer
 from engine.launch import DivergedError, StoppedError, speak
 from engine.loggers import RunLog
+from engine.loop import require_same_run
 from engine.metrics import peak_memory_bytes
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
-from model.errors import InputError
 from rlhf.learner import Learner, Looked
 from rlhf.monitor import Limits, SampleTable, advantage_statistics, answer_statistics, negative_kl
 from rlhf.ppo_config import PpoConfig
@@ -227,19 +227,7 @@ class Session:
         if step is None:
             return self._learner.begin()
         trainer = self._checkpointer.load(step, self._learner.tensors())
-        for name, value in self._identity.items():
-            saved = trainer["identity"].get(name)
-            if saved != value:
-                raise InputError(
-                    f"{self.directory}: its checkpoint was trained with {name} {saved!r}, this command asks for "
-                    f"{value!r}. Use the same options to go on, another --out for a new run, or --resume never to "
-                    "start over."
-                )
-        if step > self._iterations:
-            raise InputError(
-                f"{self.directory}: its checkpoint has {step} iterations behind it, this command asks for "
-                f"{self._iterations}. Ask for at least as many, or use --resume never to start over."
-            )
+        require_same_run(self.directory, trainer["identity"], self._identity, step, self._iterations, "iterations")
         self._learner.begin(trainer["learner"])
         self._progress = Progress(**trainer["progress"])
         self._limits.counts = trainer["limits"]
