@@ -130,7 +130,7 @@ def dpo(config: DpoConfig) -> None:
         return evaluation_ranked_batches(held_out, shape.tokens_per_pack, context, *place)
 
     reference = _References(model, recipe, shape, precision, runtime)
-    known = reference.of_first_epoch(comparisons, fresh_loader, packs)
+    known = reference.of_training(comparisons, fresh_loader, packs)
     held_out_known = reference.of_all(held_out, held_out_batches) if held_out else None
     train(
         Run(
@@ -148,7 +148,7 @@ def dpo(config: DpoConfig) -> None:
             flops_per_token=model_config.flops_per_token(context),
             identity={
                 "stage": "dpo",
-                "loss": dataclasses.asdict(config.dpo),
+                **{f"dpo.{name}": value for name, value in vars(config.dpo).items()},
                 "tokenizer": tokenizer.fingerprint,
                 "template": f"{template.name} ({template.fingerprint[:8]})",
                 **dataclasses.asdict(shape),
@@ -197,24 +197,35 @@ class _References:
         self._model, self._recipe, self._shape = model, recipe, shape
         self._precision, self._runtime = precision, runtime
 
-    def of_first_epoch(
+    def of_training(
         self, comparisons: PreferenceSet, fresh_loader: Callable[[None], RankedLoader], packs: int
     ) -> Tensor:
-        """Of what training reads: fp32 [sequences]."""
-        assert self._recipe.train.steps is not None
-        count = min(self._recipe.train.steps, -(-packs // self._shape.packs_per_step))
+        """Of what training reads: fp32 [sequences]. That is what the first epoch has, unless weights leave some of it
+        to later ones."""
+        count = self._recipe.train.steps
+        assert count is not None
+        if not any(0 < weight < 1 for weight in comparisons.weights):
+            count = min(count, -(-packs // self._shape.packs_per_step))
         with closing(fresh_loader(None)) as loader:
-            return self._read("train", comparisons, iter(loader.next_step, None), count)
+            steps = iter(loader.next_step, None)
+            return self._read("train", comparisons, steps, count, self._shape.packs_per_step)
 
     def of_all(self, held_out: PreferenceSet, batches: Callable[[], Iterator[RankedBatch]]) -> Tensor:
         """Of all that is looked at: fp32 [sequences]."""
         steps = [[batch] for batch in batches()]
-        return self._read("held-out", held_out, iter(steps), len(steps))
+        division = (self._recipe.eval.max_tokens, self._runtime.world)
+        return self._read("held-out", held_out, iter(steps), len(steps), *division)
 
-    def _read(self, name: str, data: PreferenceSet, steps: Iterator[list[RankedBatch]], count: int) -> Tensor:
+    def _read(
+        self, name: str, data: PreferenceSet, steps: Iterator[list[RankedBatch]], count: int, *division: int
+    ) -> Tensor:
+        """
+        Args:
+            division: what decides which sequences are in the first n steps; what is kept is counted in steps.
+        """
         recipe, path = self._recipe, Path(self._recipe.out) / "reference" / f"{name}.safetensors"
         facts = (data.fingerprint, recipe.seed, self._shape.tokens_per_pack, self._precision, recipe.dpo.per_token)
-        key = reference_key(Path(recipe.model), *facts)
+        key = reference_key(Path(recipe.model), *facts, *division)
         patience = 60 * recipe.parallel.timeout_minutes
         with Watchdog(patience, self._runtime.name) as dog, StopSignals() as signals:
             return reference_logprobs(

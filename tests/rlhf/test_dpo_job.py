@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,28 @@ def test_each_token_alike_smoothing_and_extremes_are_trained_with(folder: Path, 
     steps, looks = rows(tmp_path / "dpo")
     assert steps[0]["loss"] == pytest.approx(LN2, rel=2**-22) and looks[-1]["held_out_loss"] < LN2
     assert steps[-1]["prompts"] > 40 and "tokens" not in steps[-1]
+
+
+def test_what_weights_leave_to_later_epochs_has_its_reference_too(folder: Path, tmp_path: Path) -> None:
+    data = PreferenceDataConfig(paths=[str(folder / "train.jsonl")], weights=[0.5], workers=1)
+    dpo(recipe(folder, tmp_path / "dpo", data=data, train=TrainConfig(epochs=3, micro_batch_tokens=PACK)))
+    steps, _ = rows(tmp_path / "dpo")
+    assert len(steps) > 3 and steps[-1]["skipped"] == 0
+    assert all(math.isfinite(row["loss"]) for row in steps)
+
+
+def test_a_reference_that_was_stopped_is_read_anew_in_steps_of_another_size(folder: Path, tmp_path: Path) -> None:
+    """Of 3 small steps what is in 3 large ones is not known."""
+    held_out = EvalConfig(data=[str(folder / "held.jsonl")], max_tokens=PACK)
+    small = TrainConfig(steps=3, micro_batch_tokens=PACK, batch_tokens=PACK)
+    dpo(recipe(folder, tmp_path / "dpo", train=small, eval=held_out))
+    shutil.rmtree(tmp_path / "dpo" / "state")
+    large = TrainConfig(steps=3, micro_batch_tokens=PACK, batch_tokens=2 * PACK)
+    held_out = EvalConfig(data=[str(folder / "held.jsonl")])
+    dpo(recipe(folder, tmp_path / "dpo", train=large, eval=held_out))
+    steps, looks = rows(tmp_path / "dpo")
+    assert len(steps) == 3
+    assert all(math.isfinite(loss) for loss in (steps[-1]["loss"], looks[-1]["held_out_loss"]))
 
 
 def test_a_dry_run_shows_the_plan_and_the_answers_of_a_prompt(
