@@ -53,16 +53,22 @@ class Draws:
         return done
 
     def append(self, prompts: Sequence[Prompt], samples: Sequence[Sample], scores: Sequence[float]) -> None:
-        """Write a chunk, durably: samples in the order of prompts, as many for each."""
+        """Write a chunk, durably: samples in the order of prompts, as many for each.
+
+        Where a prompt got the same ids twice they keep the first score: what a reward model computes side by side with
+        others may differ in its last bit.
+        """
         each = len(samples) // len(prompts)
         rows = []
         for place, prompt in enumerate(prompts):
             own = range(place * each, (place + 1) * each)
+            known: dict[tuple[int, ...], float] = {}
+            judged = [known.setdefault(tuple(samples[number].answer_ids), scores[number]) for number in own]
             row = {
                 "index": prompt.position,
                 "prompt": [vars(message) for message in prompt.messages],
                 "prompt_ids": prompt.ids,
-                "responses": [_response(samples[number], scores[number]) for number in own],
+                "responses": [_response(samples[number], score) for number, score in zip(own, judged, strict=True)],
             }
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
         with open(self.path, "ab") as file:

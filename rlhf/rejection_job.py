@@ -136,7 +136,8 @@ def _keep_identity(config: RejectionConfig, facts: dict[str, Any]) -> None:
     directory = Path(config.out)
     (directory / "rounds").mkdir(exist_ok=True)
     decisive = {name: getattr(config, name) for name in ("model", "reward", "seed", "begin")}
-    decisive |= {name: dataclasses.asdict(getattr(config, name)) for name in ("select", "rollout")}
+    for group in ("select", "rollout"):
+        decisive |= {f"{group}.{name}": value for name, value in vars(getattr(config, group)).items()}
     asked = json.loads(json.dumps({**facts, **decisive}))
     kept = directory / "rounds" / "identity.json"
     if kept.exists():

@@ -20,6 +20,7 @@ from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
 from tests.tools.mistakes_ppo import MISTAKES_PPO
 from tests.tools.mistakes_preferences import MISTAKES_PREFERENCES
+from tests.tools.mistakes_rejection import MISTAKES_REJECTION
 from tests.tools.mistakes_rm import MISTAKES_RM, rm
 from tests.tools.mistakes_rollout import MISTAKES_ROLLOUT
 from tests.tools.mistakes_sft import MISTAKES_SFT, sft
@@ -27,15 +28,17 @@ from tests.tools.mistakes_tools import MISTAKES_TOOLS
 from tests.tools.small_job import write_small_job
 from tests.tools.small_sft import write_small_sft_job
 
-PLAYED = {
-    **MISTAKES,
-    **MISTAKES_SFT,
-    **MISTAKES_PREFERENCES,
-    **MISTAKES_RM,
-    **MISTAKES_ROLLOUT,
-    **MISTAKES_PPO,
-    **MISTAKES_TOOLS,
-}
+GROUPS = (
+    MISTAKES,
+    MISTAKES_SFT,
+    MISTAKES_PREFERENCES,
+    MISTAKES_RM,
+    MISTAKES_ROLLOUT,
+    MISTAKES_PPO,
+    MISTAKES_REJECTION,
+    MISTAKES_TOOLS,
+)
+PLAYED = {situation: mistake for group in GROUPS for situation, mistake in group.items()}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -84,8 +87,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_of_the_page_is_played_and_every_mistake_has_a_row() -> None:
     assert sorted(page_rows()) == sorted(PLAYED)
     assert len(MISTAKES) >= 30 and len(MISTAKES_SFT) >= 15
-    groups = (MISTAKES, MISTAKES_SFT, MISTAKES_PREFERENCES, MISTAKES_RM, MISTAKES_ROLLOUT, MISTAKES_PPO, MISTAKES_TOOLS)
-    assert len(PLAYED) == sum(map(len, groups)), "a situation is played twice"
+    assert len(PLAYED) == sum(map(len, GROUPS)), "a situation is played twice"
 
 
 def test_every_sentence_says_what_was_found_and_then_what_to_do() -> None:
