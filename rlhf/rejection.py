@@ -178,7 +178,7 @@ class Rounds:
                 mean = sum(scores) / len(scores)
                 speak(f"chunk {number}/{len(chunks)}  {len(answers):,} answers  mean score {mean:.4f}")
                 votes = runtime.sum(torch.tensor(float(signals.wants_stop), device=runtime.device))
-                if votes > 0 and number < len(chunks):
+                if votes > 0:
                     raise StoppedError(
                         "Stopped by a signal; all samples so far are on disk. The same command goes on from there.",
                         signals.exit_code,
