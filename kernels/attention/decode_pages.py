@@ -1,15 +1,16 @@
-"""Decoding over a paged cache on a processor: all rows and pages in two batched products.
+"""Decoding over a paged cache on a processor: all rows and pages in a few batched products.
 
 `decode_attention` takes the rows one by one there. Here every page is a small problem of its own, as the stretches of
-the GPU's kernel are: its queries are those of the row that it belongs to, and the pages of a row are added up at the
+the GPU's kernel are: its queries are those of the rows that it belongs to, and the pages of a row are added up at the
 end, under one maximum. Rows of any lengths waste nothing but the empty ends of their last pages.
 
     s_p = scale q_row(p) K_p^T + bias_p,    m_b = max over pages p of b,    l_b = sum_p sum exp(s_p - m_b)
     out_b = sum_p exp(s_p - m_b) V_p / l_b
 
-Pages that lie side by side in the cache are read where they lie. What to read is the same for all layers of a step,
-so it is worked out once, in `PagesInSight`. A page is multiplied whole: where no key was written it has to hold
-finite numbers, which are then multiplied by 0.
+Pages that lie side by side in the cache are read where they lie, each for its first owner. Where several rows share
+pages, as the answers to one prompt do, these are read once more for all of their other owners together. What to read
+is the same for all layers of a step, so it is worked out once, in `PagesInSight`. A page is multiplied whole: where no
+key was written it has to hold finite numbers, which are then multiplied by 0.
 """
 
 from __future__ import annotations
@@ -27,19 +28,35 @@ DENSE = 0.5
 
 
 @dataclass(frozen=True)
-class PagesInSight:
-    """Which pages the rows of a step see, n of them.
+class Reading:
+    """n pages, each read for m rows.
 
     select: where in the cache they lie.
-    owner: int64 [n], the row that reads each.
-    bias: [n, 1, page], 0 where a key is seen and -inf elsewhere.
-    rows: B.
+    owner: int64 [n, m], the rows that read each.
+    bias: [n, m, page], 0 where a row sees a key and -inf elsewhere.
     """
 
     select: slice | Tensor
     owner: Tensor
     bias: Tensor
-    rows: int
+
+    @classmethod
+    def of(cls, pages: Tensor, owner: Tensor, bias: Tensor) -> Reading:
+        """In place where that is worth it. pages: int64 [n], ascending."""
+        low, high = int(pages[0]), int(pages[-1]) + 1
+        if len(pages) < DENSE * (high - low):
+            return cls(pages, owner, bias)
+        place = pages - low
+        everywhere = owner.new_zeros(high - low, owner.shape[1]).index_copy_(0, place, owner)
+        hidden = bias.new_full((high - low, *bias.shape[1:]), float("-inf")).index_copy_(0, place, bias)
+        return cls(slice(low, high), everywhere, hidden)
+
+
+@dataclass(frozen=True)
+class PagesInSight:
+    """Which pages the rows of a step see: all of them once, and shared ones once more for their other owners."""
+
+    readings: tuple[Reading, ...]
 
     @classmethod
     def of(
@@ -56,18 +73,25 @@ class PagesInSight:
         begin = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
         first = torch.arange(0, block_table.shape[1] * page, page)
         owner, column = ((first < end) & (first + page > begin)).nonzero(as_tuple=True)
-        pages, order = block_table[owner, column].long().sort()
+        pages, order = block_table[owner, column].long().sort(stable=True)
         owner, column = owner[order], column[order]
-        key = (column * page).unsqueeze(1) + torch.arange(page)  # [n, page]
+        key = (column * page).unsqueeze(1) + torch.arange(page)  # of each page and owner, [N, page]
         bias = torch.zeros(key.shape, dtype=dtype)
         bias.masked_fill_((key >= end[owner]) | (key < begin[owner]), float("-inf"))
-        low, high = int(pages[0]), int(pages[-1]) + 1
-        if len(pages) < DENSE * (high - low) or not bool((pages.diff() > 0).all()):
-            return cls(pages, owner, bias.unsqueeze(1), len(lengths))
-        place = pages - low
-        owner = torch.zeros(high - low, dtype=torch.int64).index_copy_(0, place, owner)
-        bias = torch.full((high - low, page), float("-inf"), dtype=dtype).index_copy_(0, place, bias)
-        return cls(slice(low, high), owner, bias.unsqueeze(1), len(lengths))
+        distinct, number, owners = pages.unique_consecutive(return_inverse=True, return_counts=True)
+        start = owners.cumsum(0) - owners
+        readings = [Reading.of(distinct, owner[start].unsqueeze(1), bias[start].unsqueeze(1))]
+        if len(distinct) < len(pages):
+            shared = (owners > 1).nonzero().squeeze(1)
+            others = int(owners.max()) - 1
+            row = torch.zeros(len(distinct), others, dtype=torch.int64)
+            seen = torch.full((len(distinct), others, page), float("-inf"), dtype=dtype)
+            rank = torch.arange(len(pages)) - start[number] - 1  # among the owners behind the first
+            is_other = rank >= 0
+            at = number[is_other], rank[is_other]
+            row[at], seen[at] = owner[is_other], bias[is_other]
+            readings.append(Reading.of(distinct[shared], row[shared], seen[shared]))
+        return cls(tuple(readings))
 
 
 def decode_pages(
@@ -82,17 +106,40 @@ def decode_pages(
     Returns:
         [B, H, h], dtype of q.
     """
-    (rows, heads, width), (kv_heads, page) = q.shape, k_pages.shape[1:3]
+    (rows, heads, width), kv_heads = q.shape, k_pages.shape[1]
     wide = accumulation_dtype(q.dtype)
-    k, v = (pages[sight.select].to(wide).reshape(-1, page, width) for pages in (k_pages, v_pages))  # [nK, page, h]
-    owner, groups = sight.owner, heads // kv_heads
     q = q.to(wide) * (width**-0.5 if scale is None else scale)
-    scores = torch.bmm(q[owner].view(-1, groups, width), k.transpose(1, 2)).view(-1, heads, page)
-    scores += sight.bias
+
+    def times(x: Tensor, reading: Reading, pages: Tensor, is_key: bool) -> Tensor:
+        """[n m, H, -] times each page's keys, transposed, or values: [n m, H, -]."""
+        taken = pages[reading.select].to(wide).flatten(0, 1)  # [nK, page, h]
+        x = _by_page(x, reading.owner.shape, kv_heads)
+        return _by_row(torch.bmm(x, taken.transpose(1, 2) if is_key else taken), reading.owner.shape, heads)
+
+    each = [times(q[one.owner.flatten()], one, k_pages, is_key=True) for one in sight.readings]
+    for own, one in zip(each, sight.readings, strict=True):
+        own += one.bias.flatten(0, 1).unsqueeze(1)
+    scores = each[0] if len(each) == 1 else torch.cat(each)  # [N, H, page]
+    owner = torch.cat([one.owner.flatten() for one in sight.readings])
     to_row = owner.unsqueeze(1).expand(-1, heads)
     top = scores.new_full((rows, heads), float("-inf")).scatter_reduce_(0, to_row, scores.amax(dim=2), "amax")
     weights = scores.sub_(top[owner].unsqueeze(2)).exp_()
     total = scores.new_zeros((rows, heads)).index_add_(0, owner, weights.sum(dim=2))
-    parts = torch.bmm(weights.view(-1, groups, page), v).view(-1, heads, width)
-    out = scores.new_zeros((rows, heads, width)).index_add_(0, owner, parts)
+    out = scores.new_zeros((rows, heads, width))
+    of_readings = weights.split([one.owner.numel() for one in sight.readings])
+    for one, own in zip(sight.readings, of_readings, strict=True):
+        out.index_add_(0, one.owner.flatten(), times(own, one, v_pages, is_key=False))
     return out.div_(total.unsqueeze(2)).to(k_pages.dtype)
+
+
+def _by_page(x: Tensor, owners: torch.Size, kv_heads: int) -> Tensor:
+    """[n m, H, -] to [n K, m H / K, -]: a page's queries, of all of its owners, by its heads."""
+    (n, m), last = owners, x.shape[-1]
+    return x.view(n, m, kv_heads, -1, last).transpose(1, 2).reshape(n * kv_heads, -1, last)
+
+
+def _by_row(x: Tensor, owners: torch.Size, heads: int) -> Tensor:
+    """Back again."""
+    (n, m), last = owners, x.shape[-1]
+    kv_heads = len(x) // n
+    return x.view(n, kv_heads, m, -1, last).transpose(1, 2).reshape(n * m, heads, last)

@@ -55,25 +55,42 @@ def test_rows_of_any_length_attend_to_their_pages(
 
 
 def test_pages_side_by_side_are_read_where_they_lie() -> None:
-    assert assert_faithful(RAGGED, SCATTERED).select == slice(1, 8)
+    (reading,) = assert_faithful(RAGGED, SCATTERED).readings
+    assert reading.select == slice(1, 8)
 
 
 def test_a_few_pages_of_nobody_between_them_are_read_too_and_count_nothing() -> None:
-    assert assert_faithful([40, 20], [[9, 12, 10], [15, 14]]).select == slice(9, 16)
+    (reading,) = assert_faithful([40, 20], [[9, 12, 10], [15, 14]]).readings
+    assert reading.select == slice(9, 16)
 
 
 def test_pages_far_apart_are_taken_out() -> None:
-    assert isinstance(assert_faithful([40, 20], [[1, 30, 12], [39, 14]]).select, Tensor)
+    (reading,) = assert_faithful([40, 20], [[1, 30, 12], [39, 14]]).readings
+    assert isinstance(reading.select, Tensor)
 
 
-def test_rows_may_share_pages() -> None:
-    sight = assert_faithful([2 * PAGE + 3, 2 * PAGE + 9, PAGE + 1], [[1, 2, 3], [1, 2, 4], [1, 5]])
-    assert isinstance(sight.select, Tensor) and len(sight.owner) == 8
+@pytest.mark.parametrize("window", [None, PAGE, 20])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_shared_pages_are_read_once_more_for_all_of_their_other_owners(
+    heads: int, kv_heads: int, window: int | None
+) -> None:
+    lengths, table = [2 * PAGE + 3, 2 * PAGE + 9, PAGE + 1], [[1, 2, 3], [1, 2, 4], [1, 5]]
+    assert_faithful(lengths, table, window, heads, kv_heads)
+    every, shared = assert_faithful(lengths, table, None, heads, kv_heads).readings
+    assert (every.select, shared.select) == (slice(1, 6), slice(1, 3))
+    assert every.owner.tolist() == [[0], [0], [0], [1], [2]]
+    assert shared.owner.shape == (2, 2) and shared.owner[0].tolist() == [1, 2]
+
+
+def test_shared_pages_far_apart_are_taken_out() -> None:
+    _, shared = assert_faithful([2 * PAGE + 3, 2 * PAGE + 9], [[1, 30, 3], [1, 30, 4]]).readings
+    assert isinstance(shared.select, Tensor)
 
 
 def test_pages_before_a_window_are_not_read() -> None:
-    assert len(assert_faithful([3 * PAGE], [[1, 2, 3]], window=PAGE).owner) == 1
-    assert len(assert_faithful([3 * PAGE], [[1, 2, 3]], window=PAGE + 1).owner) == 2
+    for window, pages in ((PAGE, 1), (PAGE + 1, 2)):
+        (reading,) = assert_faithful([3 * PAGE], [[1, 2, 3]], window=window).readings
+        assert len(reading.owner) == pages
 
 
 def test_what_lies_beyond_a_row_s_length_counts_nothing() -> None:
