@@ -29,7 +29,16 @@ from rlhf.micro_batches import Slice
 # exp(20) = 5e8: a ratio beyond it is an accident, and must not be infinite.
 _LARGEST_LOG_RATIO = 20.0
 
-POLICY_SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "drift", "drift_squared", "entropy", "kl_loss")
+POLICY_SUMS = (
+    "loss",
+    "clip_fraction",
+    "dual_clip_fraction",
+    "approx_kl",
+    "drift",
+    "drift_squared",
+    "entropy",
+    "kl_loss",
+)
 VALUE_SUMS = ("loss", "clip_fraction", "mean", "return", "return_squared", "error", "error_squared")
 
 
