@@ -12,7 +12,7 @@ one token too many, which is dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -238,8 +238,12 @@ class Generator:
         """Answers that are being decoded."""
         return len(self._scheduler.running)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answers in the order of requests, the samples of one side by side."""
+    def generate(self, requests: Sequence[Request], beat: Callable[[], None] | None = None) -> list[Completion]:
+        """Answers in the order of requests, the samples of one side by side.
+
+        Args:
+            beat: called for every token, to tell whoever watches that the work goes on.
+        """
         text = None if self.tokenizer is None else ""
         answers = {
             (number, sample): Completion(number, sample, [], [], "length", text)
@@ -247,6 +251,8 @@ class Generator:
             for sample in range(request.first_sample, request.first_sample + request.samples)
         }
         for event in self.stream(requests):
+            if beat is not None:
+                beat()
             answer = answers[event.request, event.sample]
             answer.ids.append(event.id)
             answer.logprobs.append(event.logprob)

@@ -52,6 +52,7 @@ class Learner:
     config: the resolved recipe.
     held_out: prompts that are looked at and never trained on; the same ones each time.
     fresh_prompts, fresh_texts: make the streams from a cursor (None at the beginning).
+    beat: called now and then in what takes long.
     """
 
     config: PpoConfig
@@ -62,6 +63,7 @@ class Learner:
     held_out: Sequence[Prompt]
     fresh_prompts: Callable[[dict[str, Any] | None], PromptStream]
     fresh_texts: Callable[[dict[str, Any] | None], PackLoader] | None = None
+    beat: Callable[[], None] = lambda: None
     prompts: PromptStream = field(init=False)
     texts: PackLoader | None = field(init=False, default=None)
     kl: KlController = field(init=False)
@@ -104,6 +106,7 @@ class Learner:
                 policy.steps,
                 self.runtime,
                 seed,
+                self.beat,
             )
 
     def score(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> tuple[Trajectory, Tensor]:
@@ -182,6 +185,7 @@ class Learner:
             iteration,
             self.runtime,
             None if self.texts is None else self.texts.next_step,
+            self.beat,
         )
         if trajectory.reference_logprob is not None:
             assert trajectory.old_logprob is not None

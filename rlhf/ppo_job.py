@@ -106,6 +106,10 @@ def train_ppo(config: PpoConfig) -> None:
         "ppo.advantage": config.ppo.advantage,
         "rollout.temperature": config.rollout.temperature,
         "context": shape.context,
+        "seed": config.seed,
+        "model": config.model,
+        "kl.reference": config.kl.reference,
+        "reward.source": config.reward.source,
     }
     publish = publisher(roles.policy.model, model_config, template.store(tokenizer), "ppo", STORED[precision])
     ppo(learner, Session(learner, recipe, identity, publish))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -83,6 +83,7 @@ class Rollout:
         version: int,
         runtime: Runtime,
         seed: int | None = None,
+        beat: Callable[[], None] | None = None,
     ) -> list[Sample]:
         """Answers to all prompts, of all ranks, in the order of (prompt, sample): the same list on every rank.
 
@@ -93,6 +94,7 @@ class Rollout:
             samples: answers to each prompt.
             version: updates of the policy; weights that are kept serve as long as it stays the same.
             seed: instead of the run's, such as for held-out prompts, whose positions are those of others.
+            beat: see `Generator.generate`.
         Raises:
             InputError: the memory does not hold one sequence of the context, or a prompt leaves no room in it.
         """
@@ -107,7 +109,8 @@ class Rollout:
                 [
                     Request(prompts[at].ids, options, end - begin, row_seed(seed, prompts[at].position), begin)
                     for at, begin, end in _runs(first, last, samples)
-                ]
+                ],
+                beat,
             )
             answers = [self._answer(completion) for completion in completions]
         if not self._keep:

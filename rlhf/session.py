@@ -7,6 +7,7 @@ run samples the same answers again.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,7 +120,9 @@ class Session:
         Raises:
             StoppedError: after saving.
         """
-        self._dog.beat(f"in {name} of iteration {self.iteration + 1}")
+        # A phase may take longer than the watchdog waits; a token or a step of it may not.
+        self._learner.beat = functools.partial(self._dog.beat, f"in {name} of iteration {self.iteration + 1}")
+        self._learner.beat()
         self._stop_if_asked()
         begin = time.perf_counter()
         yield

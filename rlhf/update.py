@@ -83,6 +83,7 @@ def update(
     iteration: int,
     runtime: Runtime,
     pretraining: Callable[[], Sequence[PackedBatch]] | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Improve the policy and its critic, in place, by exactly epochs x minibatches steps each.
 
@@ -92,6 +93,7 @@ def update(
         seed, iteration: decide which samples are in which minibatch.
         pretraining: texts for each step of the policy, with `pretraining_coef`: this rank's packs, as many and as
             large on every rank.
+        beat: called before every step, to tell whoever watches that the work goes on.
     Returns:
         means over the update's actions of what each step saw before it moved: policy/*, value/*, ptx/loss.
     Raises:
@@ -101,6 +103,7 @@ def update(
     def shares() -> Iterator[list[Slice]]:
         for epoch in range(options.epochs):
             for samples in minibatches(trajectory, options.minibatches, seed, iteration, epoch):
+                beat()
                 yield micro_batches(trajectory, samples, options.micro_batch_tokens, runtime.rank, runtime.world)
 
     report: dict[str, float] = {}

@@ -232,11 +232,11 @@ def holding(refs: list[weakref.ref]) -> Any:
     """`Generator.generate`, with references to the weights and the cache noted."""
     generate = Generator.generate
 
-    def noting(self: Generator, requests: Sequence[Request]) -> list[Completion]:
+    def noting(self: Generator, requests: Sequence[Request], *beat: Any) -> list[Completion]:
         refs.extend(
             weakref.ref(tensor) for tensor in (*self.model.parameters(), self.cache.data, self._decoder._latest)
         )
-        return generate(self, requests)
+        return generate(self, requests, *beat)
 
     return noting
 

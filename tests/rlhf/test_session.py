@@ -1,0 +1,76 @@
+"""What carries the loop: a watchdog that is told of work, and a run that is the same run when it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.mesh import stop
+from engine.watchdog import Watchdog
+from model.errors import InputError
+from rlhf.ppo_config import AlgorithmConfig, PpoConfig, RolloutConfig
+from rlhf.ppo_job import train_ppo
+from tests.rlhf.small_ppo import write_small_roles
+from tests.rlhf.toys import small_model, toy
+from tests.small_base import write_small_conversations
+
+
+def test_the_watchdog_hears_of_every_token_and_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a phase may take longer than it waits: 6 answers of 3 tokens, then 2 x 3 steps of critic and policy each."""
+    heard: Counter[str] = Counter()
+    monkeypatch.setattr(Watchdog, "beat", lambda self, doing: heard.update([doing]))
+    problem = toy(
+        tmp_path,
+        small_model(8, 4),
+        [[1]],
+        lambda ids: 0.0,
+        1,
+        rollout=RolloutConfig(prompts=6, max_new_tokens=3),
+        ppo=AlgorithmConfig(epochs=2, minibatches=3),
+    )
+    problem.run()
+    assert heard["in rollout of iteration 1"] == 1 + 6 * 3
+    assert heard["in update of iteration 1"] == 1 + 2 * 2 * 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> PpoConfig:
+    """A run of one iteration, and its recipe for one more."""
+    folder = write_small_roles(tmp_path_factory.mktemp("made"))
+    config = PpoConfig(model=str(folder / "sft"), out=str(folder / "ppo"))
+    config.reward.source = str(folder / "rm")
+    config.data.paths = [str(write_small_conversations(folder / "chats.jsonl", 12))]
+    config.rollout = RolloutConfig(prompts=2, max_new_tokens=2)
+    config.eval.fraction, config.train.steps, config.train.micro_batch_tokens = 0.0, 1, 256
+    config.log.tensorboard = config.log.curves = False
+    train_ppo(config)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "inner", "value"),
+    [
+        ("seed", "seed", None, 1),
+        ("model", "model", None, "sft"),
+        ("kl.reference", "kl", "reference", "sft"),
+        ("reward.source", "reward", "source", "rm"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_seed_reference_and_reward(
+    made: PpoConfig, name: str, option: str, inner: str | None, value: Any
+) -> None:
+    """Those of other directories fit as well, and what a run has learnt from one reward is not of another."""
+    if isinstance(value, str):
+        other = Path(made.out).parent / f"other-{value}"
+        if not other.exists():
+            other.symlink_to(other.with_name(value))
+        value = str(other)
+    if inner is not None:
+        value = dataclasses.replace(getattr(made, option), **{inner: value})
+    with pytest.raises(InputError, match=f"its checkpoint was trained with {name}"):
+        train_ppo(dataclasses.replace(made, **{option: value}))
+    stop()
