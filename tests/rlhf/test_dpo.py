@@ -21,7 +21,7 @@ from rlhf.dpo import SHOWN, DpoLossConfig, dpo_objective, extremes, sequence_log
 BETA = 0.3
 # Of each group: prompt length, then length and grade of each answer.
 GROUPS: list = [
-    (3, [(2, 1.0), (4, 0.0)]),
+    (3, [(2, 2.0), (4, 1.0)]),
     (2, [(5, 0.0), (1, 3.0), (3, 2.0)]),
     (4, [(2, 1.0), (2, 1.0)]),
     (1, [(1, 0), (6, 2)]),

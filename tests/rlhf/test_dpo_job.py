@@ -210,8 +210,15 @@ def small_model(folder: Path) -> Counted:
     return model
 
 
-def read(model: nn.Module, comparisons: PreferenceSet, path: Path, stop_at: int = 0, key: str = "one") -> Tensor:
-    batches = [[batch] for batch in evaluation_ranked_batches(comparisons, PACK, CONTEXT)]
+def read(
+    model: nn.Module,
+    comparisons: PreferenceSet,
+    path: Path,
+    stop_at: int = 0,
+    key: str = "one",
+    batches: list[list[RankedBatch]] | None = None,
+) -> Tensor:
+    batches = batches or [[batch] for batch in evaluation_ranked_batches(comparisons, PACK, CONTEXT)]
     runtime = start(ParallelConfig())
     with Watchdog(60, "test") as dog:
         return reference_logprobs(
@@ -259,6 +266,21 @@ def test_a_stopped_reference_goes_on_where_it_was_and_ends_with_the_same_bits(
     monkeypatch.undo()
     model.calls = 0
     assert torch.equal(read(model, comparisons, tmp_path / "killed"), whole) and model.calls == steps - 4
+
+
+def test_where_epochs_meet_the_value_of_the_first_stays(
+    folder: Path, tmp_path: Path, comparisons: PreferenceSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = small_model(folder), [[each] for each in evaluation_ranked_batches(comparisons, PACK, CONTEXT)]
+    whole = read(model, comparisons, tmp_path / "once")
+    model.calls = 0
+
+    def drifting(*arguments: Any) -> Tensor:
+        return sequence_logprobs(*arguments) - (100 if model.calls > len(batches) else 0)
+
+    monkeypatch.setattr(rlhf.reference, "sequence_logprobs", drifting)
+    assert torch.equal(read(model, comparisons, tmp_path / "twice", batches=2 * batches), whole)
+    assert model.calls == 2 * len(batches)
 
 
 def test_the_reference_of_another_model_or_of_other_data_is_not_taken(
