@@ -7,6 +7,7 @@ model to start from. What is there is not done again, so the same command goes o
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import shutil
@@ -163,11 +164,12 @@ class Rounds:
         patience = 60 * self.config.parallel.timeout_minutes
         with Watchdog(patience, runtime.name) as dog, StopSignals() as signals:
             for number, chunk in enumerate(chunks[done:], done + 1):
-                dog.beat(f"sampling chunk {number} of {len(chunks)} for {draws.path}")
+                beat = functools.partial(dog.beat, f"sampling chunk {number} of {len(chunks)} for {draws.path}")
+                beat()
                 those = [prompts.prompt(int(index)) for index in chunk]
                 own = row_seed(self.config.seed, seed)
                 answers = self.rollout.collect(
-                    weights, those, samples, options.temperature, options.max_new_tokens, policy, runtime, own
+                    weights, those, samples, options.temperature, options.max_new_tokens, policy, runtime, own, beat
                 )
                 dog.beat(f"scoring chunk {number} of {len(chunks)} for {draws.path}")
                 trajectory = Trajectory.of(answers, runtime.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.data.shards import TRAINED
 from engine.loop import EvalConfig
 from engine.mesh import stop
 from engine.sft import SftConfig, SftTrainConfig, sft
+from engine.watchdog import Watchdog
 from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -235,11 +237,21 @@ def test_samples_are_graded_comparisons_for_other_jobs(made: Path) -> None:
         assert {tuple(one) for one in found.responses} == {(one["text"], one["score"]) for one in row["responses"]}
 
 
+def test_the_watchdog_hears_of_every_token_of_a_chunk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: Counter[str] = Counter()
+    monkeypatch.setattr(Watchdog, "beat", lambda self, doing: heard.update([doing]))
+    rejection(small_rejection(folder, tmp_path / "out", rounds=1, train=ONE_STEP))
+    drawn = tmp_path / "out/rounds/1/samples.jsonl"
+    tokens = sum(len(one["ids"]) for row in lines(drawn) for one in row["responses"])
+    sampling = {doing: times for doing, times in heard.items() if doing.startswith("sampling") and str(drawn) in doing}
+    assert sum(sampling.values()) == len(sampling) + tokens
+
+
 def test_other_options_than_the_samples_were_drawn_with_are_refused(folder: Path, made: Path) -> None:
     hot = dataclasses.replace(small_rejection(folder, made).rollout, temperature=0.5)
-    with pytest.raises(
-        InputError, match=r"were drawn with rollout\.temperature 1\.0, this command asks for 0\.5\."
-    ):
+    with pytest.raises(InputError, match=r"were drawn with rollout\.temperature 1\.0, this command asks for 0\.5\."):
         rejection(small_rejection(folder, made, rollout=hot))
     stop()
 
