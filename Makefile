@@ -43,6 +43,10 @@ bench-train: $(READY)
 bench-generate: $(READY)
 	$(BIN)/python tools/bench_generate.py
 
+# Against TRL where it is installed; it says how to get it, or do without.
+bench-ppo: $(READY)
+	$(BIN)/python tools/bench_ppo.py
+
 bench-kernels: $(READY)
 	$(BIN)/python tools/bench_kernels.py
 

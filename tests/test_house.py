@@ -11,8 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"kernels": 0, "model": 1, "engine": 2, "rlhf": 3, "evals": 3, "tools": 4}
 ORACLES = {"transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"}
-# These race against transformers, or compare with it when asked to; nothing else may import it.
-RACERS = {"tools/bench_train.py", "tools/bench_generate.py", "engine/verification.py"}
+# These race against transformers and TRL, or compare with them when asked to; nothing else may import them.
+RACERS = {
+    "tools/bench_train.py",
+    "tools/bench_generate.py",
+    "tools/bench_ppo.py",
+    "tools/ppo_racers.py",
+    "engine/verification.py",
+}
 
 
 def imported_packages(path: Path) -> Iterator[tuple[int, str]]:
