@@ -100,3 +100,13 @@ def test_without_a_weight_there_is_no_reference(tmp_path: Path) -> None:
     assert trajectory.reference_logprob is None and trajectory.rewards is not None and trajectory.score is not None
     torch.testing.assert_close(trajectory.sum_by_sample(trajectory.rewards), trajectory.score, rtol=0, atol=0)
     assert "objective/kl_coef" not in learner.update(trajectory, 0)
+
+
+def test_a_look_at_held_out_prompts_changes_nothing(tmp_path: Path) -> None:
+    learner = made(tmp_path, reward=RewardConfig(normalise=True)).learner
+    learner.score(prompts := learner.prompts.next(8), learner.sample(prompts, 2))
+    numbers, tensors = learner.numbers(), {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    first, second = (learner.look(prompts[:4]).row for _ in range(2))
+    assert first == second and first["held_out/kl"] == 0.0
+    assert learner.numbers() == numbers
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in learner.tensors().items())

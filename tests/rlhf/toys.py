@@ -136,7 +136,7 @@ def toy(
         model, words, stop_ids, seed=config.seed, dtype=torch.float32, context=model.max_position_embeddings, rows=512,
         keep=True,
     )  # fmt: skip
-    scorer = Scorer(judge, config.reward.clip or 0.0, config.reward.missing_end_penalty)
+    scorer = Scorer(judge, config.reward.clip or 0.0, config.reward.missing_end_penalty, config.reward.normalise)
     stream: Any = lambda cursor: _Stream(prompts)  # noqa: E731
     learner = Learner(config, ONE, roles, rollout, scorer, (), stream)
     folder.mkdir(parents=True, exist_ok=True)
