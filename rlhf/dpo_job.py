@@ -151,6 +151,7 @@ def dpo(config: DpoConfig) -> None:
                 **{f"dpo.{name}": value for name, value in vars(config.dpo).items()},
                 "tokenizer": tokenizer.fingerprint,
                 "template": f"{template.name} ({template.fingerprint[:8]})",
+                "model": config.model,
                 **dataclasses.asdict(shape),
             },
             publish=publisher(model, model_config, template.store(tokenizer), "dpo", STORED[precision]),

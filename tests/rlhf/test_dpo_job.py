@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from engine.preferences import PreferenceDataConfig, open_preferences
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
 from model.chat import ChatTemplate
+from model.errors import InputError
 from model.heads import CausalLM
 from model.hf import load_config, read_model
 from model.tokenizer import Tokenizer
@@ -154,6 +156,16 @@ def test_a_reference_that_was_stopped_is_read_anew_in_steps_of_another_size(fold
     steps, looks = rows(tmp_path / "dpo")
     assert len(steps) == 3
     assert all(math.isfinite(loss) for loss in (steps[-1]["loss"], looks[-1]["held_out_loss"]))
+
+
+def test_a_run_goes_on_with_the_reference_that_it_began_with(folder: Path, tmp_path: Path) -> None:
+    config = recipe(folder, tmp_path / "dpo", train=TrainConfig(steps=1, micro_batch_tokens=PACK))
+    dpo(config)
+    write_small_sft(tmp_path / "sft", CONTEXT)
+    other = dataclasses.replace(config, model=str(tmp_path / "sft"), train=dataclasses.replace(config.train, steps=2))
+    with pytest.raises(InputError, match="its checkpoint was trained with model"):
+        dpo(other)
+    stop()
 
 
 def test_a_dry_run_shows_the_plan_and_the_answers_of_a_prompt(
