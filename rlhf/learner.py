@@ -190,8 +190,9 @@ class Learner:
         if trajectory.reference_logprob is not None:
             assert trajectory.old_logprob is not None
             report["objective/kl_coef"] = coef
-            divergence = kl_estimate(trajectory.old_logprob, trajectory.reference_logprob, kl.kind)
-            self.kl.update(trajectory.sum_by_sample(divergence).mean().item(), trajectory.num_samples)
+            if not is_warming_up:
+                divergence = kl_estimate(trajectory.old_logprob, trajectory.reference_logprob, kl.kind)
+                self.kl.update(trajectory.sum_by_sample(divergence).mean().item(), trajectory.num_samples)
         return {"loss": report.get("policy/loss", 0.0), **report}
 
     def look(self, prompts: Sequence[Prompt]) -> Looked:

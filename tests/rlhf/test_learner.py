@@ -72,6 +72,16 @@ def test_the_critic_learns_alone_while_it_warms_up(tmp_path: Path) -> None:
     assert (problem.roles.policy.steps, problem.learner.numbers()["critic_steps"]) == (6, 12)
 
 
+def test_the_coefficient_waits_for_the_policy_while_the_critic_warms_up(tmp_path: Path) -> None:
+    """The divergence of a policy that may not move says nothing of the coefficient."""
+    problem = made(tmp_path, value=ValueConfig(lr=1e-3, warmup=1), kl=KlConfig(coef=0.5, target=1.0, horizon=16))
+    learner, seen = problem.learner, []
+    for iteration in range(2):
+        learner.update(learner.estimate(learner.read(sampled(problem), iteration)), iteration)
+        seen.append(learner.kl.coef)
+    assert seen == pytest.approx([0.5, 0.4])
+
+
 def test_the_sampler_may_stand_for_the_policy_that_sampled(tmp_path: Path) -> None:
     problem = made(tmp_path, ppo=AlgorithmConfig(old_logprobs="rollout"))
     trajectory = problem.learner.read(sampled(problem), 0)
