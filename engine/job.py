@@ -272,8 +272,7 @@ def plan_alone(config: JobConfig, model: ModelConfig, loss: Loss = "cross_entrop
 def describe_model(config: JobConfig, model: ModelConfig, shape: StepShape) -> str:
     """What is trained, in a line."""
     return (
-        f"{config.model}: {model.num_parameters:,} parameters, vocabulary {model.vocab_size:,}, "
-        f"context {shape.context}"
+        f"{config.model}: {model.num_parameters:,} parameters, vocabulary {model.vocab_size:,}, context {shape.context}"
     )
 
 

@@ -80,8 +80,8 @@ class HeldOut:
         count = 0 if judges is None else judges.num_documents
         if count < 2:
             raise InputError(
-                f"{count} held-out prompts give no mean and deviation to normalise scores by. Raise --eval.fraction, or "
-                "give --normalise.data conversations."
+                f"{count} held-out prompts give no mean and deviation to normalise scores by. Raise --eval.fraction, "
+                "or give --normalise.data conversations."
             )
 
     def batches(self) -> Iterator[RankedBatch]:
