@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import check_range
+from engine.guard import GuardConfig
 from engine.job import JobConfig, TrainConfig
 from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig, EvalConfig
@@ -295,6 +296,8 @@ class PpoConfig(JobConfig):
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(kind="linear", warmup_ratio=0.0, final_ratio=0.0)
     )
+    # Losses and gradients leap when a rare reward is found, and clipping bounds the step: no finite one is refused.
+    guard: GuardConfig = field(default_factory=lambda: GuardConfig(loss_leap=1e30, norm_leap=1e30))
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=20))
     eval: PpoEvalConfig = field(default_factory=PpoEvalConfig)
     log: PpoLogConfig = field(default_factory=PpoLogConfig)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.config import parse
+from engine.guard import Guard
 from model.errors import InputError
 from rlhf.ppo_config import PpoConfig
 
@@ -26,6 +28,16 @@ def test_adam_is_that_of_the_first_ppo_code() -> None:
     recipe = options()
     assert (recipe.optim.eps, recipe.schedule.kind, recipe.schedule.final_ratio) == (1e-5, "linear", 0.0)
     assert recipe.optim.lr == 1e-6
+
+
+def test_a_reward_that_is_found_late_is_learnt_from_and_what_is_not_finite_is_not() -> None:
+    """While no answer gets the rare reward, the divergence alone has a small gradient; the first signal is a leap."""
+    guard = Guard(options().guard, torch.device("cpu"))
+    still, quiet, signal = (torch.tensor(value) for value in (0.0, 1e-3, 1.0))
+    assert not any(guard.judge(still, quiet) for _ in range(60))
+    assert not guard.judge(still, signal) and not guard.judge(signal * 50, signal)
+    assert guard.judge(signal, signal / 0) and guard.judge(signal * torch.nan, signal)
+    assert parse(PpoConfig, ["--guard.norm_leap", "10"], "ppo.py", ALIASES).guard.norm_leap == 10
 
 
 def test_the_estimator_has_the_right_gradient_where_it_stands() -> None:
