@@ -69,8 +69,8 @@ def _order(part: str) -> int:
 def _room(memory: RolesPlan, device: int) -> str:
     tokens, context = memory.cached_tokens(device), memory.setup.step.context
     return (
-        f"In rollouts there is room for {tokens:,} cached tokens a rank, or {tokens // context} of {memory.setup.rows} "
-        f"answers at once if all had {context:,} tokens with their prompts."
+        f"In rollouts there is room for {tokens:,} cached tokens a rank: {tokens // context} answers of {context:,} "
+        f"tokens with their prompts, or {memory.setup.rows} of {tokens // memory.setup.rows:,}."
     )
 
 

@@ -126,7 +126,19 @@ def plan_preset(job: str, recipe: str, folder: Path, *words: object) -> str:
     return ended.stdout
 
 
-def test_a_preset_is_planned_for_fine_tuning_before_anybody_has_downloaded_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", ["sft", "rm", "dpo", "rejection"])
+def test_a_preset_is_planned_for_every_job_before_anybody_has_downloaded_it(tmp_path: Path, job: str) -> None:
+    sizes = ("--train.micro_batch_tokens", 8192, "--train.recompute", "selective")
+    ended = run_tool(job, "--dry-run", "--model", "ziya2-13b", *NODE, *sizes, cwd=tmp_path)[0]
+    assert ended.code == 0, ended.stderr
+    parameters = 12_890_040_320 if job == "rm" else 13_091_886_080  # a head of one number, and no other
+    assert f"ziya2-13b: {parameters:,} parameters" in ended.stdout
+    assert "it fits the 79.1 GiB that are there" in ended.stdout
+    assert ("keys and values" in ended.stdout) == (job == "rejection")
+    assert everything(tmp_path) == set()
+
+
+def test_the_13b_recipe_of_fine_tuning_fits_eight_h100(tmp_path: Path) -> None:
     assert "it fits the 79.1 GiB that are there" in plan_preset("sft", "ziya2_13b_sft_8xh100.yaml", tmp_path)
 
 
@@ -146,6 +158,12 @@ def test_the_13b_recipe_of_ppo_fits_eight_h100_with_room_for_24_000_cached_token
         assert re.search(rf"^  {held} .*\d\.\d\d", plan, re.MULTILINE), held
     for held in ("reference, frozen", "reward, frozen", "generator, whole", "keys and values"):
         assert re.search(rf"^  {held} .*\d\.\d\d", plan, re.MULTILINE), held
+
+
+def test_the_documented_plan_of_ppo_is_that_of_the_recipe(tmp_path: Path) -> None:
+    page = (CONFIGS.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    plan = plan_preset("ppo", "ziya2_13b_ppo_8xh100.yaml", tmp_path)
+    assert "".join(f"    {line}\n" for line in plan.splitlines()) in page
 
 
 def test_what_is_advised_for_ppo_that_does_not_fit_makes_it_fit(tmp_path: Path) -> None:
