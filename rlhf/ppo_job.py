@@ -167,7 +167,7 @@ def read_bases(config: PpoConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, 
     ends = template.end_ids(tokenizer)
     model = dataclasses.replace(fit_vocabulary(base, tokenizer), eos_token_id=ends if len(ends) > 1 else ends[0])
     is_function = names_function(config.reward.source)
-    reward = None if is_function else open_reward_model(config.reward.source, tokenizer, template)
+    reward = None if is_function else open_reward_model(config.reward.source, tokenizer, template, model.vocab_size)
     return tokenizer, template, model, reward
 
 

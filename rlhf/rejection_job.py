@@ -52,7 +52,7 @@ def rejection(config: RejectionConfig) -> None:
             make_run_directory(directory)
         tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
         is_function = names_function(config.reward)
-        reward = None if is_function else open_reward_model(config.reward, tokenizer, template)
+        reward = None if is_function else open_reward_model(config.reward, tokenizer, template, model.vocab_size)
         prompts, held_out = open_split_prompts(
             config.data, config.eval, config.rollout.max_new_tokens, template, tokenizer, shape.context, directory
         )

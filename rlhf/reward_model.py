@@ -46,15 +46,19 @@ class RewardModel:
 
 
 def open_reward_model(
-    directory: Path | str, tokenizer: Tokenizer | None = None, template: ChatTemplate | None = None
+    directory: Path | str,
+    tokenizer: Tokenizer | None = None,
+    template: ChatTemplate | None = None,
+    rows: int | None = None,
 ) -> RewardModel:
     """The reward model of a directory, if it can judge what is written with this tokenizer and template.
 
     Args:
         tokenizer, template: of the model to be judged; None for the reward model's own.
+        rows: of that model's vocabulary, padding included: any of them may be sampled.
     Raises:
         InputError: no whole model; a language model, whose reward head would be random; a tokenizer or template that
-            differs from the one given, so that it would read other ids than it was trained on.
+            differs from the one given, so that it would read other ids than it was trained on; fewer rows.
     """
     directory = require_model(directory)
     config = load_config(directory, "score")
@@ -67,6 +71,8 @@ def open_reward_model(
             f"{directory} reads with another tokenizer than {tokenizer.source}; its ids would mean other words. Train "
             "a reward model from the model to be judged, with tools/rm.py --model."
         )
+    if rows is not None:
+        require_rows(config, rows, str(directory))
     stored = ChatTemplate.of(own)
     if stored is None:
         raise InputError(
@@ -80,6 +86,19 @@ def open_reward_model(
         )
     mean, std = config.score_mean, config.score_std
     return RewardModel(directory, config, own, stored, 0.0 if mean is None else mean, 1.0 if std is None else std)
+
+
+def require_rows(config: ModelConfig, rows: int, name: str) -> None:
+    """See that a model has a row for every id that a policy of so many rows may sample.
+
+    Raises:
+        InputError: it has fewer; reading the others would fail on the device.
+    """
+    if config.vocab_size < rows:
+        raise InputError(
+            f"{name} has {config.vocab_size:,} rows for ids, the policy {rows:,}, and may sample any of them. Give a "
+            "model that was trained from the same base."
+        )
 
 
 SHOWN = ("accuracy", "margin")

@@ -32,7 +32,7 @@ from model.errors import InputError
 from model.heads import CausalLM, ScalarModel
 from model.tokenizer import Tokenizer, has_tokenizer
 from rlhf.ppo_config import PpoConfig
-from rlhf.reward_model import RewardModel, open_reward_model
+from rlhf.reward_model import RewardModel, open_reward_model, require_rows
 from rlhf.update import Trained
 
 
@@ -145,7 +145,7 @@ def make_roles(
         other = base
         if config.kl.reference is not None:
             other = find_trained(config.kl.reference, "tools/sft.py", option="--kl.reference")
-            _check_tokenizer(other, tokenizer, "--kl.reference")
+            _check_ids(other, tokenizer, model, "--kl.reference")
         shape = other.config.with_context(model.rope_length)
         offload = config.kl.offload and is_on_gpu
         reference = Frozen(CausalLM, shape, other, config, precision, runtime, offload)
@@ -200,9 +200,9 @@ def _make_critic(
     if config.value.model is not None:
         found = find_trained(config.value.model, "tools/rm.py", None, option="--value.model")
         if found.config.head == "score":
-            reward = open_reward_model(config.value.model, tokenizer, template)
+            reward = open_reward_model(config.value.model, tokenizer, template, model.vocab_size)
         else:
-            _check_tokenizer(found, tokenizer, "--value.model")
+            _check_ids(found, tokenizer, model, "--value.model")
             reward, base = None, found
     if reward is not None:
         shape = reward.config.with_context(model.rope_length)
@@ -214,12 +214,13 @@ def _make_critic(
     return critic
 
 
-def _check_tokenizer(base: Base, tokenizer: Tokenizer, option: str) -> None:
+def _check_ids(base: Base, tokenizer: Tokenizer, policy: ModelConfig, option: str) -> None:
     """
     Raises:
-        InputError: the model reads with another tokenizer.
+        InputError: the model reads with another tokenizer, or does not reach all ids of the policy.
     """
     assert base.directory is not None
+    require_rows(base.config, policy.vocab_size, f"{option} {base.directory}")
     if has_tokenizer(base.directory) and Tokenizer.load(base.directory).fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"{option} {base.directory} reads with another tokenizer than the policy; its ids would mean other words. "

@@ -219,6 +219,22 @@ def test_a_reference_or_critic_with_another_tokenizer_is_refused(
             make(folder, runtime, config)
 
 
+def test_a_model_that_lacks_rows_of_the_policy_is_refused(folder: Path, runtime: Runtime) -> None:
+    """The same tokenizer, but a policy padded to more rows: an id there would be read past the end of a table."""
+    tokenizer, template = small_tokenizer(folder)
+    rows = load_config(folder / "rm", "score").vocab_size
+    with pytest.raises(InputError, match=rf"rm has {rows} rows for ids, the policy {rows + 1}"):
+        open_reward_model(folder / "rm", tokenizer, template, rows + 1)
+    assert open_reward_model(folder / "rm", tokenizer, template, rows).config.vocab_size == rows
+
+    config = small_recipe(folder)
+    config.kl = dataclasses.replace(config.kl, reference=str(folder / "sft"))
+    base = find_trained(config.model, "tools/sft.py")
+    policy = dataclasses.replace(base.config.with_context(CONTEXT), vocab_size=rows + 1)
+    with pytest.raises(InputError, match=rf"--kl.reference \S*sft has {rows} rows for ids, the policy {rows + 1}"):
+        make_roles(config, base, policy, tokenizer, template, None, "fp32", runtime)
+
+
 def test_a_reference_that_does_not_exist_is_refused(folder: Path, runtime: Runtime) -> None:
     config = small_recipe(folder)
     config.kl = dataclasses.replace(config.kl, reference=str(folder / "nothing"))
