@@ -272,11 +272,8 @@ class _Planner:
         queries = ("qkv_proj", "queries, keys, values", "attention", "o_proj")
         feed_forward = ("o_proj", "stream after attention", "gate_up_proj", "activation")
         at_work = norm + max(sum(tensors[name] for name in names) for names in (queries, feed_forward))
-        block = self._moment(
-            "block",
-            weights=self._gathered(kept_gathered or 1) + late_buffer,
-            activations=tensors["input"] + at_work,
-        )
+        gathered = self._gathered(kept_gathered or 1)
+        block = self._moment("block", weights=gathered + late_buffer, activations=tensors["input"] + at_work)
         head = self._moment(
             "head",
             weights=self._gathered(kept_gathered) + late_buffer + self._gathered_score(),
