@@ -15,7 +15,6 @@ from typing import Any
 from model.chat import Message
 from samples.dialogues import Dialogue, plan, render_dialogues
 from samples.draw import Draw
-from samples.facts import condition_facts
 from samples.knowledge import Knowledge
 from samples.questions import KINDS, Question, questions_of
 from samples.scripts import Script, load_scripts
@@ -32,8 +31,7 @@ CAUTIOUS_RATE = 0.5
 UNSAFE_RATE = 0.1
 CARELESS_RATE = 0.5  # how many of the departments named without caution are named with certainty
 PLAIN_RATE = 0.3  # how many answers have no courtesies
-ALIKE_RATE = 0.4  # how many wrong answers are of a condition or for a need that is near, where there is one
-RIGHT_NAME_RATE = 0.25  # how many wrong departments come with the right condition
+UNSUITABLE_RATE = 0.5  # how many wrong drugs are for this need but not for this patient, where there are such
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,24 @@ class Answers:
     """Answers to one question, with planted defects.
 
     topic: what the question's conversation may say.
+    others: questions of the same kind with their topics, whose right answers are wrong ones here: so that no name is
+        oftener right than another.
     """
 
-    def __init__(self, question: Question, topic: Topic, script: Script, knowledge: Knowledge) -> None:
+    def __init__(
+        self,
+        question: Question,
+        topic: Topic,
+        others: Sequence[tuple[Question, Topic]],
+        script: Script,
+        knowledge: Knowledge,
+    ) -> None:
         self._question = question
+        self._others = others
         self._facts = topic.facts
         self._wordings = script.wordings
-        self._knowledge = knowledge
-        self._condition = knowledge.condition(question.condition)
+        own = [knowledge.drug(drug_id).name for drug_id in knowledge.condition(question.condition).drugs]
+        self._unsuitable = [name for name in own if name in question.forbidden]
         self._classes = {drug.name: drug.drug_class for drug in knowledge.drugs}
 
     def several(self, count: int) -> list[str]:
@@ -98,18 +106,17 @@ class Answers:
         return self._facts | self._drug_facts(draw.choice(self._question.accepted))
 
     def _wrong(self, draw: Draw) -> Facts:
-        """A condition of another department, at times under the right name; a drug for another need, or unsuitable."""
-        if self._question.kind == "department":
-            others = [one for one in self._knowledge.conditions if one.department != self._condition.department]
-            alike = [one for one in others if set(one.symptoms) & set(self._condition.symptoms)]
-            other = draw.choice(alike if alike and draw.chance(ALIKE_RATE) else others)
-            facts = condition_facts(other, self._knowledge, draw, part=True)
-            return facts | ({"name": self._condition.name} if draw.chance(RIGHT_NAME_RATE) else {})
-        related = {self._knowledge.drug(drug_id).name for drug_id in self._condition.drugs}
-        near = related - set(self._question.accepted)
-        return self._facts | self._drug_facts(
-            draw.choice(sorted(near if near and draw.chance(ALIKE_RATE) else self._classes.keys() - related))
-        )
+        """What answers another question; at times a drug for this need that this patient must not have."""
+        facts = self._facts
+        if self._unsuitable and draw.chance(UNSUITABLE_RATE):
+            return facts | self._drug_facts(draw.choice(self._unsuitable))
+        while True:
+            other, topic = draw.choice(self._others)
+            if not set(other.accepted) & set(self._question.accepted):
+                break
+        if other.kind == "drug":
+            return facts | self._drug_facts(draw.choice(other.accepted))
+        return facts | {name: topic.facts[name] for name in ("name", "department", "clinic", "urgent")}
 
     def _drug_facts(self, name: str) -> Facts:
         return {"drug": name, "drug_class": self._classes[name]}
@@ -121,8 +128,10 @@ def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Com
     topics = {topic_id: topic for topic_id, kind, topic in plan(knowledge) if kind in KINDS}
 
     def compare(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
-        for question in questions_of(dialogues):
-            answers = Answers(question, topics[question.id], scripts[question.kind], knowledge)
+        asked = [(question, topics[question.id]) for question in questions_of(dialogues)]
+        for question, topic in asked:
+            others = [one for one in asked if one[0].kind == question.kind]
+            answers = Answers(question, topic, others, scripts[question.kind], knowledge)
             graded = tuple(Response(text, judge(question, text).total) for text in answers.several(RESPONSES))
             if len({response.score for response in graded}) > 1:
                 yield Comparison(question.id, question.messages, graded)
