@@ -51,6 +51,9 @@ STAGES = (
         "tools/chat.py --sampling.temperature 0",
         "医生，我是51岁的女性，患荨麻疹，抗组胺止痒用什么药？",
     ),
+    Stage("Train a reward model on comparisons of answers", "tools/rm.py"),
+    Stage("Improve the answers by PPO", "tools/ppo.py --reward ckpt/rm"),
+    Stage("Improve them by rejection sampling", "tools/rejection.py --reward ckpt/rm"),
 )
 
 
