@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from engine.memory import Setup
 from engine.memory_advice import DEVICES, GIB, STEPS, Ways, advice, gib
 from engine.memory_roles import RolesPlan, RolesSetup
 from model.config import PRESETS, ModelConfig
+from model.kv_cache import free_memory
 
 
 def describe_roles(memory: RolesPlan, device_bytes: int | None = None) -> str:
@@ -17,8 +20,11 @@ def describe_roles(memory: RolesPlan, device_bytes: int | None = None) -> str:
 
     Args:
         device_bytes: memory of the device; None plans for the smallest common one that suffices, else the largest.
+            On a CPU None is what this machine has.
     """
     step = memory.setup.step
+    if step.device == "cpu" and device_bytes is None:
+        device_bytes = free_memory(torch.device("cpu"))
     named = next((name for name, size in DEVICES.items() if memory.fits(int(size * GIB))), None)
     device = device_bytes or int((DEVICES[named] if named else max(DEVICES.values())) * GIB)
     phases = memory.phases(device)
@@ -68,9 +74,11 @@ def _order(part: str) -> int:
 
 def _room(memory: RolesPlan, device: int) -> str:
     tokens, context = memory.cached_tokens(device), memory.setup.step.context
+    rows, each = memory.setup.rows, tokens // memory.setup.rows
+    shorter = f", or {rows} of {each:,}" if each < context else ""
     return (
         f"In rollouts there is room for {tokens:,} cached tokens a rank: {tokens // context} answers of {context:,} "
-        f"tokens with their prompts, or {memory.setup.rows} of {tokens // memory.setup.rows:,}."
+        f"tokens with their prompts{shorter}."
     )
 
 

@@ -18,7 +18,7 @@ from engine.shard import parallelize
 from model import kv_cache
 from model.config import PRESETS, ModelConfig
 from model.heads import CausalLM, ScalarModel
-from model.kv_cache import PAGE, KVCache, count_pages
+from model.kv_cache import PAGE, KVCache, count_pages, free_memory
 from tests.engine.test_memory import SMALL, silent_ranks, storage_bytes
 
 H100, H200 = int(79.1 * GIB), int(139.8 * GIB)
@@ -233,3 +233,12 @@ def test_the_smallest_device_is_told_that_a_plan_fits() -> None:
         planned = plan_roles(setup)
         assert planned.fits(planned.needed_bytes) and not planned.fits(planned.needed_bytes - (1 << 20))
         assert f"A rank needs {planned.needed_bytes / GIB:.1f} GiB" in describe_roles(planned, H100)
+
+
+def test_on_a_cpu_the_memory_of_this_machine_is_asked() -> None:
+    said = describe_roles(
+        plan_roles(RolesSetup(SMALL, four_roles(SMALL), Setup(512, 256, precision="fp32", device="cpu")))
+    )
+    assert f"it fits the {free_memory(torch.device('cpu')) / GIB:.1f} GiB that are there" in said
+    # No more than the rows can use.
+    assert f"room for {64 * 256:,} cached tokens a rank: 64 answers of 256 tokens with their prompts." in said
