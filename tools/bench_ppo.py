@@ -196,13 +196,16 @@ def _record(
     if PEER in laps:
         record |= {
             "peer's tok/s": f"{speeds[PEER]:,.0f}",
-            "ratio": f"{speeds[OURS] / speeds[PEER]:.2f}",
+            "ratio": _ratio([ours.speed / its.speed for ours, its in zip(laps[OURS], laps[PEER], strict=True)]),
             "peer's generation": _share(laps[PEER], "generation"),
         }
         for phase in ("generation", "reading", "update"):
-            ours, theirs = (_pace(laps[who], phase) for who in (OURS, PEER))
-            record[f"{phase} ratio"] = f"{theirs / ours:.2f}"
-    of_phases = {who: {phase: round(_pace(of, phase) * 1e6, 1) for phase in of[0].phases} for who, of in laps.items()}
+            pairs = zip(_paces(laps[OURS], phase), _paces(laps[PEER], phase), strict=True)
+            record[f"{phase} ratio"] = _ratio([its / ours for ours, its in pairs])
+    of_phases = {
+        who: {phase: round(float(np.median(_paces(of, phase))) * 1e6, 1) for phase in of[0].phases}
+        for who, of in laps.items()
+    }
     return {
         **record,
         **facts,
@@ -214,9 +217,14 @@ def _record(
     }
 
 
-def _pace(laps: list[Iteration], phase: str) -> float:
-    """Seconds of a phase a token of prompts and answers: the median iteration's."""
-    return float(np.median([lap.phases[phase] / (lap.prompt_tokens + lap.answer_tokens) for lap in laps]))
+def _ratio(rounds: list[float]) -> str:
+    """The median round's: both have the same prompts in it, and what else the machine does then."""
+    return f"{np.median(rounds):.2f}"
+
+
+def _paces(laps: list[Iteration], phase: str) -> list[float]:
+    """Seconds of a phase a token of prompts and answers, of each iteration."""
+    return [lap.phases[phase] / (lap.prompt_tokens + lap.answer_tokens) for lap in laps]
 
 
 def _share(laps: list[Iteration], phase: str) -> str:
@@ -258,12 +266,13 @@ def _heading(config: BenchConfig, shape: ModelConfig) -> str:
         "iteration samples answers, scores them, reads log-probabilities of policy and reference, and trains on them: "
         "the same group advantages, clipped loss, k3 and AdamW on both sides. Speeds are tokens of prompts and answers "
         "(each answer with its prompt) over the seconds of iterations, medians of rounds taken in turn in one process. "
-        "Ratios above 1 are in our favour; those of phases are of seconds a token. Where answers have a mean, they end "
-        "by themselves, at geometric lengths; else all have the length given. Rounds, phases and all options of every "
-        "record are in the .jsonl file beside this page."
+        "Ratios are the median round's, above 1 in our favour; those of phases are of seconds a token. Where answers "
+        "have a mean, they end by themselves, at geometric lengths; else all have the length given. Rounds, phases and "
+        "all options of every record are in the .jsonl file beside this page."
     )
     title = "# An iteration of reinforcement learning against TRL's GRPO trainer"
-    return f"{title}\n\n    python tools/bench_ppo.py --out {config.out}\n\n{textwrap.fill(text, 118)}"
+    told = textwrap.fill(text, 118, break_on_hyphens=False)
+    return f"{title}\n\n    python tools/bench_ppo.py --out {config.out}\n\n{told}"
 
 
 if __name__ == "__main__":
