@@ -57,8 +57,9 @@ def test_ppo_and_rejection_sampling_follow_it_and_tell_the_true_reward(folder: P
     assert "No --data: these are the bundled questions." in said.stderr
     assert "held-out questions, 4 sampled answers each" in said.stdout and "true reward" in said.stdout
     assert stage(folder, "ppo") == "ppo"
-    few = ("--rollout.prompts", 16, "--rollout.samples", 2, "--rounds", 1, "--select.truncated", "true", "--train.epochs", 1, "--log.tensorboard", "false")
-    said = job(folder, "rejection", "--reward", "ckpt/rm", *few, *SHORT)
+    few = ("--rollout.prompts", 16, "--rollout.samples", 2, "--rounds", 1, "--log.tensorboard", "false")
+    picks = ("--select.truncated", "true", "--train.epochs", 1)
+    said = job(folder, "rejection", "--reward", "ckpt/rm", *few, *picks, *SHORT)
     assert "at equal length" in said.stdout and "KL(after ‖ before)" in said.stdout
     assert stage(folder, "rejection") == "rejection"
 
