@@ -98,15 +98,9 @@ class ConversationOptions:
 
     def __post_init__(self) -> None:
         self.keys = dict(self.keys)
-        for key, names in self.keys.items():
-            if key not in KEYS:
-                raise InputError(f"--data.keys {key}={names}: {key} is none of {', '.join(KEYS)}. Name one of these.")
-            if not all(names.split("+")):
-                raise InputError(f"--data.keys {key}={names}: a field's name is missing. Write it as {key}=FIELD.")
+        check_texts(self.keys, KEYS, self.system)
         if self.keys and "turns" not in self.keys and not {"user", "assistant"} <= self.keys.keys():
             raise InputError("--data.keys needs user=FIELD and assistant=FIELD, or turns=FIELD. Add what is missing.")
-        if self.system is not None and not self.system.strip():
-            raise InputError("--data.system is empty. Leave it out for none.")
 
     @property
     def schema(self) -> ConversationSchema:
@@ -124,6 +118,21 @@ class ConversationOptions:
 
     def is_short(self, record: Record) -> bool:
         return False
+
+
+def check_texts(keys: Mapping[str, str], known: Sequence[str], system: str | None) -> None:
+    """See that the names of fields and the system prompt say something.
+
+    Raises:
+        InputError: a key that is not known, a field without a name, an empty prompt.
+    """
+    for key, names in keys.items():
+        if key not in known:
+            raise InputError(f"--data.keys {key}={names}: {key} is none of {', '.join(known)}. Name one of these.")
+        if not all(names.split("+")):
+            raise InputError(f"--data.keys {key}={names}: a field's name is missing. Write it as {key}=FIELD.")
+    if system is not None and not system.strip():
+        raise InputError("--data.system is empty. Leave it out for none.")
 
 
 def read_conversations(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from engine.config import check_range
+from engine.data.conversation_files import check_texts
 from engine.data.encodings import Encoding
 from engine.data.preferences import KEYS, Comparison, dump, is_number, load, recognise_comparison
 from engine.data.reading import read_records
@@ -111,19 +112,13 @@ class PreferenceOptions:
 
     def __post_init__(self) -> None:
         self.keys = dict(self.keys)
-        for key, names in self.keys.items():
-            if key not in KEYS:
-                raise InputError(f"--data.keys {key}={names}: {key} is none of {', '.join(KEYS)}. Name one of these.")
-            if not all(names.split("+")):
-                raise InputError(f"--data.keys {key}={names}: a field's name is missing. Write it as {key}=FIELD.")
+        check_texts(self.keys, KEYS, self.system)
         has = self.keys.keys()
         if has and not ({"chosen", "rejected"} <= has or "responses" in has or "assistant" in has):
             raise InputError(
                 "--data.keys needs chosen=FIELD and rejected=FIELD, or responses=FIELD, or assistant=FIELD and "
                 "score=FIELD. Add what is missing."
             )
-        if self.system is not None and not self.system.strip():
-            raise InputError("--data.system is empty. Leave it out for none.")
 
     def check(self) -> None:
         """Raises InputError where a number makes no sense."""
