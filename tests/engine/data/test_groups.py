@@ -20,7 +20,6 @@ from model.tokenizer import Tokenizer
 from tests.engine.data.comparisons import comparisons, open_files, open_records, ranked_encoder
 from tests.engine.data.dialogues import write
 
-REAL = Path("/work/shared/data/preference")
 Q, GOOD, FAIR, BAD = "头疼怎么办？", "先休息。", "多喝水。", "不用管。"
 
 
@@ -273,14 +272,13 @@ def test_held_out_questions_are_taken_out_whatever_their_spaces(tmp_path: Path, 
 # Real files
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the shared data")
-def test_real_files_give_their_groups(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_real_files_give_their_groups(real_data: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     encoder = ranked_encoder(tokenizer, 1 << 20)
-    lists = open_files(tmp_path / "1", [REAL / "ranked_first_turn.jsonl"], encoder)
+    lists = open_files(tmp_path / "1", [real_data / "preference" / "ranked_first_turn.jsonl"], encoder)
     assert lists.num_groups == 293 and lists.num_responses == 6 * 293
-    pairs = open_files(tmp_path / "2", [REAL / "dpo_zh_500.jsonl"], encoder)
+    pairs = open_files(tmp_path / "2", [real_data / "preference" / "dpo_zh_500.jsonl"], encoder)
     assert pairs.num_groups == 500 and pairs.num_responses == 1000
-    table = open_files(tmp_path / "3", [REAL / "cmedqa_candidates.tsv"], encoder)
+    table = open_files(tmp_path / "3", [real_data / "preference" / "cmedqa_candidates.tsv"], encoder)
     # Of 895 questions 677 have candidates of one label alone, or only one.
     assert table.num_groups == 218 and table.store.facts.left_out == 677
     reasons = Counter(
