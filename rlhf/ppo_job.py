@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine.building import Base, base_tokenizer, find_trained, fit_vocabulary, make_run_directory, publisher
+from engine.building import Base, find_trained, make_run_directory, publisher
 from engine.conversations import ConversationDataConfig, open_conversations
 from engine.corpora import DataConfig, open_data
 from engine.data.corpus import Corpus
@@ -25,7 +25,8 @@ from engine.job import (
 from engine.launch import speak
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
-from model.chat import ChatTemplate, resolve_template
+from engine.sft import read_chat_base
+from model.chat import ChatTemplate
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -161,11 +162,7 @@ def read_bases(config: PpoConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, 
     Raises:
         InputError: they do not go together.
     """
-    tokenizer = base_tokenizer(base, config.tokenizer)
-    assert tokenizer is not None
-    template = resolve_template(config.chat.template, tokenizer, config.chat.replace)
-    ends = template.end_ids(tokenizer)
-    model = dataclasses.replace(fit_vocabulary(base, tokenizer), eos_token_id=ends if len(ends) > 1 else ends[0])
+    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     is_function = names_function(config.reward.source)
     reward = None if is_function else open_reward_model(config.reward.source, tokenizer, template, model.vocab_size)
     return tokenizer, template, model, reward

@@ -166,7 +166,7 @@ class StepLoader(ABC, Generic[M]):
 
     def _batches(self, packs: list[list[Piece]], first: int) -> list[M]:
         count = -(-self._packs_per_step // self._world)
-        return [self._batch(*pack) for pack in share(packs, first, count, self._rank, self._world)]
+        return [self._batch(*pack) for pack in _share(packs, first, count, self._rank, self._world)]
 
     @abstractmethod
     def _batch(self, pack: list[Piece], index: int) -> M:
@@ -214,11 +214,18 @@ def evaluation_batches(
     Args:
         max_tokens: no more than so many tokens (and the rest of a piece), of documents chosen once and for all.
     """
+    for pack, index in evaluation_packs(corpus, tokens_per_pack, context, rank, world, max_tokens):
+        yield build_batch(corpus, pack, tokens_per_pack, context, index)
+
+
+def evaluation_packs(
+    corpus: Corpus, tokens_per_pack: int, context: int, rank: int, world: int, max_tokens: int | None
+) -> Iterator[tuple[list[Piece], int]]:
+    """A rank's packs of `evaluation_batches`, each with its number."""
     packer = Packer(Mixture(corpus, 0), 0, tokens_per_pack, context, allow_split=False)
     packs = packer.window(Position(), tokens=min(max_tokens or corpus.num_tokens, corpus.num_tokens)).packs
     for first in range(0, len(packs), world):
-        for pack, index in share(packs[first : first + world], first, 1, rank, world):
-            yield build_batch(corpus, pack, tokens_per_pack, context, index)
+        yield from _share(packs[first : first + world], first, 1, rank, world)
 
 
 def _restore(cursor: dict[str, Any] | None, corpus: Corpus, seed: int) -> Cursor:
@@ -246,7 +253,9 @@ def _behind(cursor: Cursor, pack: list[Piece]) -> Cursor:
     )
 
 
-def share(packs: list[list[Piece]], first: int, count: int, rank: int, world: int) -> Iterator[tuple[list[Piece], int]]:
+def _share(
+    packs: list[list[Piece]], first: int, count: int, rank: int, world: int
+) -> Iterator[tuple[list[Piece], int]]:
     """`count` packs with their numbers: every `world`-th from `rank` on, then empty ones.
 
     Args:

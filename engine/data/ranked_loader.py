@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from engine.data.groups import PreferenceSet
-from engine.data.loader import StepLoader, packed_batch, packs_per_epoch, pinned, share
-from engine.data.mixture import Mixture
-from engine.data.packing import Packer, Piece, Position
+from engine.data.loader import StepLoader, evaluation_packs, packed_batch, packs_per_epoch, pinned
+from engine.data.packing import Piece
 from engine.data.ranked_batch import RankedBatch as RankedBatch
 from model.batch import IGNORE
 from model.errors import InputError
@@ -89,11 +88,8 @@ def evaluation_ranked_batches(
         max_tokens: no more than so many tokens (and the rest of a group), of groups chosen once and for all.
     """
     require_room(groups, tokens_per_pack)
-    packer = Packer(Mixture(groups, 0), 0, tokens_per_pack, tokens_per_pack, allow_split=False)
-    packs = packer.window(Position(), tokens=min(max_tokens or groups.num_tokens, groups.num_tokens)).packs
-    for first in range(0, len(packs), world):
-        for pack, index in share(packs[first : first + world], first, 1, rank, world):
-            yield build_ranked_batch(groups, _numbers(pack), tokens_per_pack, context, index)
+    for pack, index in evaluation_packs(groups, tokens_per_pack, tokens_per_pack, rank, world, max_tokens):
+        yield build_ranked_batch(groups, _numbers(pack), tokens_per_pack, context, index)
 
 
 def build_ranked_batch(
