@@ -1,4 +1,4 @@
-"""Editable installation of the engine: `pip install -e .[dev,data,logs] -c constraints.txt`."""
+"""Editable installation of the engine: `pip install -e .[dev,data,logs,eval] -c constraints.txt`."""
 
 from setuptools import find_packages, setup
 

@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from engine.data.loader import PackLoader
+from engine.intervals import Z
 from engine.mesh import Runtime
 from engine.shard import free_gathered
 from rlhf.advantages import gae_advantages, group_advantages, rloo_advantages, shaped_rewards, whiten
-from rlhf.intervals import Z
 from rlhf.kl import KlController, kl_estimate
 from rlhf.micro_batches import Slice, each_token, micro_batches, minibatches
 from rlhf.objectives import PolicyOptions

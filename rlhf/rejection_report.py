@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.intervals import clustered_difference
 from model.chat import ChatTemplate, Encoded, Message
 from model.tokenizer import Tokenizer
 from rlhf.draws import Draws
-from rlhf.intervals import clustered_difference
 from rlhf.selection import Pool
 
 _EXAMPLES, _SHOWN = 3, 120  # picks that are shown, and characters of their texts

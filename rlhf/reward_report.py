@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.files import write_durably
-from rlhf.intervals import Share, clustered_difference, clustered_share
+from engine.intervals import Share, clustered_difference, clustered_share
 
 # Length of the better answer, as a multiple of the worse one's.
 _RATIOS = (0.5, 0.8, 1.25, 2.0)

@@ -6,13 +6,13 @@ answer advises against ("高钾血症患者不宜用缬沙坦") is not counted a
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from engine.intervals import wilson_interval
 from model.chat import Message
 from samples.dialogues import Dialogue
 from samples.knowledge import Knowledge
@@ -63,7 +63,7 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """95% confidence interval of the share of right answers (Wilson 1927)."""
-        return wilson_interval(self.right, self.count)
+        return wilson_interval(self.right / self.count, self.count)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -121,11 +121,3 @@ def score_answers(
             chance = sum(len(question.accepted) for question, _ in given) / len(given) / len(names[kind])
             scores.append(Score(kind, right, len(given) - right - silent, silent, chance))
     return scores
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a binomial proportion (Wilson 1927); z = 1.96 for 95%."""
-    share, shrink = successes / trials, 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return middle - half, middle + half

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.intervals import clustered_difference, clustered_share
+from engine.intervals import clustered_difference, clustered_share
 from rlhf.reward_report import Judged, markdown, measure, summary, verdict, write_report
 
 

@@ -16,7 +16,6 @@ from samples.questions import (
     names_of,
     questions_of,
     score_answers,
-    wilson_interval,
     write_questions,
 )
 from tests.samples.conftest import Splits
@@ -124,15 +123,6 @@ def test_chance_is_what_always_saying_each_name_in_turn_earns(
             score = score_answers(questions, [f"用{name}。"] * len(questions), names)[index]
             earned.append(score.right / score.count)
         assert score.chance == pytest.approx(sum(earned) / len(earned))
-
-
-def test_intervals_are_wilsons() -> None:
-    # 28 of 41: the interval that the literature quotes for it, in per cent.
-    assert wilson_interval(28, 41) == pytest.approx((0.530, 0.804), abs=5e-4)
-    assert wilson_interval(0, 10)[0] == pytest.approx(0) and wilson_interval(10, 10)[1] == pytest.approx(1)
-    # The bounds are where the score test is at its critical value: (p̂ - p)² = z² p (1 - p) / n.
-    for bound in wilson_interval(7, 50):
-        assert (7 / 50 - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / 50)
 
 
 def test_a_score_says_its_interval_and_its_chance(asked: list[Question], names: dict[str, tuple[str, ...]]) -> None:

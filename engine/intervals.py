@@ -1,4 +1,4 @@
-"""How sure a share is when its observations come in clusters.
+"""How sure a share is, also when its observations come in clusters.
 
 Pairs of answers to one prompt are not independent: a model that misjudges one answer loses every pair with it. So
 prompts are what is counted, and pairs of a prompt are one observation of unequal weight.
@@ -6,6 +6,7 @@ prompts are what is counted, and pairs of a prompt are one observation of unequa
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,21 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]" if self.value == self.value else "none"
+
+
+def wilson_interval(share: float, trials: float) -> tuple[float, float]:
+    """Score interval of a binomial proportion with 95 % confidence (Wilson 1927); (0, 1) of no trials.
+
+    Args:
+        share: of successes, in [0, 1].
+        trials: how many independent observations it comes from, at least 0; an effective number need not be whole.
+    """
+    if not trials:
+        return 0.0, 1.0
+    shrink = 1 + Z**2 / trials
+    middle = (share + Z**2 / (2 * trials)) / shrink
+    half = Z / shrink * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, int]:
@@ -53,9 +69,7 @@ def clustered_share(values: np.ndarray, clusters: np.ndarray) -> Share:
     if not count:
         return Share(share, share, share)
     n = min(share * (1 - share) / variance, len(values)) if variance > 0 else count
-    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Share(share, max(0.0, middle - float(half)), min(1.0, middle + float(half)))
+    return Share(share, *wilson_interval(share, n))
 
 
 def clustered_difference(values: np.ndarray, clusters: np.ndarray) -> Share:
