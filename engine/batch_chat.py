@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from engine.chatting import ChatModel, Prompt, SamplingConfig
-from engine.files import explain, write_durably
+from engine.files import digest_files, explain, write_durably
 from engine.launch import speak
 from engine.live_line import LiveLine, duration
 from engine.prompts import PromptRecord, read_prompts
@@ -321,14 +320,6 @@ def _identity(model: ChatModel, options: BatchOptions, max_rows: int) -> dict[st
         "dtype": str(generator.dtype).removeprefix("torch."),
         "template": f"{model.template.name} {model.template.fingerprint}",
         "stop_ids": list(model.stop_ids),
-        "input": _file_digest(Path(options.input)),
+        "input": digest_files(Path(options.input)),
         "model": model.fingerprint,
     }
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:32]
