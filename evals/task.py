@@ -61,20 +61,31 @@ Request = Choose | Answer | Read
 
 class Chosen(NamedTuple):
     """Response to Choose. Of each option: the sum of its tokens' log-probabilities in nats, how many tokens it has,
-    and whether each of them is the likeliest one."""
+    and whether each of them is the likeliest one.
+
+    dropped, cut: as of an answer.
+    """
 
     logprobs: tuple[float, ...]
     tokens: tuple[int, ...]
     is_greedy: tuple[bool, ...]
+    dropped: int = 0
+    cut: int = 0
 
 
 class Answered(NamedTuple):
-    """Response to Answer. dropped: turns, or exemplars, that were left out because the context did not hold them."""
+    """Response to Answer.
+
+    tokens: with the one that ended it.
+    dropped: oldest turns of messages that were left out because the context did not hold them.
+    cut: oldest tokens of the prompt that were left out for the same reason, where it is a text or one long turn.
+    """
 
     text: str
     end_reason: EndReason
     tokens: int
     dropped: int = 0
+    cut: int = 0
 
 
 class Scored(NamedTuple):
