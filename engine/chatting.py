@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from engine.conversion import DTYPES, end_ids
-from engine.inspection import is_scorer
-from engine.publish import require_model
-from model.chat import ChatTemplate, Conversation, ConversationError, Message, fit_prompt, resolve_template
+from engine.model_directory import ModelDirectory, checked_device
+from model.chat import ChatTemplate, Conversation, ConversationError, Message, fit_prompt
 from model.errors import InputError
 from model.generate import Event, Generator, Request
 from model.sampling import SamplingOptions, row_seed
-from model.tokenizer import Tokenizer, has_tokenizer
-from model.weight_files import TensorStore, read_json
+from model.tokenizer import Tokenizer
 
 DISCLAIMER = (
     "Answers are written by a model and may be wrong. They do not replace a doctor's advice.\n"
     "回答由模型生成，可能有误，不能代替医生的诊断和治疗建议。"
 )
-# Of a file of weights, for its fingerprint: every run changes nearly all weights, so samples tell models apart.
-_SAMPLED_BLOCKS, _BLOCK_BYTES = 256, 1 << 16
 
 
 @dataclass
@@ -62,20 +51,29 @@ class Prompt(NamedTuple):
     dropped_turns: int
 
 
+def fit_question(
+    template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversation, context: int, max_new_tokens: int
+) -> Prompt:
+    """The ids after which an answer begins, without the oldest turns if they do not fit; see `ChatModel.prompt`."""
+    try:
+        return Prompt(*fit_prompt(template, tokenizer, conversation, context - room(context, max_new_tokens) + 1))
+    except ConversationError:
+        return Prompt(*fit_prompt(template, tokenizer, conversation, context))
+
+
+def room(context: int, max_new_tokens: int) -> int:
+    """Of a context, the tokens that are left to an answer: the longest one, or a quarter if that is less."""
+    return min(max_new_tokens, context // 4)
+
+
 class ChatModel:
-    """What chatting needs of a model directory.
+    """What chatting needs of a model directory: its parts, a template among them, and its weights."""
 
-    stop_ids: the template's end token, and whatever else the directory says ends an answer, so that answers end where
-        transformers' `generate` ends them.
-    """
-
-    def __init__(
-        self, directory: Path, generator: Generator, template: ChatTemplate, stop_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, directory: ModelDirectory, generator: Generator) -> None:
         """Use `open`."""
-        assert generator.tokenizer is not None
-        self.directory, self.generator, self.template, self.stop_ids = directory, generator, template, stop_ids
-        self.tokenizer: Tokenizer = generator.tokenizer
+        assert directory.template is not None
+        self.directory, self.generator, self.template = directory, generator, directory.template
+        self.tokenizer, self.stop_ids = directory.tokenizer, directory.stop_ids
 
     @classmethod
     def open(
@@ -91,50 +89,23 @@ class ChatModel:
         """Read a directory.
 
         Args:
-            template: "auto" for the directory's own; a name, or a file in .jinja.
-            dtype: one of `engine.conversion.DTYPES`; auto: bfloat16 on a GPU, float32 on a CPU.
-            device, context, max_rows: as in `Generator`.
+            template: as in `ModelDirectory.open`.
+            device, dtype, context, max_rows: as in `ModelDirectory.generator`.
         Raises:
             InputError: it is no model, not whole, or one that does not chat.
         """
-        device = _checked_device(device)
-        if not Path(model).is_dir():
-            raise InputError(f"--model {model}: there is no such directory. Run tools/sft.py first, or give another.")
-        directory = require_model(model)
-        if is_scorer(read_json(directory / "config.json")):
-            raise InputError(f"{directory} is a reward model: it scores answers and gives none. Chat with another.")
-        if not has_tokenizer(directory):
-            raise InputError(f"{directory} holds no tokenizer. Copy its files from the model that it was trained from.")
-        tokenizer = Tokenizer.load(directory)
-        if template == "auto" and ChatTemplate.of(tokenizer) is None:
+        device = checked_device(device)
+        directory = ModelDirectory.open(model, template)
+        if directory.template is None:
             raise InputError(
-                f"{directory} stores no chat template. Name the one it was trained with, as in --chat.template chimed."
+                f"{model} stores no chat template. Name the one it was trained with, as in --chat.template chimed."
             )
-        chat_template = resolve_template(template, tokenizer)
-        generator = Generator.from_directory(
-            directory,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=None if dtype == "auto" else DTYPES[dtype],
-            context=context,
-            max_rows=max_rows,
-        )
-        ends = dict.fromkeys((*chat_template.end_ids(tokenizer), *end_ids(generator.config, directory)))
-        return cls(directory, generator, chat_template, tuple(ends))
+        return cls(directory, directory.generator(device=device, dtype=dtype, context=context, max_rows=max_rows))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """128 bits in hex over the configuration, the tokenizer and samples of every file of weights: 16 MB of a
-        large one, all of a small one."""
-        digest = hashlib.sha256(f"{self.generator.config} {self.tokenizer.fingerprint}".encode())
-        for path in TensorStore(self.directory).files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                for block in range(_SAMPLED_BLOCKS):
-                    file.seek(block * size // _SAMPLED_BLOCKS)
-                    digest.update(file.read(_BLOCK_BYTES))
-        return digest.hexdigest()[:32]
+        """Of everything in the directory that decides answers."""
+        return self.directory.fingerprint
 
     def prompt(self, conversation: Conversation, max_new_tokens: int) -> Prompt:
         """The ids after which the answer begins.
@@ -145,12 +116,7 @@ class ChatModel:
         Raises:
             ConversationError: the last question alone takes the context, or the conversation cannot be used.
         """
-        context = self.generator.context
-        room = min(max_new_tokens, context // 4)
-        try:
-            return Prompt(*fit_prompt(self.template, self.tokenizer, conversation, context - room + 1))
-        except ConversationError:
-            return Prompt(*fit_prompt(self.template, self.tokenizer, conversation, context))
+        return fit_question(self.template, self.tokenizer, conversation, self.generator.context, max_new_tokens)
 
 
 class Chat:
@@ -194,14 +160,3 @@ class Chat:
             events.close()  # type: ignore[attr-defined]
             if "".join(pieces).strip():
                 self.turns += [asked, Message("assistant", "".join(pieces))]
-
-
-def _checked_device(name: str | None) -> str | None:
-    if name is None:
-        return None
-    found = re.fullmatch("cpu|cuda(?::([0-9]+))?", name)
-    if found is None:
-        raise InputError(f"--device {name}: no such device. Use cuda, cuda:1 or cpu.")
-    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there is no such GPU here. Use another, or cpu.")
-    return name
