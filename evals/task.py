@@ -170,9 +170,14 @@ class Task(Protocol):
         fingerprint of the files, signature of the metrics. Kept beside the responses; a resumed run must have the same.
     """
 
-    name: str
-    kind: Literal["choice", "entities", "generation", "attitudes", "reward", "perplexity"]
-    settings: Mapping[str, str | int | float | bool]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Literal["choice", "entities", "generation", "attitudes", "reward", "perplexity"]: ...
+
+    @property
+    def settings(self) -> Mapping[str, str | int | float | bool]: ...
 
     def requests(self) -> Sequence[Request]:
         """What is asked, ids unique, the same at every call."""
