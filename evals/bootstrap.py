@@ -1,6 +1,6 @@
 """The bootstrap of anything that is computed from sums over items.
 
-    interval(rows, strata, statistic)       the interval of BCa, and the replicates it comes from
+    Resampled(rows, strata, seed).interval(statistic)     the interval of BCa, and the replicates it comes from
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993): items are drawn again with replacement, as many as there
 are, and the number is computed again from their sums; Koehn (2004) brought it to the scores of texts. The interval is
@@ -23,7 +23,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 CHUNK = 2**20
-"""Draws held at once: 4 MB of places and 8 MB of one column's values."""
+"""Draws held at once: 8 MB of places, and of how often each comes."""
 
 MOST_ROWS, LEAST_BUNDLES = 16_384, 1024
 """More rows than this are drawn in bundles, see `_bundled`. Then 10,000 resamples take seconds at any number of items,
@@ -43,43 +43,49 @@ class Interval(NamedTuple):
     replicates: np.ndarray
 
 
-def interval(
-    rows: np.ndarray,
-    strata: np.ndarray | None,
-    statistic: Statistic,
-    seed: int,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """A number and its 95 % interval; the same for the same items in any order, and the same seed.
+class Resampled:
+    """Items drawn again, once; any number of statistics can then be asked of the same draws.
+
+    Everything is the same for the same items in any order, and the same seed.
 
     Args:
         rows: float [N, C], what each item adds to the sums.
         strata: int [N], 0 to S - 1, within which items are drawn; None if they are one stratum.
     """
-    strata = np.zeros(len(rows), dtype=np.int64) if strata is None else strata
-    if not len(rows):
-        return Interval(np.nan, np.nan, np.nan, np.empty(0))
-    order = np.lexsort(rows.T)  # so that the order of the items does not matter, not even to the last digit
-    rows, strata = rows[order], strata[order]
-    parts = [rows[strata == stratum] for stratum in range(int(strata.max()) + 1)]
-    totals = np.stack([part.sum(0) for part in parts])  # [S, C]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(totals))
-        if len(rows) < 2 or not np.isfinite(value):
-            return Interval(value, np.nan, np.nan, np.empty(0))
-        rng = np.random.default_rng(seed)
-        replicates = statistic(np.stack([_draw(part, rng, resamples, len(rows)) for part in parts], axis=1))
-        acceleration = _acceleration(parts, totals, statistic)
-    replicates = np.sort(replicates[np.isfinite(replicates)])
-    low, high = _bca(value, replicates, acceleration) if len(replicates) else (np.nan, np.nan)
-    return Interval(value, low, high, replicates)
+
+    def __init__(self, rows: np.ndarray, strata: np.ndarray | None, seed: int, resamples: int = RESAMPLES):
+        strata = np.zeros(len(rows), dtype=np.int64) if strata is None else strata
+        order = np.lexsort(rows.T)  # so that the order of the items does not matter, not even to the last digit
+        rows, strata = rows[order], strata[order]
+        self._items = len(rows)
+        self._parts = [rows[strata == stratum] for stratum in range(int(strata.max()) + 1)] if len(rows) else []
+        if self._items:
+            self._totals = np.stack([part.sum(0) for part in self._parts])  # [S, C]
+        if self._items > 1:
+            rng = np.random.default_rng(seed)
+            drawn = [_draw(part, rng, resamples, self._items) for part in self._parts]
+            self._drawn = np.stack(drawn, axis=1)  # [R, S, C]
+
+    def interval(self, statistic: Statistic) -> Interval:
+        """A number and its 95 % interval."""
+        if not self._items:
+            return Interval(np.nan, np.nan, np.nan, np.empty(0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(self._totals))
+            if self._items < 2 or not np.isfinite(value):
+                return Interval(value, np.nan, np.nan, np.empty(0))
+            replicates = statistic(self._drawn)
+            acceleration = _acceleration(self._parts, self._totals, statistic)
+        replicates = np.sort(replicates[np.isfinite(replicates)])
+        low, high = _bca(value, replicates, acceleration) if len(replicates) else (np.nan, np.nan)
+        return Interval(value, low, high, replicates)
 
 
 def _draw(rows: np.ndarray, rng: np.random.Generator, resamples: int, in_all: int) -> np.ndarray:
     """Sums of as many rows as there are, drawn with replacement: [N, C] -> [resamples, C].
 
     Rows that are the same are told apart by nothing, so it is enough to draw how many of each kind there are: of an
-    accuracy's there are two kinds. Otherwise rows are drawn by their places.
+    accuracy's there are two kinds. Otherwise rows are drawn by their places, and counted.
 
     Args:
         in_all: how many rows all strata have together.
@@ -90,12 +96,12 @@ def _draw(rows: np.ndarray, rng: np.random.Generator, resamples: int, in_all: in
     bundles = max(LEAST_BUNDLES, MOST_ROWS * len(rows) // in_all)
     if len(rows) > bundles:
         rows = _bundled(rng.permutation(rows), bundles)
-    columns = np.ascontiguousarray(rows.T)
-    sums = np.empty((resamples, len(columns)))
-    for start in range(0, resamples, step := max(1, CHUNK // len(rows))):
-        places = rng.integers(len(rows), size=(min(step, resamples - start), len(rows)), dtype=np.int32)
-        for column, values in enumerate(columns):
-            sums[start : start + step, column] = values[places].sum(1)
+    n, sums = len(rows), np.empty((resamples, rows.shape[1]))
+    for start in range(0, resamples, step := max(1, CHUNK // n)):
+        here = min(step, resamples - start)
+        places = rng.integers(n, size=(here, n)) + n * np.arange(here)[:, None]
+        times = np.bincount(places.ravel(), minlength=here * n).reshape(here, n)
+        sums[start : start + here] = times.astype(np.float64) @ rows
     return sums
 
 
@@ -117,18 +123,17 @@ def _acceleration(parts: list[np.ndarray], totals: np.ndarray, statistic: Statis
     for stratum, part in enumerate(parts):
         if len(part) < 2:
             continue
-        kinds, counts = np.unique(part, axis=0, return_counts=True)
-        without = np.empty(len(kinds))
-        for start in range(0, len(kinds), step := max(1, CHUNK // totals.size)):
-            left = np.repeat(totals[None], len(kinds[start : start + step]), axis=0)
-            left[:, stratum] -= kinds[start : start + step]
+        without = np.empty(len(part))
+        for start in range(0, len(part), step := max(1, CHUNK // totals.size)):
+            left = np.repeat(totals[None], len(part[start : start + step]), axis=0)
+            left[:, stratum] -= part[start : start + step]
             without[start : start + step] = statistic(left)
-        counts = counts * np.isfinite(without)
-        without = np.nan_to_num(without, posinf=0.0, neginf=0.0)
-        influence = (np.average(without, weights=counts) if counts.any() else 0.0) - without
-        influence *= (len(part) - 1) / len(part)
-        squares += float(counts @ influence**2)
-        cubes += float(counts @ influence**3)
+        without = without[np.isfinite(without)]
+        if not len(without):
+            continue
+        influence = (without.mean() - without) * (len(part) - 1) / len(part)
+        squares += float((influence**2).sum())
+        cubes += float((influence**3).sum())
     return cubes / (6 * squares**1.5) if squares > 0 else 0.0
 
 

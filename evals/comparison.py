@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals.bootstrap import RESAMPLES, interval
+from evals.bootstrap import RESAMPLES, Resampled
 from evals.task import Item, Result
 
 
@@ -55,8 +55,7 @@ def bootstrap_interval(
         (low, high), nan where there are fewer than two items.
     """
     counted = [item for item in items if metric in item.parts]
-    rows = _rows(counted, metric)
-    found = interval(rows, _strata(counted) if by_group else None, mean_of_ratios, seed, resamples)
+    found = Resampled(_rows(counted, metric), _strata(counted, by_group), seed, resamples).interval(mean_of_ratios)
     return found.low, found.high
 
 
@@ -64,24 +63,45 @@ def compare(
     a: Result, b: Result, metric: str, seed: int, resamples: int = RESAMPLES, by_group: bool = False
 ) -> Difference:
     """Metric of `a` less that of `b` over the items of both, matched by id: paired bootstrap, and McNemar's test."""
-    of_a, of_b = ({item.id: item for item in result.items if metric in item.parts} for result in (a, b))
-    shared = sorted(of_a.keys() & of_b.keys())
-    left, right = [of_a[id] for id in shared], [of_b[id] for id in shared]
-    rows = np.concatenate([_rows(left, metric), _rows(right, metric)], axis=1)  # [n, 4]
-    found = interval(rows, _strata(left) if by_group else None, _difference, seed, resamples)
-    signs = _signs(rows)
+    return compare_all(a, b, [metric], seed, resamples, by_group)[metric]
+
+
+def compare_all(
+    a: Result, b: Result, metrics: Sequence[str], seed: int, resamples: int = RESAMPLES, by_group: bool = False
+) -> dict[str, Difference]:
+    """`compare` by several metrics at once: those that the same items have share their draws, the costly part."""
+    having: dict[tuple[frozenset[str], frozenset[str]], list[str]] = {}
+    for metric in metrics:
+        ids = [frozenset(item.id for item in result.items if metric in item.parts) for result in (a, b)]
+        having.setdefault((ids[0], ids[1]), []).append(metric)
+    of_a, of_b = ({item.id: item for item in result.items} for result in (a, b))
+    found: dict[str, Difference] = {}
+    for (ids_a, ids_b), names in having.items():
+        left, right = [[of[id] for id in sorted(ids_a & ids_b)] for of in (of_a, of_b)]
+        rows = [np.concatenate([_rows(left, name), _rows(right, name)], axis=1) for name in names]  # each [n, 4]
+        resampled = Resampled(np.concatenate(rows, axis=1), _strata(left, by_group), seed, resamples)
+        for at, name in enumerate(names):
+            found[name] = _difference(resampled, rows[at], 4 * at, len(ids_a ^ ids_b))
+    return {metric: found[metric] for metric in metrics}
+
+
+def _difference(resampled: Resampled, rows: np.ndarray, column: int, unshared: int) -> Difference:
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        return mean_of_ratios(sums[..., column : column + 2]) - mean_of_ratios(sums[..., column + 2 : column + 4])
+
+    found, signs = resampled.interval(statistic), _signs(rows)
     higher, lower = int((signs > 0).sum()), int((signs < 0).sum())
     return Difference(
         found.value,
         found.low,
         found.high,
         _shifted_p(found.value, found.replicates),
-        len(shared),
-        len(of_a.keys() ^ of_b.keys()),
+        len(rows),
+        unshared,
         higher,
         lower,
-        len(shared) - higher - lower,
-        mcnemar(higher, lower) if shared and _is_binary(rows) else None,
+        len(rows) - higher - lower,
+        mcnemar(higher, lower) if len(rows) and _is_binary(rows) else None,
     )
 
 
@@ -103,16 +123,12 @@ def mean_of_ratios(sums: np.ndarray) -> np.ndarray:
     return (sums[..., 0] / sums[..., 1]).mean(-1)
 
 
-def _difference(sums: np.ndarray) -> np.ndarray:
-    return mean_of_ratios(sums[..., :2]) - mean_of_ratios(sums[..., 2:])
-
-
 def _rows(items: Sequence[Item], metric: str) -> np.ndarray:
     return np.array([item.parts[metric] for item in items], dtype=np.float64).reshape(-1, 2)
 
 
-def _strata(items: Sequence[Item]) -> np.ndarray:
-    return np.unique([item.group for item in items], return_inverse=True)[1] if items else np.empty(0, dtype=np.int64)
+def _strata(items: Sequence[Item], by_group: bool) -> np.ndarray | None:
+    return np.unique([item.group for item in items], return_inverse=True)[1] if by_group and items else None
 
 
 def _shifted_p(value: float, replicates: np.ndarray) -> float:

@@ -10,8 +10,8 @@ import pytest
 
 from engine.intervals import wilson_interval
 from evals import bootstrap
-from evals.bootstrap import interval
-from evals.comparison import Difference, bootstrap_interval, compare, mcnemar, mean_of_ratios
+from evals.bootstrap import Interval, Resampled
+from evals.comparison import Difference, bootstrap_interval, compare, compare_all, mcnemar, mean_of_ratios
 from evals.task import Item, Result
 
 
@@ -29,6 +29,10 @@ def result_of(parts: list[tuple[float, float]]) -> Result:
 
 def means(values: np.ndarray) -> list[tuple[float, float]]:
     return [(float(value), 1.0) for value in values]
+
+
+def interval_of_ratio(rows: np.ndarray, seed: int, resamples: int, strata: np.ndarray | None = None) -> Interval:
+    return Resampled(rows, strata, seed, resamples).interval(mean_of_ratios)
 
 
 def plain_bootstrap(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -54,7 +58,7 @@ def test_interval_of_a_mean_is_the_normal_one_where_there_are_many_items() -> No
 
 def test_replicates_of_an_accuracy_are_binomial() -> None:
     rows = np.array([[1.0, 1.0]] * 12 + [[0.0, 1.0]] * 28)
-    drawn = interval(rows, None, mean_of_ratios, seed=0, resamples=200_000).replicates
+    drawn = interval_of_ratio(rows, 0, 200_000).replicates
     for successes in range(6, 19):
         exact = math.comb(40, successes) * 0.3**successes * 0.7 ** (40 - successes)
         seen = float(np.isclose(drawn, successes / 40).mean())
@@ -72,7 +76,7 @@ def test_replicates_of_a_micro_f1_are_those_of_drawing_one_by_one(count: int) ->
     found = rng.integers(0, 6, count)
     rows = np.stack([2.0 * found, 2.0 * found + rng.integers(0, 8, count)], axis=1)
     rows[0] = 0.0  # a text in which nothing is to find and nothing was found
-    ours = interval(rows, None, mean_of_ratios, seed=0, resamples=20_000).replicates
+    ours = interval_of_ratio(rows, 0, 20_000).replicates
     plain = plain_bootstrap(rows, 20_000, seed=1)
     merged = np.concatenate([ours, plain])
     distance = np.abs(
@@ -85,7 +89,7 @@ def test_items_that_are_alike_are_drawn_by_kind_with_the_same_distribution() -> 
     """One row in another row's shape decides whether kinds or places are drawn; the replicates must not tell."""
     alike = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 2.0]] * 20)
     apart = alike + np.random.default_rng(0).normal(0, 1e-9, alike.shape)
-    by_kind, by_place = (interval(rows, None, mean_of_ratios, 0, 20_000).replicates for rows in (alike, apart))
+    by_kind, by_place = (interval_of_ratio(rows, 0, 20_000).replicates for rows in (alike, apart))
     assert by_kind.std() == pytest.approx(by_place.std(), rel=4 / math.sqrt(20_000))
     assert by_kind.mean() == pytest.approx(by_place.mean(), abs=4 * by_kind.std() * math.sqrt(2 / 20_000))
 
@@ -94,7 +98,7 @@ def test_bundles_of_many_items_vary_as_the_items_do(monkeypatch: pytest.MonkeyPa
     values = np.random.default_rng(0).gamma(0.5, 1.0, 30_000)
     rows = np.stack([values, 1.0 + values**0.5], axis=1)
     monkeypatch.setattr(bootstrap, "MOST_ROWS", 2048)
-    bundled = interval(rows, None, mean_of_ratios, 0, 4000)
+    bundled = interval_of_ratio(rows, 0, 4000)
     ratio = values.sum() / rows[:, 1].sum()
     spread = math.sqrt(((values - ratio * rows[:, 1]) ** 2).sum()) / rows[:, 1].sum()  # linearised ratio
     # 4000 resamples are off by 1 / sqrt(8000), 2048 bundles by 1 / sqrt(4096): two standard errors of both.
@@ -115,7 +119,7 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     truth = population[0] / population[1]
     covered = 0
     for trial in range(600):
-        found = interval(documents(40), None, mean_of_ratios, trial, 1000)
+        found = interval_of_ratio(documents(40), trial, 1000)
         covered += found.low <= truth <= found.high
     # Three standard errors of 600 trials, and two points that any bootstrap of 40 items may miss.
     assert covered / 600 > 0.95 - 0.02 - 3 * math.sqrt(0.95 * 0.05 / 600)
@@ -126,7 +130,7 @@ def test_skewed_interval_leans_the_way_exact_theory_says() -> None:
     """Means of exponentials: chi-squared says how far the exact interval leans to the right; percentiles lean less."""
     n = 20
     values = -np.log(1 - (np.arange(n) + 0.5) / n)  # quantiles of the exponential distribution
-    found = interval(np.array(means(values)), None, mean_of_ratios, 0, 40_000)
+    found = interval_of_ratio(np.array(means(values)), 0, 40_000)
     leaning = (found.high - found.value) / (found.value - found.low)
     low, high = np.quantile(found.replicates, [0.025, 0.975])
     # Exact: 2 n mean / chi2(2n) at 2.5 % and 97.5 %, which are 24.433 and 59.342 for 40 degrees of freedom.
@@ -147,7 +151,7 @@ def test_interval_of_a_mean_of_groups_has_the_variance_of_independent_groups() -
     a, b = rng.normal(0, 1, 900), rng.normal(5, 3, 300)
     strata = np.array([0] * 900 + [1] * 300)
     rows = np.array(means(np.concatenate([a, b])))
-    found = interval(rows, strata, mean_of_ratios, 0, 20_000)
+    found = interval_of_ratio(rows, 0, 20_000, strata)
     assert found.value == pytest.approx((a.mean() + b.mean()) / 2, rel=1e-12)
     exact = math.sqrt(a.var() / 900 + b.var() / 300) / 2
     assert found.replicates.std() == pytest.approx(exact, rel=4 / math.sqrt(40_000))
@@ -245,3 +249,23 @@ def test_mcnemar_stands_beside_the_bootstrap_of_right_and_wrong_alone() -> None:
     assert compare(result_of(a), result_of(b), "m", seed=0).mcnemar == pytest.approx(2 / 2**6)
     halves = [(0.5, 1.0)] * 20
     assert compare(result_of(a), result_of(halves), "m", seed=0).mcnemar is None
+
+
+def test_metrics_compared_together_are_those_compared_one_by_one_but_for_the_draws() -> None:
+    rng = np.random.default_rng(0)
+
+    def result(scores: np.ndarray, right: np.ndarray) -> Result:
+        parts = [{"score": (float(s), 1.0), "right": (float(r), 1.0)} for s, r in zip(scores, right, strict=True)]
+        parts[0].pop("score")
+        return Result((), tuple(Item(str(at), part, "", "", "") for at, part in enumerate(parts)))
+
+    a, b = (result(rng.random(300), rng.random(300) < share) for share in (0.6, 0.4))
+    together = compare_all(a, b, ["score", "right"], seed=0)
+    for metric, count in (("score", 299), ("right", 300)):
+        alone = compare(a, b, metric, seed=0)
+        assert together[metric].n == alone.n == count
+        assert together[metric].value == pytest.approx(alone.value, rel=1e-12)
+        assert together[metric][6:] == alone[6:]
+        # Four standard errors of a quantile at 2.5 % of 10,000 replicates, see above, at either side.
+        slack = 4 * 0.027 * (alone.high - alone.low) / (2 * 1.96)
+        assert together[metric][1:3] == pytest.approx(alone[1:3], abs=slack * math.sqrt(2))
