@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.building import make_run_directory
 from samples.dialogues import write_dialogues
+from samples.evaluation import write_evaluation
 from samples.knowledge import Knowledge, load_knowledge
 from samples.preferences import write_preferences, write_prompts
 from samples.render import write_pretraining
@@ -48,11 +49,22 @@ def bundled_prompts(directory: Path) -> tuple[Path, Path]:
     return _bundle(directory, write_prompts)
 
 
-def _bundle(directory: Path, write: Callable[[Path, Knowledge], dict[str, Any]]) -> tuple[Path, Path]:
+def bundled_evaluation(directory: Path) -> Path:
+    """The directory with what models are evaluated on, written there in the same way: see `samples.evaluation`."""
+    _write(directory, write_evaluation)
+    return directory
+
+
+def _bundle(directory: Path, write: Callable[[Path, Knowledge], Any]) -> tuple[Path, Path]:
+    _write(directory, write)
+    return directory / "train.jsonl", directory / "held_out.jsonl"
+
+
+def _write(directory: Path, write: Callable[[Path, Knowledge], Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".rendering-") as beside:
-        for name in write(Path(beside), load_knowledge()):
-            fresh, target = Path(beside) / f"{name}.jsonl", directory / f"{name}.jsonl"
+        write(Path(beside), load_knowledge())
+        for fresh in sorted(Path(beside).iterdir()):
+            target = directory / fresh.name
             if not target.is_file() or target.read_bytes() != fresh.read_bytes():
                 os.replace(fresh, target)
-    return directory / "train.jsonl", directory / "held_out.jsonl"

@@ -6,7 +6,7 @@ combine symptoms, patients and wordings as training never does; the facts that a
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,11 +30,19 @@ from samples.topics import (
 
 HELD_OUT_FRACTION = 0.1
 
-# Copies of each kind for each condition, each purpose of its treatment, or each drug.
-CONDITION_COPIES = {"department": 12, "disease": 3, "advice": 3, "urgent": 2, "consultation": 4, "entities": 4}
-CHOICE_COPIES = 1
-PURPOSE_COPIES = {"drug": 6}
-DRUG_COPIES = {"medicine": 3}
+# Copies of each kind, for each condition, purpose of its treatment, history that rules a drug out, or drug.
+COPIES = {
+    "department": 12,
+    "disease": 3,
+    "advice": 3,
+    "urgent": 2,
+    "consultation": 4,
+    "entities": 4,
+    "choice": 1,
+    "drug": 6,
+    "warning": 1,
+    "medicine": 3,
+}
 
 _TOPICS = {
     "department": department_topic,
@@ -69,19 +77,23 @@ class Dialogue:
 
 def render_dialogues(knowledge: Knowledge) -> tuple[list[Dialogue], list[Dialogue]]:
     """All conversations, (train, held_out), each in the order of the facts; no two are the same."""
-    scripts = load_scripts()
     train: list[Dialogue] = []
     held_out: list[Dialogue] = []
-    written: set[tuple[Message, ...]] = set()
-    for dialogue_id, kind, topic in plan(knowledge):
-        messages = scripts[kind].fill(topic.facts, Draw(dialogue_id))
-        dialogue = Dialogue(dialogue_id, kind, messages, topic.accepted, topic.forbidden)
-        if not dialogue.messages or dialogue.messages in written:
-            continue
-        written.add(dialogue.messages)
-        is_held_out = Draw(f"split/{topic.combination or dialogue.question}").chance(HELD_OUT_FRACTION)
+    for dialogue, _, is_held_out in render_plan(knowledge, COPIES):
         (held_out if is_held_out else train).append(dialogue)
     return train, held_out
+
+
+def render_plan(knowledge: Knowledge, copies: Mapping[str, int]) -> Iterator[tuple[Dialogue, Topic, bool]]:
+    """Conversations of a plan, what each may say, and whether it is held out: with more copies, more of the same."""
+    scripts = load_scripts()
+    written: set[tuple[Message, ...]] = set()
+    for dialogue_id, kind, topic in plan(knowledge, copies):
+        messages = scripts[kind].fill(topic.facts, Draw(dialogue_id))
+        if messages and messages not in written:
+            written.add(messages)
+            dialogue = Dialogue(dialogue_id, kind, messages, topic.accepted, topic.forbidden)
+            yield dialogue, topic, Draw(f"split/{topic.combination or dialogue.question}").chance(HELD_OUT_FRACTION)
 
 
 def write_dialogues(directory: Path, knowledge: Knowledge) -> dict[str, list[Dialogue]]:
@@ -94,31 +106,31 @@ def write_dialogues(directory: Path, knowledge: Knowledge) -> dict[str, list[Dia
     return splits
 
 
-def plan(knowledge: Knowledge) -> Iterator[tuple[str, str, Topic]]:
+def plan(knowledge: Knowledge, copies: Mapping[str, int] = COPIES) -> Iterator[tuple[str, str, Topic]]:
     """Every conversation to write: its id, its kind and what it may say."""
+
+    def ids(kinds: Iterable[str], subject: str) -> Iterator[tuple[str, str]]:
+        for kind in kinds:
+            yield from ((f"{kind}/{subject}/{copy:02d}", kind) for copy in range(copies.get(kind, 0)))
+
     for condition in knowledge.conditions:
-        for dialogue_id, kind in _ids(CONDITION_COPIES, condition.id):
+        for dialogue_id, kind in ids(_TOPICS, condition.id):
             yield dialogue_id, kind, _TOPICS[kind](condition, knowledge, Draw(f"facts/{dialogue_id}"))
-        for dialogue_id, kind in _ids({"choice": CHOICE_COPIES}, condition.id):
+        for dialogue_id, kind in ids(("choice",), condition.id):
             for asked, topic in choice_topics(condition, knowledge, Draw(f"facts/{dialogue_id}")):
                 yield f"{dialogue_id}/{asked}", kind, topic
         for therapy in condition.therapies:
             subject = f"{condition.id}.{therapy.purpose}"
-            for dialogue_id, kind in _ids(PURPOSE_COPIES, subject):
+            for dialogue_id, kind in ids(("drug",), subject):
                 yield dialogue_id, kind, drug_topic(condition, therapy, knowledge, Draw(f"facts/{dialogue_id}"))
             for trait in (knowledge.trait(trait_id) for trait_id in condition.backgrounds):
-                if sort_drugs(therapy.drugs, (trait,), knowledge)[1]:
+                if sort_drugs(therapy.drugs, (trait,), knowledge)[1] and copies.get("warning"):
                     dialogue_id = f"warning/{subject}/{trait.id}"
                     draw = Draw(f"facts/{dialogue_id}")
                     yield dialogue_id, "warning", warning_topic(condition, therapy, trait, knowledge, draw)
     for drug in knowledge.drugs:
-        for dialogue_id, kind in _ids(DRUG_COPIES, drug.id):
+        for dialogue_id, kind in ids(("medicine",), drug.id):
             yield dialogue_id, kind, medicine_topic(drug, knowledge, Draw(f"facts/{dialogue_id}"))
-
-
-def _ids(copies: dict[str, int], subject: str) -> Iterator[tuple[str, str]]:
-    for kind, count in copies.items():
-        yield from ((f"{kind}/{subject}/{copy:02d}", kind) for copy in range(count))
 
 
 def _lines(dialogues: Iterable[Dialogue]) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
     python samples/render.py OUT_DIR    writes OUT_DIR/{train,held_out}.jsonl, the documents, and
                                         OUT_DIR/dialogues/{train,held_out,questions}.jsonl,
-                                        OUT_DIR/preferences/{train,held_out}.jsonl, comparisons of answers, and
-                                        OUT_DIR/prompts/{train,held_out}.jsonl, questions with keys
+                                        OUT_DIR/preferences/{train,held_out}.jsonl, comparisons of answers,
+                                        OUT_DIR/prompts/{train,held_out}.jsonl, questions with keys, and
+                                        OUT_DIR/evaluation/, what models are evaluated on
 
 A document is a function of its id alone ("case_form/hypertension/03"): the id seeds every choice and decides the split.
 Held-out documents are combinations of facts, patients and wordings that training never shows; the facts recur.
@@ -20,6 +21,7 @@ if not __package__:  # run as a script: the repository's root, which holds this 
 
 from samples.dialogues import write_dialogues
 from samples.draw import Draw
+from samples.evaluation import write_evaluation
 from samples.facts import case_facts, condition_facts, drug_facts
 from samples.knowledge import Condition, Knowledge, load_knowledge
 from samples.patients import draw_patient
@@ -118,6 +120,8 @@ def main(arguments: list[str]) -> int:
         print(f"preferences/{name}: {len(comparisons)} comparisons")
     for name, prompts in write_prompts(directory / "prompts", knowledge).items():
         print(f"prompts/{name}: {len(prompts)} questions with keys")
+    for name, count in write_evaluation(directory / "evaluation", knowledge).items():
+        print(f"evaluation/{name}: {count} items")
     return 0
 
 
