@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from evals.task import Request, Response
+from engine.chatting import room
+from engine.model_directory import ModelDirectory
+from evals.prompt_encoding import PromptEncoder
+from evals.task import Answer, Answered, Choose, Chosen, Read, Request, Response, Scored
+from model.chat import ConversationError
+from model.errors import InputError
+from model.generate import EndReason, Generator
+from model.generate import Request as Generation
+from model.scoring import score
 
 Beat = Callable[[int], None]
 """Called while the work goes on, with the number of responses that have just become known. It may raise, to stop it."""
@@ -24,5 +34,115 @@ class Respondent(Protocol):
     has_template: bool
 
     def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
-        """The responses in the order of the requests, which may be of any kinds."""
+        """The responses in the order of the requests, which may be of any kinds.
+
+        Raises:
+            InputError: a request cannot be asked.
+        """
         ...
+
+
+class ModelRespondent:
+    """A model directory with its weights.
+
+    Args:
+        name: in the report; by default the directory's.
+    """
+
+    def __init__(self, directory: ModelDirectory, generator: Generator, name: str = "") -> None:
+        self.directory, self.generator = directory, generator
+        self.name, self.fingerprint = name or directory.path.resolve().name, directory.fingerprint
+        self.has_template = directory.template is not None
+        self.encoder = PromptEncoder(directory, generator.context)
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        template: str = "auto",
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        context: int | None = None,
+        max_rows: int = 64,
+        name: str = "",
+    ) -> ModelRespondent:
+        """Read a directory. Arguments and errors are those of `ModelDirectory.open` and `ModelDirectory.generator`."""
+        directory = ModelDirectory.open(model, template)
+        generator = directory.generator(device=device, dtype=dtype, context=context, max_rows=max_rows)
+        return cls(directory, generator, name)
+
+    def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
+        """See `Respondent`. All options are scored together, so that what prompts have in common is computed once;
+        answers are written by continuous batching."""
+        beat = beat or (lambda known: None)
+        responses: dict[int, Response] = {}
+        kinds: list[tuple[type, Callable[[Any, Beat], Sequence[Response]]]]
+        kinds = [(Choose, self._choose), (Read, self._read), (Answer, self._answer)]
+        for kind, ask in kinds:
+            asked = {place: request for place, request in enumerate(requests) if isinstance(request, kind)}
+            if asked:
+                responses |= zip(asked, ask(list(asked.values()), beat), strict=True)
+        return [responses[place] for place in range(len(requests))]
+
+    def _choose(self, requests: Sequence[Choose], beat: Beat) -> list[Chosen]:
+        pairs = []
+        for request in requests:
+            with _asking(request):
+                pairs.append(self.encoder.pair(request.prompt, request.options))
+        prefixes, options = [prompt.ids for prompt, _ in pairs], [own for _, own in pairs]
+        scores = score(self.generator.model, prefixes, options, with_greedy=True)
+        beat(len(requests))
+        return [
+            Chosen(
+                logprobs=tuple(sum(one.logprobs) for one in own),
+                tokens=tuple(len(one.logprobs) for one in own),
+                is_greedy=tuple(bool(one.is_greedy) for one in own),
+                dropped=prompt.dropped,
+                cut=prompt.cut,
+            )
+            for (prompt, _), own in zip(pairs, scores, strict=True)
+        ]
+
+    def _read(self, requests: Sequence[Read], beat: Beat) -> list[Scored]:
+        windows = [(place, *pair) for place, one in enumerate(requests) for pair in self.encoder.windows(one.text)]
+        scores = score(self.generator.model, [before for _, before, _ in windows], [[ids] for _, _, ids in windows])
+        beat(len(requests))
+        sums, tokens = [0.0] * len(requests), [0] * len(requests)
+        for (place, _, ids), [own] in zip(windows, scores, strict=True):
+            sums[place] += sum(own.logprobs)
+            tokens[place] += len(ids)
+        return [Scored(*pair) for pair in zip(sums, tokens, strict=True)]
+
+    def _answer(self, requests: Sequence[Answer], beat: Beat) -> list[Answered]:
+        prompts, generations = [], []
+        for request in requests:
+            following = room(self.generator.context, request.sampling.max_new_tokens)
+            with _asking(request):
+                prompts.append(self.encoder.prompt(request.prompt, following, least=1))
+            options = request.sampling.options(self.directory.stop_ids)
+            generations.append(Generation(prompts[-1].ids, options, seed=_seed(request)))
+        pieces: list[list[str]] = [[] for _ in requests]  # a token each
+        ends: list[EndReason] = ["length"] * len(requests)
+        for event in self.generator.stream(generations):
+            pieces[event.request].append(event.text)
+            ends[event.request] = event.end_reason or "length"
+            beat(event.end_reason is not None)
+        return [
+            Answered("".join(own), end, len(own), prompt.dropped, prompt.cut)
+            for own, end, prompt in zip(pieces, ends, prompts, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _asking(request: Request) -> Iterator[None]:
+    try:
+        yield
+    except ConversationError as error:
+        raise InputError(f"{request.id} cannot be asked: {error}. Mend the task's file.") from None
+
+
+def _seed(request: Answer) -> int:
+    """Of a request's draws: no two requests of a task share them."""
+    digest = hashlib.blake2b(f"{request.seed} {request.id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
