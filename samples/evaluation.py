@@ -140,11 +140,7 @@ def _note(dialogue: Dialogue, topic: Topic, script: Script) -> Note:
     """The note below the instruction, with the places of its entities: it is written once more with these marked."""
     facts = dict(topic.facts)
     for opening, names in zip(_OPEN, _MENTIONS.values(), strict=True):
-        for name in names:
-            fact = facts[name]
-            facts[name] = (
-                _mark(fact, opening) if isinstance(fact, str) else Items(_mark(item, opening) for item in fact)
-            )
+        facts |= {name: _mark(facts[name], opening) for name in names}
     marked = replace(dialogue, messages=script.fill(facts, Draw(dialogue.id))).question.split("\n", 1)[1]
     types = dict(zip(_OPEN, _MENTIONS, strict=True))
     text, mentions, read = "", [], 0
