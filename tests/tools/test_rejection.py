@@ -65,7 +65,7 @@ def test_the_recipe_for_13b_is_planned_without_weights_or_gpu(tmp_path: Path, to
     (tmp_path / "base" / "config.json").write_text(json.dumps({**facts, **size, "tie_word_embeddings": False}))
     (tmp_path / "base" / "model.safetensors").unlink()
     write_comparisons(tmp_path / "compared.jsonl", 5, 2)
-    recipe = TOOLS.parent / "configs" / f"ziya2_13b_{tool}_8xh100.yaml"
+    recipe = TOOLS.parent / "configs" / "ziya2-13b" / "8x80gb" / f"{tool}.yaml"
     card = ("--plan.world", 8, "--plan.device_gib", 79.1)
     (ended,) = run_tool(
         tool, "--config", recipe, "--model", "base", "--data", "compared.jsonl", "--dry-run", *card, cwd=tmp_path

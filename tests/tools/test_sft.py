@@ -206,7 +206,7 @@ def test_the_recipe_for_13b_is_planned_without_weights_or_gpu(tmp_path: Path) ->
     (tmp_path / "base" / "model.safetensors").unlink()
     messages = json.dumps({"messages": small_conversations(1)[0]}, ensure_ascii=False)
     (tmp_path / "chats.jsonl").write_text(messages)
-    recipe = TOOLS.parent / "configs" / "ziya2_13b_sft_8xh100.yaml"
+    recipe = TOOLS.parent / "configs" / "ziya2-13b" / "8x80gb" / "sft.yaml"
     card = ("--plan.world", 8, "--plan.device_gib", 79.1)
     (ended,) = run_tool(
         "sft", "--config", recipe, "--model", "base", "--data", "chats.jsonl", "--dry-run", *card, cwd=tmp_path
