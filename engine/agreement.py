@@ -55,7 +55,7 @@ class ControlGroup:
             RuntimeError: on all ranks, when anything else did; the rank concerned raises its own error.
         """
         result, error = _attempt(work)
-        failures = self._gather(None if error is None else self._describe(self.rank, error, doing))
+        failures = self.gather(None if error is None else self._describe(self.rank, error, doing))
         self._raise_first([failure for failure in failures if failure is not None], error)
         return cast(T, result)
 
@@ -79,7 +79,8 @@ class ControlGroup:
             self._raise_first(failures, errors.get(self.rank), cause=exception)
             raise
 
-    def _gather(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from engine.chatting import room
 from engine.model_directory import ModelDirectory
@@ -18,7 +18,7 @@ from model.generate import Request as Generation
 from model.scoring import score
 
 Beat = Callable[[int], None]
-"""Called while the work goes on, with the number of responses that have just become known. It may raise, to stop it."""
+"""Called for every token of an answer, with the number of answers that it ended. It may raise, to stop the work."""
 
 
 class Respondent(Protocol):
@@ -27,11 +27,13 @@ class Respondent(Protocol):
     name: in the report.
     fingerprint: of whatever decides the responses.
     has_template: whether messages can be asked; otherwise only texts.
+    settings: what else decides the responses, by name.
     """
 
     name: str
     fingerprint: str
     has_template: bool
+    settings: Mapping[str, str | int]
 
     def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
         """The responses in the order of the requests, which may be of any kinds.
@@ -54,6 +56,14 @@ class ModelRespondent:
         self.name, self.fingerprint = name or directory.path.resolve().name, directory.fingerprint
         self.has_template = directory.template is not None
         self.encoder = PromptEncoder(directory, generator.context)
+        template = (
+            "none" if directory.template is None else f"{directory.template.name} {directory.template.fingerprint}"
+        )
+        self.settings = {
+            "template": template,
+            "dtype": str(generator.dtype).removeprefix("torch."),
+            "context": generator.context,
+        }
 
     @classmethod
     def open(
@@ -75,24 +85,19 @@ class ModelRespondent:
     def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
         """See `Respondent`. All options are scored together, so that what prompts have in common is computed once;
         answers are written by continuous batching."""
-        beat = beat or (lambda known: None)
-        responses: dict[int, Response] = {}
-        kinds: list[tuple[type, Callable[[Any, Beat], Sequence[Response]]]]
-        kinds = [(Choose, self._choose), (Read, self._read), (Answer, self._answer)]
-        for kind, ask in kinds:
-            asked = {place: request for place, request in enumerate(requests) if isinstance(request, kind)}
-            if asked:
-                responses |= zip(asked, ask(list(asked.values()), beat), strict=True)
-        return [responses[place] for place in range(len(requests))]
+        chosen = iter(self._choose([one for one in requests if isinstance(one, Choose)]))
+        scored = iter(self._read([one for one in requests if isinstance(one, Read)]))
+        answered = iter(self._answer([one for one in requests if isinstance(one, Answer)], beat))
+        responses: dict[type, Iterator[Response]] = {Choose: chosen, Read: scored, Answer: answered}
+        return [next(responses[type(one)]) for one in requests]
 
-    def _choose(self, requests: Sequence[Choose], beat: Beat) -> list[Chosen]:
+    def _choose(self, requests: Sequence[Choose]) -> list[Chosen]:
         pairs = []
         for request in requests:
             with _asking(request):
                 pairs.append(self.encoder.pair(request.prompt, request.options))
         prefixes, options = [prompt.ids for prompt, _ in pairs], [own for _, own in pairs]
         scores = score(self.generator.model, prefixes, options, with_greedy=True)
-        beat(len(requests))
         return [
             Chosen(
                 logprobs=tuple(sum(one.logprobs) for one in own),
@@ -104,17 +109,16 @@ class ModelRespondent:
             for (prompt, _), own in zip(pairs, scores, strict=True)
         ]
 
-    def _read(self, requests: Sequence[Read], beat: Beat) -> list[Scored]:
+    def _read(self, requests: Sequence[Read]) -> list[Scored]:
         windows = [(place, *pair) for place, one in enumerate(requests) for pair in self.encoder.windows(one.text)]
         scores = score(self.generator.model, [before for _, before, _ in windows], [[ids] for _, _, ids in windows])
-        beat(len(requests))
         sums, tokens = [0.0] * len(requests), [0] * len(requests)
         for (place, _, ids), [own] in zip(windows, scores, strict=True):
             sums[place] += sum(own.logprobs)
             tokens[place] += len(ids)
         return [Scored(*pair) for pair in zip(sums, tokens, strict=True)]
 
-    def _answer(self, requests: Sequence[Answer], beat: Beat) -> list[Answered]:
+    def _answer(self, requests: Sequence[Answer], beat: Beat | None) -> list[Answered]:
         prompts, generations = [], []
         for request in requests:
             following = room(self.generator.context, request.sampling.max_new_tokens)
@@ -127,7 +131,8 @@ class ModelRespondent:
         for event in self.generator.stream(generations):
             pieces[event.request].append(event.text)
             ends[event.request] = event.end_reason or "length"
-            beat(event.end_reason is not None)
+            if beat is not None:
+                beat(event.end_reason is not None)
         return [
             Answered("".join(own), end, len(own), prompt.dropped, prompt.cut)
             for own, end, prompt in zip(pieces, ends, prompts, strict=True)

@@ -29,14 +29,12 @@ class Stub:
     ) -> None:
         self._choose, self._say = choose, say
         self.name, self.has_template, self.fingerprint = name, has_template, f"{name} of the tests"
+        self.settings: dict[str, str | int] = {}
         self.seen: list[Request] = []
 
     def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
         self.seen += requests
-        responses = [self._respond(request) for request in requests]
-        if beat is not None:
-            beat(len(responses))
-        return responses
+        return [self._respond(request) for request in requests]
 
     def _respond(self, request: Request) -> Response:
         if isinstance(request, Choose):
