@@ -1,0 +1,77 @@
+"""Metrics of entity extraction, with intervals that share one drawing of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from engine.intervals import wilson_interval
+from evals.bootstrap import Resampled, Statistic
+from evals.entity_scores import Counts
+from evals.task import Metric
+
+Part = tuple[float, float]
+"""Numerator and denominator of one text."""
+
+FAILURES = "parse_failures"
+ORDER = ("micro_f1", "precision", "recall", "macro_f1", "relaxed_f1", "span_f1", "span_relaxed_f1", FAILURES)
+
+
+def measure(
+    parts: Sequence[Mapping[str, Part]], by_type: Sequence[Mapping[str, Counts]], seed: int
+) -> tuple[tuple[Metric, ...], dict[str, tuple[Metric, ...]]]:
+    """The metrics of all types together and of each, over texts.
+
+    A ratio of sums is nan where its denominator is 0: nothing was said (precision), or nothing was there (recall).
+    macro_f1 is the mean F1 of the types that annotators found any of. Intervals are of the bootstrap over texts, but
+    Wilson's for the share of answers that could not be read.
+
+    Args:
+        parts: of each text, by the metric's name.
+        by_type: of each text, by the type's name.
+    Returns:
+        (metrics, metrics by type)
+    """
+    names = list(parts[0]) if parts else []
+    types = list(by_type[0]) if by_type else []
+    columns = [[of_text[name] for name in names] for of_text in parts]
+    for row, counts in zip(columns, by_type, strict=True):
+        row += (part for name in types for part in (counts[name].f1, counts[name].precision, counts[name].recall))
+    rows = np.array(columns, dtype=np.float64).reshape(len(columns), -1)  # [N, 2 (M + 3 T)]
+    texts = Resampled(rows, None, seed)
+    own = [len(names) + 3 * place for place in range(len(types))]  # where the types' F1 stand
+    golds = rows.sum(0)[[2 * (column + 2) + 1 for column in own]] if len(rows) else np.zeros(len(own))
+
+    def metric(name: str, statistic: Statistic, n: int) -> Metric:
+        found = texts.interval(statistic)
+        return Metric(name, found.value, found.low, found.high, n)
+
+    metrics = {name: metric(name, _ratio(column), len(rows)) for column, name in enumerate(names)}
+    share = metrics[FAILURES].value
+    metrics[FAILURES] = Metric(FAILURES, share, *wilson_interval(share, len(rows)), len(rows), better="lower")
+    counted = [column for column, gold in zip(own, golds, strict=True) if gold]
+    metrics["macro_f1"] = metric("macro_f1", _mean([_ratio(column, empty=0.0) for column in counted]), len(rows))
+    groups = {
+        name: tuple(
+            metric(of_type, _ratio(column + place), int(gold))
+            for place, of_type in enumerate(("f1", "precision", "recall"))
+        )
+        for name, column, gold in zip(types, own, golds, strict=True)
+    }
+    order = [name for name in ORDER if name in metrics]
+    return tuple(metrics[name] for name in order), groups
+
+
+def _ratio(column: int, empty: float = np.nan) -> Statistic:
+    """Of the sums in two columns; empty: the value of 0 / 0."""
+
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        top, bottom = sums[..., 0, 2 * column], sums[..., 0, 2 * column + 1]
+        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), empty)
+
+    return statistic
+
+
+def _mean(statistics: Sequence[Statistic]) -> Statistic:
+    return lambda sums: np.mean([statistic(sums) for statistic in statistics], axis=0)
