@@ -74,10 +74,8 @@ def read_scale(path: str, key: Key | None = None) -> Scale:
     value = _parse(path)
     found = {"items": value} if isinstance(value, list) else value
     if not isinstance(found, dict) or not isinstance(found.get("items"), list):
-        held = (
-            f'it holds {names_in(found)} and no list "items"' if isinstance(found, dict) else f"it is {kind_of(found)}"
-        )
-        raise InputError(f'{path}: {held}. Write {{"items": [{{"id": 1, "text": "…"}}, …]}}, as docs show.')
+        held = f'{names_in(found)} and no list "items"' if isinstance(found, dict) else kind_of(found)
+        raise InputError(f'{path}: it holds {held}. Write {{"items": [{{"id": 1, "text": "…"}}, …]}}.')
     options = _options(path, found, key)
     items = _keyed(path, found["items"], key) if key else _own(path, found["items"])
     name = key.name if key else str(found.get("scale") or "attitudes")
@@ -95,19 +93,16 @@ def _parse(path: str) -> Any:
 
 
 def _options(path: str, found: dict[str, Any], key: Key | None) -> tuple[str, ...]:
-    options = found.get("options_low_to_high", key.options if key else None)
-    wanted = f"{len(key.options)}" if key else f"{FEWEST_OPTIONS} to {MOST_OPTIONS}"
-    if not isinstance(options, (list, tuple)) or not all(
-        isinstance(option, str) and option.strip() for option in options
-    ):
-        raise InputError(
-            f'{path}: "options_low_to_high" is no list of texts. List {wanted} degrees of agreement, least first.'
-        )
+    options: Any = found.get("options_low_to_high", key.options if key else None)
+    fewest, most = (len(key.options),) * 2 if key else (FEWEST_OPTIONS, MOST_OPTIONS)
+    advice = f"List {fewest if fewest == most else f'{fewest} to {most}'} degrees of agreement, the least first."
+    is_list = isinstance(options, (list, tuple))
+    if not is_list or not all(isinstance(option, str) and option.strip() for option in options):
+        raise InputError(f'{path}: "options_low_to_high" is no list of texts. {advice}')
     points = found.get("points", len(options))
-    fits = len(options) == len(key.options) if key else FEWEST_OPTIONS <= len(options) <= MOST_OPTIONS
-    if not fits or points != len(options):
+    if not fewest <= len(options) <= most or points != len(options):
         said = f'; "points" says {points}' if points != len(options) else ""
-        raise InputError(f"{path}: {len(options)} options{said}. List {wanted} degrees of agreement, least first.")
+        raise InputError(f'{path}: "options_low_to_high" lists {len(options)}{said}. {advice}')
     if len(set(options)) < len(options):
         twice = next(option for option in options if list(options).count(option) > 1)
         raise InputError(f"{path}: two options say {twice}. Word each degree of agreement differently.")
@@ -117,23 +112,23 @@ def _options(path: str, found: dict[str, Any], key: Key | None) -> tuple[str, ..
 def _keyed(path: str, values: Sequence[Any], key: Key) -> tuple[ScaleItem, ...]:
     """Items of a scale with a key, in its order."""
     count = len(key.subscales)
+    numbers = {str(number): number for number in range(1, count + 1)}
     if all(isinstance(value, str) for value in values):
         if len(values) != count:
             raise InputError(f"{path}: {len(values)} items, {key.name} has {count}. List all of them, in its order.")
         values = [{"id": number, "text": text} for number, text in enumerate(values, 1)]
     texts: dict[int, str] = {}
     for id, value in _numbered(path, values):
-        number = int(id) if id.isascii() and id.isdigit() else 0
-        if not 1 <= number <= count:
+        if id not in numbers:
             raise InputError(f"{path}: there is no item {id} in {key.name}. Number its items from 1 to {count}.")
+        number = numbers[id]
         _compare(path, id, value, "subscale", key.subscales[number - 1], key)
         _compare(path, id, value, "agreeing_is_stigma", key.agreeing_is_stigma[number - 1], key)
         texts[number] = value["text"]
-    if missing := [str(number) for number in range(1, count + 1) if number not in texts]:
+    if missing := [id for id, number in numbers.items() if number not in texts]:
         named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise InputError(
-            f"{path}: {len(texts)} of the {count} items of {key.name}; {named} not there. Add what is missing."
-        )
+        found = f"{len(texts)} of the {count} items of {key.name}"
+        raise InputError(f"{path}: it holds {found}, not {named}. Add what is missing.")
     return tuple(
         ScaleItem(str(number), texts[number], subscale, is_stigma)
         for number, (subscale, is_stigma) in enumerate(zip(key.subscales, key.agreeing_is_stigma, strict=True), 1)

@@ -45,7 +45,7 @@ def option_orders(levels: int, asked: str, seed: int) -> tuple[Order, ...]:
     if asked == "all":
         if in_all > MOST_ORDERS:
             raise InputError(
-                f"orders=all: {levels} options have {in_all:,} orders. Write orders={4 * levels}, for one."
+                f"orders=all: {levels} options have {in_all:,} orders. Write orders={10 * levels}, perhaps."
             )
         return tuple(itertools.permutations(range(levels)))
     if asked == "rotations":

@@ -63,8 +63,7 @@ class PaperTask:
             (f"always {letter}", SCORE, float(sum(self._points(item, place) for item in self.scale.items)))
             for place, letter in enumerate(self._letters)
         )
-        counts = {"cut_prompts": sum(getattr(response, "cut", 0) > 0 for response in responses.values())}
-        return Result(tuple(metrics), items, {}, constant, counts, tuple(notes))
+        return Result(tuple(metrics), items, baselines=constant, notes=tuple(notes))
 
     def _item(self, item: ScaleItem, response: Response) -> Item:
         assert isinstance(response, Chosen)

@@ -49,7 +49,7 @@ class AttitudeTask:
     asked: items of the scale, all or some.
     orders_asked: the option that `orders` come from.
     system: a system message, or the beginning of a plain text; "" for none.
-    max_new_tokens: of a free answer.
+    max_new_tokens: of a free answer; 0 where there is none.
     """
 
     name: str
@@ -79,7 +79,7 @@ class AttitudeTask:
             "options": " < ".join(self.scale.options),
             "system": self.system,
             "prompting": self.prompting,
-            "max_new_tokens": self.max_new_tokens if self.mode == "gen" else 0,
+            "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
             "signature": f"{self.scale.name}|mode:{self.mode}|orders:{self.orders_asked}|wording:{self.wording}|"
             f"prompting:{self.prompting}|system:{system}|version:1",
@@ -96,7 +96,7 @@ class AttitudeTask:
 
     def result(self, responses: Mapping[str, Response]) -> Result:
         found = [[responses[_id(item, order)] for order in self.orders] for item in self.asked]
-        counts = {"cut_prompts": sum(getattr(response, "cut", 0) > 0 for row in found for response in row)}
+        counts: dict[str, int] = {}
         mass: np.ndarray | None = None
         if self.mode == "probability":
             letters, mass = normalised(np.array([[_chosen(response).logprobs for response in row] for row in found]))
@@ -104,7 +104,6 @@ class AttitudeTask:
             answers = [[_answered(response) for response in row] for row in found]
             letters = np.array([[self._named(*pair) for pair in zip(row, self.orders, strict=True)] for row in answers])
             counts["unparsed"] = int(np.isnan(letters[..., 0]).sum())
-            counts["truncated"] = sum(answer.end_reason == "length" for row in answers for answer in row)
         shown = [_text(self._prompt(item, self.orders[0])) for item in self.asked]
         return scale_result(self.scale, self.asked, self.orders, letters, mass, shown, self.seed, counts)
 
@@ -170,7 +169,7 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
         spec.take_str("system", ""),
         context.prompting,
         context.seed,
-        spec.take_int("max_new_tokens", 32, low=1),
+        spec.take_int("max_new_tokens", 32, low=1) if mode == "gen" else 0,
     )
 
 

@@ -94,10 +94,7 @@ class RewardTask:
         )
         counts = {
             "refused_records": self.refused,
-            "truncated": n - ended,
-            "empty": sum(not answer.text.strip() for answer in answers),
-            "dropped_turns": sum(answer.dropped for answer in answers),
-            "cut_prompts": sum(answer.cut > 0 for answer in answers),
+            "empty_answers": sum(not answer.text.strip() for answer in answers),
         }
         notes = ("Rewards compare models under one reward model, and are no measure of what is true or safe.",)
         return Result(metrics, items, counts=counts, notes=notes)
