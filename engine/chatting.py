@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.model_directory import ModelDirectory, checked_device
+from engine.model_directory import ModelDirectory, resolve_device
 from model.chat import ChatTemplate, Conversation, ConversationError, Message, fit_prompt
 from model.errors import InputError
 from model.generate import Event, Generator, Request
@@ -94,7 +94,7 @@ class ChatModel:
         Raises:
             InputError: it is no model, not whole, or one that does not chat.
         """
-        device = checked_device(device)
+        resolve_device(device)  # before anything is read
         directory = ModelDirectory.open(model, template)
         if directory.template is None:
             raise InputError(

@@ -177,9 +177,9 @@ def _option_words(flag: str, kind: Any, values: list[str]) -> list[str]:
     return [f"--{flag}={values[0]}"]
 
 
-def _scalar(value: str, kind: type, flag: str) -> Any:
+def _scalar(value: str, kind: Any, flag: str) -> Any:
     try:
-        return kind(value)
+        return kind(value) if isinstance(kind, type) else value  # of a union a word is the text
     except ValueError:
         raise InputError(f"--{flag}: {value!r} is not {_type_name(kind)}.") from None
 
@@ -248,4 +248,4 @@ def _type_name(kind: Any) -> str:
     if origin is dict:
         return "a mapping"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return " or ".join(names.get(one, str(one)) for one in (args or (kind,)))
+    return " or ".join(names.get(one) or (_type_name(one) if args else str(one)) for one in (args or (kind,)))

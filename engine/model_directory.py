@@ -61,17 +61,8 @@ class ModelDirectory:
 
     @cached_property
     def fingerprint(self) -> str:
-        """128 bits in hex over the configuration, the tokenizer and samples of every file of weights: 16 MB of a
-        large one, all of a small one."""
-        digest = hashlib.sha256(f"{self.config} {self.tokenizer.fingerprint}".encode())
-        for path in TensorStore(self.path).files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                for block in range(_SAMPLED_BLOCKS):
-                    file.seek(block * size // _SAMPLED_BLOCKS)
-                    digest.update(file.read(_BLOCK_BYTES))
-        return digest.hexdigest()[:32]
+        """Of everything in the directory that decides what the model writes."""
+        return fingerprint_model(self.path, self.config, self.tokenizer)
 
     def generator(
         self, *, device: str | None = None, dtype: str = "auto", context: int | None = None, max_rows: int = 1
@@ -79,28 +70,48 @@ class ModelDirectory:
         """Read the weights.
 
         Args:
-            dtype: one of `engine.conversion.DTYPES`; auto: bfloat16 on a GPU, float32 on a CPU.
+            dtype: as in `resolve_dtype`.
             device, context, max_rows: as in `Generator`.
         Raises:
             InputError: there is no such device, or its memory does not do.
         """
+        place = resolve_device(device)
         return Generator.from_directory(
             self.path,
             tokenizer=self.tokenizer,
-            device=checked_device(device),
-            dtype=None if dtype == "auto" else DTYPES[dtype],
+            device=place,
+            dtype=resolve_dtype(dtype, place),
             context=context,
             max_rows=max_rows,
         )
 
 
-def checked_device(name: str | None) -> str | None:
-    """A device's name as the user gave it. Raises InputError: there is none of this name here."""
+def fingerprint_model(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> str:
+    """128 bits in hex over the configuration, the tokenizer and samples of every file of weights: 16 MB of a large
+    one, all of a small one."""
+    digest = hashlib.sha256(f"{config} {tokenizer.fingerprint}".encode())
+    for path in TensorStore(directory).files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for block in range(_SAMPLED_BLOCKS):
+                file.seek(block * size // _SAMPLED_BLOCKS)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """A device by its name; by default the GPU if there is one. Raises InputError: there is none of this name here."""
     if name is None:
-        return None
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = re.fullmatch("cpu|cuda(?::([0-9]+))?", name)
     if found is None:
         raise InputError(f"--device {name}: no such device. Use cuda, cuda:1 or cpu.")
     if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there is no such GPU here. Use another, or cpu.")
-    return name
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """One of `engine.conversion.DTYPES`; auto: bfloat16 on a GPU, float32 on a CPU."""
+    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]

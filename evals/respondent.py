@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 from engine.chatting import room
-from engine.model_directory import ModelDirectory
+from engine.model_directory import ModelDirectory, resolve_device, resolve_dtype
 from evals.prompt_encoding import PromptEncoder
 from evals.task import Answer, Answered, Choose, Chosen, Read, Request, Response, Scored
 from model.chat import ConversationError
@@ -45,42 +46,47 @@ class Respondent(Protocol):
 
 
 class ModelRespondent:
-    """A model directory with its weights.
+    """A model directory, whose weights are read when they are first needed.
 
     Args:
         name: in the report; by default the directory's.
+        device, dtype, context, max_rows: as in `ModelDirectory.generator`.
+    Raises:
+        InputError: there is no such device.
     """
 
-    def __init__(self, directory: ModelDirectory, generator: Generator, name: str = "") -> None:
-        self.directory, self.generator = directory, generator
-        self.name, self.fingerprint = name or directory.path.resolve().name, directory.fingerprint
-        self.has_template = directory.template is not None
-        self.encoder = PromptEncoder(directory, generator.context)
-        template = (
-            "none" if directory.template is None else f"{directory.template.name} {directory.template.fingerprint}"
-        )
-        self.settings = {
-            "template": template,
-            "dtype": str(generator.dtype).removeprefix("torch."),
-            "context": generator.context,
-        }
-
-    @classmethod
-    def open(
-        cls,
-        model: str,
-        template: str = "auto",
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        name: str = "",
         *,
         device: str | None = None,
         dtype: str = "auto",
         context: int | None = None,
         max_rows: int = 64,
-        name: str = "",
-    ) -> ModelRespondent:
-        """Read a directory. Arguments and errors are those of `ModelDirectory.open` and `ModelDirectory.generator`."""
-        directory = ModelDirectory.open(model, template)
-        generator = directory.generator(device=device, dtype=dtype, context=context, max_rows=max_rows)
-        return cls(directory, generator, name)
+    ) -> None:
+        self.directory, self.name = directory, name or directory.path.resolve().name
+        self.fingerprint, self.has_template = directory.fingerprint, directory.template is not None
+        self._how: Any = {"device": device, "dtype": dtype, "context": context, "max_rows": max_rows}
+        self.context = context or directory.config.rope_length
+        self.encoder = PromptEncoder(directory, self.context)
+        template = directory.template
+        self.settings: Mapping[str, str | int] = {
+            "chat_template": "none" if template is None else f"{template.name} {template.fingerprint}",
+            "dtype": str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch."),
+            "context": self.context,
+        }
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The weights. Raises InputError: memory does not do, or they are damaged."""
+        return self.directory.generator(**self._how)
+
+    def release(self) -> None:
+        """Give back the memory of the weights, until they are needed again."""
+        if "generator" in vars(self):
+            self.generator.release()
+            del self.generator
 
     def respond(self, requests: Sequence[Request], beat: Beat | None = None) -> list[Response]:
         """See `Respondent`. All options are scored together, so that what prompts have in common is computed once;
@@ -121,7 +127,7 @@ class ModelRespondent:
     def _answer(self, requests: Sequence[Answer], beat: Beat | None) -> list[Answered]:
         prompts, generations = [], []
         for request in requests:
-            following = room(self.generator.context, request.sampling.max_new_tokens)
+            following = room(self.context, request.sampling.max_new_tokens)
             with _asking(request):
                 prompts.append(self.encoder.prompt(request.prompt, following, least=1))
             options = request.sampling.options(self.directory.stop_ids)
