@@ -34,6 +34,7 @@ COPIES = {
 ATTITUDES = Path(__file__).parent / "attitudes.json"
 _SUBJECT = re.compile("关于(.+)的单选题")
 _QUESTION = "问题："
+_ASKED_FOR = {"department": "科室", "disease": "诊断", "drug": "用药", "avoided": "禁忌"}
 # The types of entities, and the facts that each mention of one comes from.
 _MENTIONS = {"疾病": ("name",), "症状": ("main", "more"), "检查": ("exams",), "药物": ("taken",)}
 # Around a mention while a note is written: what opens it tells its type. No text holds such characters.
@@ -43,13 +44,15 @@ _MARKED = re.compile(f"([{_OPEN}])([^{_CLOSE}]*){_CLOSE}")
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with one right option."""
+    """A question with one right option, in the fields of CMB-Exam."""
 
     id: str
+    exam_type: str  # what is asked for; accuracy is told by it
+    exam_subject: str
+    question_type: str
     question: str
-    options: dict[str, str]  # A: text, ...
-    answer_idx: str
-    meta_info: str  # the subject
+    option: dict[str, str]  # A: text, ...
+    answer: str  # the letter
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,15 @@ def _choice(dialogue: Dialogue) -> Choice:
     subject = _SUBJECT.search(header)
     assert subject and question.startswith(_QUESTION)
     texts = dict(option.split(".", 1) for option in options)
-    letter = dialogue.messages[-1].content[0]
-    return Choice(dialogue.id, question.removeprefix(_QUESTION), texts, letter, subject[1])
+    return Choice(
+        dialogue.id,
+        _ASKED_FOR[dialogue.id.split("/")[-1]],
+        subject[1],
+        "单项选择题",
+        question.removeprefix(_QUESTION),
+        texts,
+        dialogue.messages[-1].content[0],
+    )
 
 
 def _note(dialogue: Dialogue, topic: Topic, script: Script) -> Note:

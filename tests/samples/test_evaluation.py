@@ -29,7 +29,7 @@ def test_training_shows_no_question_no_note_and_no_first_turn_of_it(
         if dialogue.kind == "choice"
     }
     for choice in files.choice:
-        assert (f"问题：{choice.question}", *sorted(choice.options.values())) not in choices, choice.id
+        assert (f"问题：{choice.question}", *sorted(choice.option.values())) not in choices, choice.id
     for note in files.entities:
         assert note.text not in shown, note.id
     for talk in (*files.qa, *files.dialogue):
@@ -40,7 +40,7 @@ def test_no_item_occurs_twice(files: EvaluationFiles) -> None:
     for items in vars(files).values():
         assert len({item.id for item in items}) == len(items)
     assert len({note.text for note in files.entities}) == len(files.entities)
-    assert len({(one.question, *one.options.items()) for one in files.choice}) == len(files.choice)
+    assert len({(one.question, *one.option.items()) for one in files.choice}) == len(files.choice)
 
 
 def test_held_out_conversations_of_these_kinds_are_in_it(files: EvaluationFiles, dialogues: Splits[Dialogue]) -> None:
@@ -49,9 +49,11 @@ def test_held_out_conversations_of_these_kinds_are_in_it(files: EvaluationFiles,
     assert len(held_out.keys() & items.keys()) > 0.97 * len(held_out)  # the rest asks what another has asked
     for choice in files.choice:
         if choice.id in held_out:
-            answer = f"{choice.answer_idx}.{choice.options[choice.answer_idx]}"
+            answer = f"{choice.answer}.{choice.option[choice.answer]}"
             assert answer == held_out[choice.id].messages[-1].content
-            assert choice.question in held_out[choice.id].question and choice.meta_info in held_out[choice.id].question
+            assert (
+                choice.question in held_out[choice.id].question and choice.exam_subject in held_out[choice.id].question
+            )
     for note in files.entities:
         if note.id in held_out and "疾病、" in held_out[note.id].question.split("\n")[0]:  # all of them are asked for
             listed = held_out[note.id].messages[-1].content.split("\n")
@@ -63,18 +65,18 @@ def test_a_right_option_answers_by_the_facts_and_no_other_does(files: Evaluation
     groups = {trait.group: trait.id for trait in knowledge.traits}
     for choice in files.choice:
         condition = knowledge.condition(choice.id.split("/")[1])
-        kind, right = choice.id.split("/")[-1], choice.options[choice.answer_idx]
+        kind, right = choice.id.split("/")[-1], choice.option[choice.answer]
         if kind == "avoided":
             (trait,) = (groups[group] for group in groups if choice.question in _asking_whom_to_spare(group))
-            fitting = {name for name in choice.options.values() if trait in drugs[name].avoid}
+            fitting = {name for name in choice.option.values() if trait in drugs[name].avoid}
         elif kind == "drug":
             (therapy,) = (t for t in condition.therapies if drugs[right].id in t.drugs and t.purpose in choice.question)
-            fitting = {name for name in choice.options.values() if drugs[name].id in therapy.drugs}
+            fitting = {name for name in choice.option.values() if drugs[name].id in therapy.drugs}
         else:
             complained = [set(one.symptoms) for one in knowledge.conditions if one is not condition]
             told = {symptom for symptom in condition.symptoms if symptom in choice.question}
             assert not any(told <= symptoms for symptoms in complained), choice.id
-            fitting = {condition.department, condition.name} & set(choice.options.values())
+            fitting = {condition.department, condition.name} & set(choice.option.values())
         assert fitting == {right}, choice.id
 
 
