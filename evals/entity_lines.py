@@ -66,12 +66,12 @@ def _without_marker(line: str) -> str:
 
 def _label(line: str, types: TypeNames) -> tuple[str, str]:
     """The type that a line begins or ends with, by its name, and what it is said of; ("", line) without one."""
-    if name := types.find(line):
-        return name, ""
     candidates = []
     if colons := list(_COLON.finditer(line)):
         first, last = colons[0], colons[-1]
         candidates = [(line[: first.start()], line[first.end() :]), (line[last.end() :], line[: last.start()])]
+    elif name := types.find(line):
+        return name, ""
     if found := _BEHIND.fullmatch(line.strip(TRIMMED)):
         candidates.append((found[2], found[1]))
     if len(words := line.split()) > 1:
