@@ -1,0 +1,232 @@
+"""Open questions as a task: prompts, decoding, settings; what known answers score; real files from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.model_directory import ModelDirectory
+from evals.generation import BUILDERS, GenerationTask
+from evals.respondent import ModelRespondent
+from evals.suite import BuildContext, parse_spec
+from evals.task import Answer, Answered, Result
+from model.chat import Message
+from model.errors import InputError
+from tests.evals.stubs import always, ask, knowing
+from tests.tools.small_chat import write_small_chat_model
+
+QA = [
+    ("头晕怎么办？", "多休息，测血压。"),
+    ("布洛芬怎么吃？", "每次0.5mg，饭后服。"),
+    ("咳嗽三天了。", "多喝温水，不好再来。"),
+    ("牙痛难忍。", "先看口腔科，拍个片。"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """qa.jsonl, more.jsonl (exemplars) and talk.jsonl (two turns)."""
+    more = [("发热？", "物理降温。"), ("失眠？", "少喝茶。")]
+    for name, pairs in (("qa", QA), ("more", more)):
+        rows = [{"question": question, "answer": answer} for question, answer in pairs]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "甲乙丙丁", strict=False)]
+    row = {"messages": [{"role": "system", "content": "你是医生。"}, *turns]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    return tmp_path
+
+
+def task(word: str, prompting: Any = "chat", **context: Any) -> GenerationTask:
+    spec = parse_spec(word)
+    built = BUILDERS[spec.name](spec, BuildContext(prompting, **context))
+    spec.check_all_taken()
+    assert isinstance(built, GenerationTask)
+    return built
+
+
+def values(result: Result) -> dict[str, float]:
+    return {metric.name: metric.value for metric in result.metrics}
+
+
+def gold(asked: GenerationTask) -> dict[str, int | str]:
+    return {question.id: question.references[0] for question in asked.questions}
+
+
+def test_messages_hold_system_exemplars_and_turns_in_this_order(folder: Path) -> None:
+    (request,) = task(f"dialogue={folder}/talk.jsonl,shots=1,exemplars={folder}/more.jsonl").requests()
+    assert request.prompt == (
+        Message("system", "你是医生。"),
+        Message("user", "发热？"),
+        Message("assistant", "物理降温。"),
+        Message("user", "甲"),
+        Message("assistant", "乙"),
+        Message("user", "丙"),
+    )
+
+
+def test_a_plain_prompt_writes_the_same_down_and_ends_where_the_answer_begins(folder: Path) -> None:
+    (request,) = task(f"dialogue={folder}/talk.jsonl,shots=1,exemplars={folder}/more.jsonl", "plain").requests()
+    assert request.prompt == "你是医生。\n\n患者：发热？\n医生：物理降温。\n\n患者：甲\n医生：乙\n患者：丙\n医生："
+    assert request.sampling.stop == ["\n患者："]
+    first = task(f"qa={folder}/qa.jsonl", "plain").requests()[0]
+    assert (first.prompt, first.sampling.stop) == ("问：头晕怎么办？\n答：", ["\n问："])
+
+
+def test_answers_are_greedy_by_default_and_sampled_as_published_in_paper_mode(folder: Path) -> None:
+    def decoding(options: str) -> tuple[float, float, int, list[str]]:
+        sampling = task(f"qa={folder}/qa.jsonl{options}").requests()[0].sampling
+        return sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop
+
+    assert decoding("") == (0.0, 1.0, 512, [])
+    assert decoding(",mode=paper") == (1.0, 0.85, 512, [])
+    assert decoding(",mode=paper,temperature=0.2,top_p=1,max_new_tokens=256") == (0.2, 1.0, 256, [])
+
+
+def test_settings_hold_whatever_decides_the_numbers(folder: Path) -> None:
+    base = task(f"qa={folder}/qa.jsonl")
+    assert base.settings["signature"].startswith("tok:char|norm:nfkc|")  # type: ignore[union-attr]
+    others = [
+        task(f"qa={folder}/qa.jsonl", "plain"),
+        task(f"qa={folder}/qa.jsonl,mode=paper"),
+        task(f"qa={folder}/qa.jsonl,temperature=0.5"),
+        task(f"qa={folder}/qa.jsonl,shots=1,exemplars={folder}/more.jsonl"),
+        task(f"qa={folder}/qa.jsonl", seed=1),
+        task(f"qa={folder}/qa.jsonl", limit=2),
+        task(f"qa={folder}/qa.jsonl", limit=2, seed=1),
+        task(f"qa={folder}/qa.jsonl,system=你是医生。"),
+        task(f"qa={folder}/more.jsonl"),
+    ]
+    settings = [str(one.settings) for one in (base, *others)]
+    assert len(set(settings)) == len(settings)
+    assert task(f"qa={folder}/qa.jsonl,label=mine").settings == base.settings
+
+
+def test_a_label_is_the_name(folder: Path) -> None:
+    assert task(f"qa={folder}/qa.jsonl,label=mine").name == "mine"
+
+
+def test_a_question_that_is_an_exemplar_is_not_asked(folder: Path) -> None:
+    asked = task(f"qa={folder}/qa.jsonl,shots=2,exemplars={folder}/qa.jsonl")
+    assert [question.id for question in asked.questions] == ["3", "4"]
+    assert ask(asked, always()).counts["left_out_as_exemplars"] == 2
+
+
+@pytest.mark.parametrize("prompting", ["chat", "plain"])
+@pytest.mark.parametrize("mode", ["standard", "paper"])
+def test_the_references_themselves_score_1_everywhere(folder: Path, prompting: str, mode: str) -> None:
+    asked = task(f"qa={folder}/qa.jsonl,mode={mode}", prompting)
+    result = ask(asked, knowing(gold(asked)))
+    found = values(result)
+    del found["distinct_1"], found["distinct_2"]
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), abs=1e-7)
+    assert {"rouge_l", "bleu_4", "sentence_bleu_4", "length_ratio", "end_rate"} <= found.keys()
+    assert ("paper_bleu_2" in found) == (mode == "paper")
+    assert result.counts == {}
+
+
+@pytest.mark.parametrize("mode", ["standard", "paper"])
+def test_empty_answers_score_0_and_are_counted(folder: Path, mode: str) -> None:
+    result = ask(task(f"qa={folder}/qa.jsonl,mode={mode}"), always(text=" \n"))
+    found = values(result)
+    assert found.pop("end_rate") == 1.0
+    assert found.pop("distinct_1") != found.pop("distinct_2")  # nan: of no tokens
+    assert found == dict.fromkeys(found, 0.0)
+    assert result.counts["empty_answers"] == len(QA)
+
+
+def test_items_hold_what_was_shown_said_and_right_and_sum_to_the_metrics(folder: Path) -> None:
+    asked = task(f"qa={folder}/qa.jsonl,mode=paper,shots=1,exemplars={folder}/more.jsonl")
+    result = ask(asked, always(text="多休息。"))
+    first = result.items[0]
+    assert first.shown == "[user] 发热？\n[assistant] 物理降温。\n[user] 头晕怎么办？"
+    assert (first.answer, first.gold) == ("多休息。", "多休息，测血压。")
+    assert first.texts == ("头晕怎么办？", "多休息，测血压。")
+    found = values(result)
+    for name in first.parts:
+        numerator, denominator = (sum(item.parts[name][side] for item in result.items) for side in (0, 1))
+        assert found[name] == pytest.approx(numerator / denominator), name
+
+
+def test_several_references_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps([{"questions": ["头晕？"], "answers": ["多休息。", "测血压。"]}]))
+    result = ask(task(f"huatuo26m={tmp_path}/test.json"), always(text="测血压。"))
+    assert result.items[0].gold == "(1) 多休息。\n\n(2) 测血压。"
+    assert values(result)["rouge_l"] == 1.0
+
+
+def test_what_went_wrong_with_answers_and_prompts_is_counted(folder: Path) -> None:
+    asked = task(f"qa={folder}/qa.jsonl")
+    answers = [
+        Answered("多休息", "length", 3),
+        Answered("", "stop", 1, dropped=2),
+        Answered("多喝水", "stop", 3, cut=7),
+        Answered("拍片", "stop", 2),
+    ]
+    result = asked.result(dict(zip("1234", answers, strict=True)))
+    assert result.counts == {
+        "empty_answers": 1,
+        "cut_at_max_new_tokens": 1,
+        "prompts_without_oldest_turns": 1,
+        "prompts_cut_to_the_context": 1,
+    }
+    assert values(result)["end_rate"] == 0.75
+
+
+def test_answers_to_other_questions_are_the_baseline(folder: Path) -> None:
+    asked = task(f"qa={folder}/qa.jsonl")
+    baselines = {name: value for who, name, value in ask(asked, always()).baselines}
+    assert baselines.keys() >= {"rouge_l", "bleu_4"}
+    assert 0 < baselines["rouge_1"] < 0.5  # a full stop at least is shared, and no more than little
+
+
+def test_the_paper_mode_says_loudly_that_its_numbers_are_inflated(folder: Path) -> None:
+    result = ask(task(f"qa={folder}/qa.jsonl,mode=paper"), always(text="甲乙丙丁戊己庚辛"))
+    assert any("INFLATED" in note and "paper_bleu_1" in note for note in result.notes)
+    found = values(result)
+    assert found["bleu_2"] == 0.0 < 0.1 < found["paper_bleu_1"]  # nothing is right but the spaces
+
+
+def test_dialogues_are_shown_by_department(real_data: Path) -> None:
+    result = ask(task(f"mc-dialogue={real_data}/dialogue/hetmc_test.dialog"), always(text="好的"))
+    assert len(result.items) == 18
+    assert sum(metrics[0].n for metrics in result.groups.values()) == 18
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("qa", "--tasks qa: it needs a file of questions and answers"),
+        ("mc-dialogue=none.dialog", "none.dialog is not there"),
+        ("qa={}/qa.jsonl,shots=2", "shots needs exemplars, and they it. Write shots=5,exemplars=FILE"),
+        ("qa={}/qa.jsonl,exemplars={}/more.jsonl", "shots needs exemplars, and they it"),
+        ("qa={}/qa.jsonl,shots=1,exemplars=none.jsonl", "exemplars=none.jsonl is not there"),
+        ("qa={}/qa.jsonl,shots=5,exemplars={}/more.jsonl", "more.jsonl holds 2 exemplars, but shots=5"),
+        ("qa={}/qa.jsonl,shots=4,exemplars={}/qa.jsonl", "qa.jsonl holds every question of"),
+        ("qa={}/qa.jsonl,mode=papers", "mode=papers is not one of standard, paper"),
+        ("qa={}/qa.jsonl,top_p=2", "top_p=2 is not a number from 0 to 1"),
+        ("qa={}/qa.jsonl,max_new_tokens=0", "max_new_tokens=0 is not a whole number"),
+        ("chimed={}/qa.jsonl", '"answer_1" is missing'),
+        ("qa={}/qa.jsonl,references=all", "references is none of its options"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(folder: Path, word: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        task(word.replace("{}", str(folder)))
+
+
+@pytest.mark.parametrize("word", ["huatuo26m={}/qa/huatuo26m_test.json", "mc-dialogue={}/dialogue/hetmc_test.dialog"])
+def test_real_files_are_answered_by_a_model_from_end_to_end(real_data: Path, tmp_path: Path, word: str) -> None:
+    directory = ModelDirectory.open(str(write_small_chat_model(tmp_path / "model", 512)))
+    model = ModelRespondent(directory, device="cpu", max_rows=16)
+    for prompting in ("chat", "plain"):
+        asked = task(f"{word.replace('{}', str(real_data))},max_new_tokens=4,mode=paper", prompting, limit=18)
+        requests = asked.requests()
+        assert all(isinstance(request, Answer) for request in requests)
+        responses = dict(zip((request.id for request in requests), model.respond(requests), strict=True))
+        result = asked.result(responses)
+        assert len(result.items) == 18
+        assert all(0 <= metric.value <= 1 for metric in result.metrics if metric.unit == "%")
+        assert result.counts["cut_at_max_new_tokens"] + round(18 * values(result)["end_rate"]) == 18
