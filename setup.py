@@ -33,6 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
+    package_data={"evals": ["*.yaml", "*.jinja", "*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

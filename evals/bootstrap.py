@@ -117,7 +117,7 @@ def _acceleration(parts: list[np.ndarray], totals: np.ndarray, statistic: Statis
     """How fast the standard error changes with the value: a sixth of the skewness of the items' influence.
 
     By leaving each item out (Efron and Tibshirani 1993, equation 14.15); in several strata as Davison and Hinkley
-    (1997, section 5.3.2) weigh them.
+    (1997, section 5.3) weigh them.
     """
     squares = cubes = 0.0
     for stratum, part in enumerate(parts):

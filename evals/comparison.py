@@ -22,7 +22,7 @@ class Difference(NamedTuple):
     low, high: 95 % interval of the paired bootstrap (BCa); nan where fewer than two items are shared.
     p: two-sided. Under "no difference" the replicates are taken to lie around 0 as they lie around the value, so p is
         the share of them that stray as far from the value as the value is from 0, each tail counted, and one more on
-        top and bottom (Davison and Hinkley 1997, section 4.2.3), so never 0.
+        top and bottom (Davison and Hinkley 1997, section 4.2), so never 0.
     n: shared items that have the metric; unshared: items that only one of the two has.
     higher, lower, equal: items that add more, less or as much to the first model's metric as to the second's.
     mcnemar: exact p of McNemar's test where every item is 0 or 1, otherwise None. It goes by the items that differ and
