@@ -103,7 +103,8 @@ class AttitudeTask:
         else:
             answers = [[_answered(response) for response in row] for row in found]
             letters = np.array([[self._named(*pair) for pair in zip(row, self.orders, strict=True)] for row in answers])
-            counts["unparsed"] = int(np.isnan(letters[..., 0]).sum())
+            if unparsed := int(np.isnan(letters[..., 0]).sum()):
+                counts["unparsed"] = unparsed
         shown = [_text(self._prompt(item, self.orders[0])) for item in self.asked]
         return scale_result(self.scale, self.asked, self.orders, letters, mass, shown, self.seed, counts)
 

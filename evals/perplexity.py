@@ -109,7 +109,7 @@ class _Options(ReadOptions):
         return _Schema(tuple(self.fields), self.max_characters)
 
 
-def read_held_out(path: Path, options: ReadOptions) -> tuple[list[Held], dict[str, int]]:
+def read_held_out(path: Path, options: ReadOptions) -> tuple[list[Held], Mapping[str, int]]:
     """Documents of a file or folder, as tools/pretrain.py reads them, and how many were left out, by reason.
 
     Raises:
@@ -117,7 +117,7 @@ def read_held_out(path: Path, options: ReadOptions) -> tuple[list[Held], dict[st
     """
     documents: list[Held] = []
     lines: Counter[str] = Counter()
-    counts = {"malformed": 0, "too_short": 0}
+    counts: Counter[str] = Counter()
     for listed in list_files([path]).files:
         file = probe(listed, options)
         for record in read_records(file, options.schema):
@@ -133,10 +133,8 @@ def read_held_out(path: Path, options: ReadOptions) -> tuple[list[Held], dict[st
                     Held(where if lines[where] == 1 else f"{where}.{lines[where]}", file.name, record.text)
                 )
     if not documents:
-        why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items() if count)
-        raise InputError(
-            f"{path}: there is no text in it{f' ({why})' if why else ''}. Give --tasks perplexity=FILE another."
-        )
+        why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items())
+        raise InputError(f"{path}: there is no text in it{f' ({why})' if why else ''}. Give another file.")
     return documents, counts
 
 

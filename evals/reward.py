@@ -97,7 +97,7 @@ class RewardTask:
             "empty_answers": sum(not answer.text.strip() for answer in answers),
         }
         notes = ("Rewards compare models under one reward model, and are no measure of what is true or safe.",)
-        return Result(metrics, items, counts=counts, notes=notes)
+        return Result(metrics, items, counts={name: count for name, count in counts.items() if count}, notes=notes)
 
     def _messages(self, asked: Asked) -> tuple[Message, ...]:
         if not self.system or asked.messages[0].role == "system":
@@ -189,7 +189,7 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
         if record.messages:
             prompts.append(Asked(str(number), tuple(record.messages)))
     if not prompts:
-        raise InputError(f"{path}: there is no prompt in it. Give --tasks {spec.name}=FILE another.")
+        raise InputError(f"{path}: there is no prompt in it. Give another file.")
     system = spec.take_str("system", "")
     sampling = SamplingConfig(
         temperature=spec.take_float("temperature", 0.0),

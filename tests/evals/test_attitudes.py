@@ -11,7 +11,7 @@ import pytest
 from evals.attitude_items import Scale, read_scale
 from evals.attitudes import KEYS, AttitudeTask, build
 from evals.suite import BuildContext, parse_spec
-from evals.task import Choose, Metric, Result
+from evals.task import Choose, Chosen, Metric, Result
 from model.errors import InputError
 from tests.evals.scales import TEA, task, write
 from tests.evals.stubs import Stub, always, ask, guessing, knowing
@@ -126,12 +126,13 @@ def test_points_are_weighed_by_probability(tmp_path: Path) -> None:
 
 def test_the_share_of_probability_on_letters_is_reported_and_a_small_one_noted(tmp_path: Path) -> None:
     asked = attitude_task(tmp_path, "attitudes")
-    letters = asked.requests()
-    responses = dict(zip([one.id for one in letters], always().respond(letters), strict=True))
-    lowered = {
-        name: one._replace(logprobs=tuple(logprob + math.log(0.25) for logprob in one.logprobs))  # type: ignore[union-attr]
-        for name, one in responses.items()
-    }
+    requests = asked.requests()
+    responses, lowered = {}, {}
+    for request, response in zip(requests, always().respond(requests), strict=True):
+        assert isinstance(response, Chosen)
+        responses[request.id] = response
+        quarter = tuple(logprob + math.log(0.25) for logprob in response.logprobs)
+        lowered[request.id] = response._replace(logprobs=quarter)
     result = asked.result(lowered)
     assert metric(result, "letter_mass").value == pytest.approx(0.25)
     assert metric(result, "score").value == pytest.approx(metric(asked.result(responses), "score").value)
