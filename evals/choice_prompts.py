@@ -5,6 +5,7 @@ cmmlu    as CMMLU's script for base models does (haonan-li/CMMLU, src/hf_causal_
 lm-eval  as lm-evaluation-harness 0.4.13 does in its tasks ceval-valid and cmmlu; the likeliest " A", " B", ...
 gen      the model answers, and letters are looked for in what it says
 paper    the same with the prompt of ChiMed-GPT's authors (IDEA-CCNL/Fengshenbang-LM, branch dev_bio, work tree)
+text     the option whose own text is likeliest behind the question, no option being listed
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Wording:
     header: once, before everything.
     question, option, ask: of each question; `ask` comes before its answer.
     lead: between that and the letters; it is scored with the letter.
+    choice: what is scored of an option.
     behind: an exemplar's answer.
     turn: of one text that stands for a question and the header of its answer, where there is no template; "" for none.
     """
@@ -34,6 +36,7 @@ class Wording:
     option: str = "\n{letter}. {option}"
     ask: str = "\n答案："
     lead: str = ""
+    choice: str = "{letter}"
     behind: str = "\n\n"
     turn: str = ""
 
@@ -117,6 +120,13 @@ PROTOCOLS = {
             is_chat=True,
             has_shots=False,
         ),
+        Protocol(
+            "text",
+            {"": Wording("", question="问题：{text}", option="", choice="{option}")},
+            "The answer is the option whose text is likeliest behind the question: no options are listed and no chat "
+            "template is used, so a model need not have learnt to answer by letter. Short texts are at an advantage.",
+            has_shots=False,
+        ),
     )
 }
 
@@ -161,7 +171,10 @@ class Writer:
 
     def options(self, question: Question) -> tuple[str, ...]:
         """What may follow the prompt."""
-        return tuple(self.wording.lead + letter for letter in question.letters)
+        return tuple(
+            self.wording.lead + self.wording.choice.format(letter=letter, option=option)
+            for letter, option in zip(question.letters, question.options, strict=True)
+        )
 
     def _write(self, question: Question, exemplars: Sequence[Question], has_header: bool) -> Prompt:
         header = self.wording.header.format(topic=question.topic, form=FORMS[question.form]) if has_header else ""

@@ -55,6 +55,28 @@ def bundled_evaluation(directory: Path) -> Path:
     return directory
 
 
+def bundled_tasks(directory: Path, with_reward: bool) -> list[str]:
+    """What `tools/evaluate_model.py` asks of a model when it is given no tasks, of files in a directory.
+
+    The protocols are those by which a model of a few million parameters can show what it has learnt: of options it
+    knows texts, not letters, and entities are asked for in the words that it was trained on (samples/README.md).
+
+    Args:
+        with_reward: whether there is a reward model to judge answers in dialogues.
+    """
+    files, (_, held_out) = bundled_evaluation(directory / "evaluation"), bundled_pretraining(directory)
+    tasks = [
+        f"cmb={files}/choice.jsonl,label=choice,protocol=text",
+        f"entities={files}/entities.jsonl,format=short,types=疾病+症状+检查+药物,max_new_tokens=128",
+        "questions",
+        f"qa={files}/qa.jsonl,max_new_tokens=64",
+        f"dialogue={files}/dialogue.jsonl,max_new_tokens=64",
+        f"attitudes={files}/attitudes.json",
+        f"perplexity={held_out}",
+    ]
+    return [*tasks, f"reward={files}/dialogue.jsonl,max_new_tokens=64"] if with_reward else tasks
+
+
 def _bundle(directory: Path, write: Callable[[Path, Knowledge], Any]) -> tuple[Path, Path]:
     _write(directory, write)
     return directory / "train.jsonl", directory / "held_out.jsonl"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +21,7 @@ from evals.evaluation_job import evaluate_models, plan_evaluation
 from evals.preview import describe
 from evals.summary import summary
 from rlhf.answer_judge import AnswerJudge
-from samples.bundle import bundled_evaluation, sample_folder
+from samples.bundle import bundled_tasks, sample_folder
 from samples.quiz_task import BUILDERS
 
 
@@ -31,7 +30,7 @@ def main(config: EvaluationConfig) -> None:
         return evaluate(config)
     speak("No --tasks: these are the bundled questions.")
     with sample_folder(config.out, config.dry_run) as folder:
-        config.tasks = bundled_tasks(folder)
+        config.tasks = [*bundled_tasks(folder, with_reward=config.reward is not None)]
         evaluate(config)
 
 
@@ -44,19 +43,6 @@ def evaluate(config: EvaluationConfig) -> None:
     if is_main_process():
         print("\n".join(summary(evaluations)))
         print(f"{config.out}/report.html: the same with more metrics, comparisons, plots and samples")
-
-
-def bundled_tasks(folder: Path) -> list[str | dict[str, Any]]:
-    """What is asked without --tasks."""
-    files = bundled_evaluation(folder)
-    return [
-        f"medqa={files}/choice.jsonl,label=choice",
-        f"entities={files}/entities.jsonl",
-        f"qa={files}/qa.jsonl",
-        f"dialogue={files}/dialogue.jsonl",
-        f"attitudes={files}/attitudes.json",
-        "questions",
-    ]
 
 
 if __name__ == "__main__":
