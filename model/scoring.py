@@ -1,18 +1,20 @@
 """Log-probabilities of given continuations: many for each prefix, which is computed once.
 
-A forward pass takes prefixes and, behind each, its continuations without their last tokens, in one flat batch:
+A forward pass takes prefixes and, behind each, its continuations without their last tokens, in one flat batch. Where
+prefixes begin alike, as with the exemplars (E) before the questions of a subject, the first one brings these tokens:
 
-    A A A A A A A A . A1 A1 A1 . A2 . B B B B B . B1 . B2 B2 . ...
+    E E E E A A A A A A A A . A1 A1 A1 . A2 . B B B B B . B1 . B2 B2 . ...
 
-Every continuation is a document of its own. Its keys are those of its prefix and then its own, wherever in the batch
-they lie: a block table with pages of one token says where, so no key is moved or held twice. Nothing is padded, and
-only hidden states that predict a wanted token meet the head, which keeps no logits. What a continuation of one token
-needs is the last hidden state of its prefix, so the letters of a multiple choice cost nothing beside the question.
+Every continuation is a document of its own, and so is what a prefix adds to those before it. A document's keys are
+those of its beginning and then its own, wherever in the batch they lie: a block table with pages of one token says
+where, so no key is moved or held twice. Nothing is padded, and only hidden states that predict a wanted token meet the
+head, which keeps no logits. What a continuation of one token needs is the last hidden state of its prefix, so the
+letters of a multiple choice cost nothing beside the question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from model.batch import Layout
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import CausalLM
+from model.shared_prefixes import Packed, pack, plan_passes
 
 # Tokens of a forward pass: enough to use a device fully.
 TOKEN_BUDGET = 8192
@@ -59,7 +62,7 @@ def score(
         prefixes: ids, at least one each, such as bos.
         continuations: of each prefix, any number; ids, at least one each.
         token_budget: of a forward pass. A prefix longer than half of it brings twice its length, if it has so many
-            continuations; with more than that it is computed again.
+            continuations; with more than that it is computed again, as beginnings are in every pass that needs them.
         with_greedy: whether `is_greedy` is wanted. It forms the logits once more, chunk by chunk.
     Returns:
         For each prefix the scores of its continuations, in the order given.
@@ -70,35 +73,16 @@ def score(
     scores = [[Score([], None)] * len(own) for own in continuations]
     # All passes are launched before the first result is waited for.
     passes = []
-    for pairs in _passes(prefixes, continuations, token_budget):
-        packed = _pack([(prefixes[at], [continuations[at][index] for index in own]) for at, own in pairs.items()])
-        passes.append((pairs, *_forward(model, packed, with_greedy)))
-    for pairs, logprobs, are_likeliest in passes:
+    for branches in plan_passes(prefixes, continuations, token_budget, TABLE_ENTRIES):
+        passes.append((branches, *_forward(model, pack(branches, prefixes, continuations), with_greedy)))
+    for branches, logprobs, are_likeliest in passes:
         values, flags = iter(logprobs.tolist()), iter([] if are_likeliest is None else are_likeliest.tolist())
-        for at, own in pairs.items():
-            for index in own:
+        for at, _, chosen in branches:
+            for index in chosen:
                 length = len(continuations[at][index])
                 is_greedy = all([next(flags) for _ in range(length)]) if with_greedy else None
                 scores[at][index] = Score([next(values) for _ in range(length)], is_greedy)
     return scores
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A forward pass, on the host.
-
-    tokens, positions: int64 [T].
-    layout: of prefixes and continuations, D documents.
-    table: int32 [D, longest], the row of every key of every document.
-    rows, targets: int64 [N], the tokens that are wanted, and whose hidden states predict them.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    layout: Layout
-    table: Tensor
-    rows: Tensor
-    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -128,62 +112,6 @@ def _forward(model: CausalLM, packed: Packed, with_greedy: bool) -> tuple[Tensor
         return logprobs, None
     products, parts = HeadProducts(weight), chunks(len(hidden), len(weight), hidden.dtype, hidden.device)
     return logprobs, torch.cat([products.logits(hidden[part]).argmax(dim=1) for part in parts]) == targets
-
-
-def _passes(
-    prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], token_budget: int
-) -> Iterator[dict[int, list[int]]]:
-    """What goes into each forward pass: prefix -> some of its continuations. The longest first, so that prefixes of
-    a pass are about as long, and memory runs out at once or never."""
-    sizes = [len(prefix) + sum(map(len, own)) for prefix, own in zip(prefixes, continuations, strict=True)]
-    pairs: dict[int, list[int]] = {}
-    tokens, documents, longest = 0, 0, 0
-    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
-        prefix = len(prefixes[at])
-        for index, continuation in enumerate(continuations[at]):
-            reach, own = prefix + len(continuation), len(continuation) - 1
-            new = (own, 1) if at in pairs else (own + prefix, 2)
-            is_full = tokens + new[0] > max(token_budget, 2 * prefix)
-            if pairs and (is_full or (documents + new[1]) * max(longest, reach) > TABLE_ENTRIES):
-                yield pairs
-                pairs, tokens, documents, longest = {}, 0, 0, 0
-                new = own + prefix, 2
-            pairs.setdefault(at, []).append(index)
-            tokens, documents, longest = tokens + new[0], documents + new[1], max(longest, reach)
-    if pairs:
-        yield pairs
-
-
-def _pack(pairs: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Packed:
-    """A flat batch of prefixes and their continuations."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    documents: list[tuple[range, range]] = []  # rows of the prefix, and of the document itself
-    for prefix, continuations in pairs:
-        before = range(len(tokens), len(tokens) + len(prefix))
-        documents.append((range(0), before))
-        tokens += prefix
-        positions += range(len(prefix))
-        for continuation in continuations:
-            own = range(len(tokens), len(tokens) + len(continuation) - 1)
-            tokens += continuation[:-1]
-            positions += range(len(before), len(before) + len(own))
-            rows += [before[-1], *own]
-            targets += continuation
-            if own:
-                documents.append((before, own))
-    lengths = torch.tensor([(0, 0), *((len(own), len(before) + len(own)) for before, own in documents)])  # [D+1, 2]
-    max_q, max_k = lengths.amax(dim=0).tolist()
-    cu_seqlens_q, cu_seqlens_k = lengths.cumsum(dim=0).int().t().contiguous()
-    table = torch.zeros(len(documents), max_k, dtype=torch.int32)
-    for line, (before, own) in zip(table, documents, strict=True):
-        line[: len(before)] = torch.arange(before.start, before.stop)
-        line[len(before) : len(before) + len(own)] = torch.arange(own.start, own.stop)
-    layout = Layout(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    ids, at, wanted_from, wanted = (torch.tensor(x) for x in (tokens, positions, rows, targets))
-    return Packed(ids, at, layout, table, wanted_from, wanted)
 
 
 def _check(

@@ -11,21 +11,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.attention.reference import gather_pages, visible_keys
+from kernels.attention.reference import visible_keys
 from kernels.backend import accumulation_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Query and key rows of every document, without the leading queries that see no key."""
+def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Every document that has something to compute: its number, its query rows without the leading ones that see no
+    key, and its key rows."""
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for d in range(len(bounds_q) - 1):
         start_q, end_q, start_k, end_k = bounds_q[d], bounds_q[d + 1], bounds_k[d], bounds_k[d + 1]
         start_q = max(start_q, end_q - (end_k - start_k))
         if end_q > start_q:
-            yield slice(start_q, end_q), slice(start_k, end_k)
+            yield d, slice(start_q, end_q), slice(start_k, end_k)
+
+
+def _from_pages(cache: Tensor, pages: Tensor, count: int) -> Tensor:
+    """[blocks, page, K, h] -> [count, K, h]: the first rows of a document's pages. One document at a time: all of them
+    side by side would hold, and write, what they share as often as it is shared."""
+    return cache[pages[: -(-count // cache.shape[1])].long()].flatten(0, 1)[:count]
 
 
 def _mask(rows: slice, keys: slice, window: int | None, like: Tensor) -> Tensor | None:
@@ -70,15 +77,17 @@ def attention_fwd_torch(
     window: int | None,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if block_table is not None:
-        k, v = gather_pages(k, cu_seqlens_k, block_table), gather_pages(v, cu_seqlens_k, block_table)
-    (tokens, heads, width), kv_heads = q.shape, k.shape[1]
+    (tokens, heads, width), kv_heads = q.shape, k.shape[-2]
     groups = heads // kv_heads
     out = q.new_zeros((tokens, kv_heads, groups, width))
     lse = torch.zeros((heads, tokens), dtype=accumulation_dtype(q.dtype))
-    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+    for d, rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
         mask = _mask(rows, keys, window, q)
-        args = _split_heads(q[rows], kv_heads), _expand(k[keys], groups), _expand(v[keys], groups)
+        if block_table is None:
+            key, value = k[keys], v[keys]
+        else:
+            key, value = (_from_pages(cache, block_table[d], keys.stop - keys.start) for cache in (k, v))
+        args = _split_heads(q[rows], kv_heads), _expand(key, groups), _expand(value, groups)
         doc_out, doc_lse = _flash(*args, 0.0, mask is None, attn_mask=mask, scale=scale)
         out[rows] = _join_heads(doc_out)
         _by_group(lse, groups)[..., rows] = doc_lse
@@ -102,7 +111,7 @@ def attention_bwd_torch(
     kv_heads = k.shape[1]
     groups = q.shape[1] // kv_heads
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+    for _, rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
         mask = _mask(rows, keys, window, q)
         grads = _flash_bwd(
             _split_heads(dout[rows], kv_heads),
