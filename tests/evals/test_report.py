@@ -13,7 +13,7 @@ import pytest
 from engine.intervals import wilson_interval
 from evals.evaluation import Evaluation
 from evals.published import read_published
-from evals.report import to_json, write_report
+from evals.report import write_report
 from evals.report_facts import SAMPLES, gather
 from evals.report_format import bounds, number
 from evals.task import Item, Metric, Result
@@ -285,11 +285,3 @@ def test_nothing_stands_beside_published_scores_where_no_task_is_theirs(tmp_path
     section = page.find("section", **{"aria-labelledby": "published"})
     assert "None of the tasks" in section.text
     assert len(section.all("table")) == 1 and "this evaluation" not in section.find("table").text
-
-
-def test_size_of_the_page_does_not_grow_with_the_items() -> None:
-    few, many = (
-        gather([with_result("a", scored([(at * 7919 % 997) / 997 for at in range(count)]))]) for count in (100, 20_000)
-    )
-    published = read_published()
-    assert len(to_json(many, published)) < 1.05 * len(to_json(few, published))
