@@ -121,8 +121,8 @@ class ChoiceTask:
             parts[FAILURES] = float(not taken.letters), 1.0
         prompt = asked.prompt
         shown = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
-        text = "\n".join((question.text, *question.options))
-        return Item(question.id, parts, shown, taken.said, question.answer, question.subject, (text,))
+        texts = question.text, *question.options
+        return Item(question.id, parts, shown, taken.said, question.answer, question.subject, texts)
 
     def _measure(self, items: Sequence[Item]) -> tuple[Metric, ...]:
         metrics = [_share("accuracy", items)]

@@ -110,7 +110,8 @@ class Item:
     answer: what the model said, or the option that it holds the likeliest.
     gold: what is right; "" where nothing is.
     group: subject, department, subscale; "" for none.
-    texts: what must not have been trained on, for the contamination check: the question with its options, the text.
+    texts: what must not have been trained on, for the contamination check, apart where letters or labels may stand
+        between them: a question and each of its options; a text.
     """
 
     id: str
