@@ -17,7 +17,7 @@ import numpy as np
 from evals.attitude_items import Scale, ScaleItem
 from evals.attitude_key import Paper
 from evals.attitude_orders import LETTERS
-from evals.attitude_result import Known, measure
+from evals.attitude_result import Known, letter_metrics, measure
 from evals.task import Choose, Chosen, Item, Request, Response, Result
 
 SCORE = "paper_score"
@@ -54,8 +54,8 @@ class PaperTask:
     def result(self, responses: Mapping[str, Response]) -> Result:
         items = tuple(self._item(item, responses[item.id]) for item in self.asked)
         known: list[Known] = [(SCORE, "points", self.paper.better), ("letter_mass", "%", "higher")]
-        known += [(f"letter_{letter}", "%", None) for letter in self._letters]
-        metrics = measure(self.asked, items, known, self.seed)
+        chosen = np.eye(len(self._letters))[[self._letters.index(item.answer) for item in items]]
+        metrics = [*measure(self.asked, items, known, self.seed), *letter_metrics(chosen)]
         notes = [self.paper.note]
         if len(items) < len(self.scale.items):
             notes.append(f"Asked were {len(items)} of {len(self.scale.items)} items; the score is extrapolated to all.")
@@ -71,7 +71,6 @@ class PaperTask:
         parts = {
             SCORE: (float(len(self.scale.items) * self._points(item, place)), 1.0),
             "letter_mass": (float(np.exp(response.logprobs).sum()), 1.0),
-            **{f"letter_{letter}": (float(letter == self._letters[place]), 1.0) for letter in self._letters},
         }
         shown = self.paper.prompt + item.text
         return Item(item.id, parts, shown, self._letters[place], "", item.subscale, (item.text,))

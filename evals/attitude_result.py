@@ -63,10 +63,7 @@ def scale_result(
     )
     own_metrics = _OF_FREE_ANSWERS if mass is None else _OF_PROBABILITIES
     metrics = measure(asked, items, (*_OF_BOTH, *own_metrics), seed)
-    letter_names = LETTERS[: len(scale.options)]
-    shares = measure(asked, items, [(f"letter_{letter}", "%", None) for letter in letter_names], seed)
-    evenness = float(entropy(np.array([share.value for share in shares]))) / math.log(len(shares))
-    metrics += [Metric("letter_entropy", evenness, n=shares[0].n), *shares]
+    metrics += letter_metrics(letters)
     groups = {}
     for subscale in dict.fromkeys(item.subscale for item in asked if item.subscale):
         places = [place for place, item in enumerate(asked) if item.subscale == subscale]
@@ -85,19 +82,39 @@ def scale_result(
     return Result(tuple(metrics), items, groups, baselines(scale), counts, tuple(notes))
 
 
+def letter_metrics(letters: np.ndarray) -> list[Metric]:
+    """How answers are spread over the letters, whatever these stand for: [..., letters], nan for no answer.
+
+    letter_entropy: of the mean shares, as a share of what it would be if all letters were alike.
+    """
+    rows = letters.reshape(-1, letters.shape[-1])
+    rows = rows[~np.isnan(rows[:, 0])]
+    shares = rows.mean(0) if len(rows) else np.full(rows.shape[-1], np.nan)
+    named = zip(LETTERS, shares.tolist(), strict=False)
+    return [
+        Metric("letter_entropy", float(entropy(shares)) / math.log(len(shares)), n=len(rows)),
+        *(Metric(f"letter_{letter}", share, n=len(rows), better=None) for letter, share in named),
+    ]
+
+
 def baselines(scale: Scale) -> tuple[tuple[str, str, float], ...]:
     """What the whole scale and each subscale score, exactly, where every answer is the same.
 
-    The same letter is every degree of agreement equally often, as orders are balanced.
+    The same letter is every degree of agreement equally often, as orders are balanced. Where as many items count
+    agreement as count the reverse, the same degree scores no other than the same letter.
     """
     levels = len(scale.options)
     found = []
     for subscale in ("", *scale.subscales):
         points = np.array([item.points(levels) for item in scale.items if subscale in ("", item.subscale)])
         metric, where = (SUBSCALE, f" ({subscale})") if subscale else (SCORE, "")
-        found.append((f"always the same letter{where}", metric, float(points.mean(1).sum())))
-        for option, value in zip(scale.options, points.sum(0), strict=True):
-            found.append((f"always {option}{where}", metric, float(value)))
+        by_letter, by_level = float(points.mean(1).sum()), points.sum(0).tolist()
+        if set(by_level) == {by_letter}:
+            found.append((f"always the same answer{where}", metric, by_letter))
+            continue
+        found.append((f"always the same letter{where}", metric, by_letter))
+        named = zip(scale.options, by_level, strict=True)
+        found += [(f"always {option}{where}", metric, float(value)) for option, value in named]
     return tuple(found)
 
 
@@ -114,10 +131,8 @@ def _item(
         parts["letter_mass"] = float(mass.mean()), 1.0
     if not is_answered.any():
         return Item(item.id, parts, shown, "", "", item.subscale, texts)
-    letters, orders = (
-        letters[is_answered],
-        [order for order, is_there in zip(orders, is_answered, strict=True) if is_there],
-    )
+    letters = letters[is_answered]
+    orders = [order for order, is_there in zip(orders, is_answered, strict=True) if is_there]
     by_level = to_levels(letters, orders)
     points = np.array(item.points(levels), dtype=np.float64)
     expected = float(by_level.mean(0) @ points)

@@ -59,8 +59,8 @@ def test_the_same_letter_scores_the_exact_midpoint_and_says_nothing(
         assert metric(own, "stigma").value == pytest.approx(0.5)
     shares = [metric(result, f"letter_{other}").value for other in "ABC"]
     assert shares.index(max(shares)) == letter
-    baseline = {name: value for name, _, value in result.baselines}["always the same letter"]
-    assert metric(result, "score").value == pytest.approx(baseline)
+    baseline = {name: value for name, of, value in result.baselines if of == "score"}
+    assert metric(result, "score").value == pytest.approx(next(iter(baseline.values())))
 
 
 @pytest.mark.parametrize("most", [True, False])
@@ -96,10 +96,13 @@ def test_the_same_degree_of_agreement_scores_what_the_baseline_says(tmp_path: Pa
     assert ("always " + asked.scale.options[level], "score", metric(result, "score").value) in result.baselines
 
 
-def test_on_a_balanced_subscale_the_same_degree_of_agreement_is_the_midpoint_too(tmp_path: Path) -> None:
-    baselines = ask(attitude_task(tmp_path, "cami", "orders=rotations"), always()).baselines
-    assert {value for _, metric, value in baselines if metric == "subscale_score"} == {30}
-    assert len(baselines) == 5 * (1 + 5)
+def test_on_a_balanced_subscale_any_constant_answer_is_the_midpoint(tmp_path: Path) -> None:
+    asked = attitude_task(tmp_path, "cami", "orders=rotations,mode=gen")
+    for level in range(5):
+        result = ask(asked, holding(asked, lambda is_stigma: level))  # noqa: B023
+        assert [metric(own, "subscale_score").value for own in result.groups.values()] == [30] * 4
+    named = [(f"always the same answer ({subscale})", "subscale_score", 30.0) for subscale in CAMI_SUBSCALES]
+    assert result.baselines == (("always the same answer", "score", 120.0), *named)
 
 
 def test_guesses_score_the_midpoint_on_average(tmp_path: Path) -> None:
