@@ -175,7 +175,9 @@ def _section(label: str, evaluations: Sequence[Evaluation]) -> Section:
     headline = metrics[0] if metrics else Metric("", math.nan)
     pairs = list(itertools.combinations(results, 2))
     comparisons = tuple(comparison for a, b in pairs for comparison in _compare(a, b, results))
-    is_judged = those[0].kinds[label] == "reward"
+    # Another task of this kind may have rewards of its own; pairs are counted where `evals.reward` made them.
+    judged = [item.parts.keys() >= {"reward", "tokens"} for model in results for item in results[model].items]
+    is_judged = those[0].kinds[label] == "reward" and bool(judged) and all(judged)
     return Section(
         label,
         those[0].kinds[label],
