@@ -153,14 +153,15 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
     path = spec.require_path("the file of its items" if key else "a file of statements with their key")
     scale = read_scale(str(path), key)
     asked = tuple(context.draw(scale.items))
+    label = spec.take_str("label", spec.name)
     modes = ("probability", "gen", "paper") if key else ("probability", "gen")
     mode = spec.take_choice("mode", modes)
     if mode == "paper":
         assert key is not None
-        return PaperTask(spec.name, scale, asked, key.paper, context.seed)
+        return PaperTask(label, scale, asked, key.paper, context.seed)
     orders = spec.take_str("orders", "all" if mode == "probability" else "rotations")
     return AttitudeTask(
-        spec.name,
+        label,
         scale,
         asked,
         "gen" if mode == "gen" else "probability",

@@ -149,7 +149,12 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
     files = [Path(file.path) for file in list_files([path]).files]
     reading = f"fields:{fields or 'auto'}|document:{document}|min_characters:{shortest}"
     return PerplexityTask(
-        spec.name, tuple(context.draw(documents)), counts, digest_files(*files), reading, context.seed
+        spec.take_str("label", spec.name),
+        tuple(context.draw(documents)),
+        counts,
+        digest_files(*files),
+        reading,
+        context.seed,
     )
 
 

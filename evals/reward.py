@@ -16,11 +16,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from engine.chatting import SamplingConfig
+from engine.data.conversations import KEYS
 from engine.data.sources import list_files
 from engine.files import digest_files
 from engine.intervals import Share, clustered_difference, clustered_share, wilson_interval
 from engine.prompts import read_prompts
 from evals.comparison import bootstrap_interval
+from evals.generation import PLAIN as WORDINGS
 from evals.suite import BuildContext, Builder, Judge, TaskSpec
 from evals.task import Answer, Answered, Item, Metric, Prompt, Request, Response, Result, Task
 from model.chat import Message
@@ -32,9 +34,7 @@ in bfloat16 two computations of one score differ by so much."""
 NEAR = 0.1
 """Answers are of nearly equal length where the shorter one lacks no more than this share of the longer one."""
 
-# How a conversation is written down for a model without a template.
-PLAIN_ROLES = {"system": "{}\n\n", "user": "问：{}\n", "assistant": "答：{}\n"}
-PLAIN_CUE, PLAIN_STOP = "答：", "\n问："
+PLAIN = WORDINGS["qa"]
 
 
 class Asked(NamedTuple):
@@ -66,7 +66,7 @@ class RewardTask:
             "file": self.fingerprint,
             "prompts": len(self.prompts),
             "reward_model": str(getattr(self.judge, "fingerprint", "")),
-            "template": "" if self.prompting == "chat" else f"{PLAIN_ROLES['user']}{PLAIN_CUE}",
+            "template": "" if self.prompting == "chat" else f"{PLAIN.user}{{question}}\n{PLAIN.assistant}",
             "system": self.system,
             "prompting": self.prompting,
             **sampling,
@@ -108,7 +108,8 @@ class RewardTask:
         messages = self._messages(asked)
         if self.prompting == "chat":
             return messages
-        return "".join(PLAIN_ROLES[message.role].format(message.content) for message in messages) + PLAIN_CUE
+        lines = {"system": "{}\n", "user": PLAIN.user + "{}", "assistant": PLAIN.assistant + "{}"}
+        return "\n".join([lines[message.role].format(message.content) for message in messages] + [PLAIN.assistant])
 
 
 def _answered(response: Response) -> Answered:
@@ -183,34 +184,44 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
     path = spec.require_path("a file of prompts, such as tools/sft.py reads")
     if context.judge is None:
         raise InputError(f"--tasks {spec.name}: there is nobody to judge. Name a reward model with --reward DIR.")
-    prompts, refused = [], 0
-    for number, record in enumerate(read_prompts(path), 1):
-        refused += not record.messages
-        if record.messages:
-            prompts.append(Asked(str(number), tuple(record.messages)))
-    if not prompts:
-        raise InputError(f"{path}: there is no prompt in it. Give another file.")
-    system = spec.take_str("system", "")
+    prompts, refused = _read(spec, path)
     sampling = SamplingConfig(
         temperature=spec.take_float("temperature", 0.0),
         top_p=spec.take_float("top_p", 1.0),
         top_k=spec.take_int("top_k", 0),
         repetition_penalty=spec.take_float("repetition_penalty", 1.0),
         max_new_tokens=spec.take_int("max_new_tokens", SamplingConfig.max_new_tokens, low=1),
-        stop=[PLAIN_STOP] if context.prompting == "plain" else [],
+        stop=[f"\n{PLAIN.user}"] if context.prompting == "plain" else [],
     )
-    sampling.options(())
+    sampling.options(())  # see that it can be
     return RewardTask(
-        spec.name,
+        spec.take_str("label", spec.name),
         tuple(context.draw(prompts)),
         refused,
         digest_files(*(Path(file.path) for file in list_files([path]).files)),
         context.judge,
         sampling,
-        system,
+        spec.take_str("system", ""),
         context.prompting,
         context.seed,
     )
+
+
+def _read(spec: TaskSpec, path: Path) -> tuple[list[Asked], int]:
+    """The prompts of a file, and how many records held none."""
+    keys = {key: names for key in KEYS if key != "system" and (names := spec.take_str(key))}
+    prompts, refused = [], 0
+    try:
+        for number, record in enumerate(read_prompts(path, keys), 1):
+            refused += not record.messages
+            if record.messages:
+                prompts.append(Asked(str(number), tuple(record.messages)))
+    except InputError as error:
+        # How fields are named in a word of --tasks.
+        raise InputError(str(error).replace("--data.keys user=FIELD (docs/chatting.md)", "user=FIELD")) from None
+    if not prompts:
+        raise InputError(f"{path}: there is no prompt in it. Give another file.")
+    return prompts, refused
 
 
 BUILDERS: dict[str, Builder] = {"reward": build}

@@ -190,3 +190,10 @@ def test_prompts_that_one_model_was_not_asked_are_no_pairs() -> None:
     assert (found.wins, found.unpaired) == (1, 2)
     nothing = win_rate(result_of([], [], "a"), result_of([0.0], [5], "b"))
     assert (nothing.wins, nothing.near, nothing.unpaired) == (0, 0, 1) and math.isnan(nothing.rate.value)
+
+
+def test_fields_are_named_in_the_word_of_the_task(tmp_path: Path) -> None:
+    rows = [{"题目": "一？", "解": "好"}]
+    with pytest.raises(InputError, match=r"Say which field asks with user=FIELD, or leave the file out\.$"):
+        reward_task(tmp_path, lines=rows)
+    assert text_of(reward_task(tmp_path, "user=题目", lines=rows).requests()[0].prompt) == "一？"  # type: ignore[union-attr]
