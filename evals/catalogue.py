@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evals import attitudes, choice, entities, generation, perplexity, reward
 from evals.eval_config import require_file_name
 from evals.suite import BuildContext, Builder, Judge, TaskSpec, nearest, parse_spec
 from evals.task import Prompt, Task
@@ -15,17 +15,14 @@ from model.errors import InputError
 _PROMPTINGS = ("auto", "chat", "plain")
 
 
-def _merge() -> dict[str, Builder]:
-    merged: dict[str, Builder] = {}
-    for room in ("choice", "entities", "generation", "attitudes", "reward", "perplexity"):
-        try:
-            merged |= importlib.import_module(f"evals.{room}").BUILDERS
-        except ImportError:
-            continue
-    return merged
-
-
-BUILDERS = _merge()
+BUILDERS: dict[str, Builder] = {
+    **choice.BUILDERS,
+    **entities.BUILDERS,
+    **generation.BUILDERS,
+    **attitudes.BUILDERS,
+    **reward.BUILDERS,
+    **perplexity.BUILDERS,
+}
 
 
 @dataclass(frozen=True)

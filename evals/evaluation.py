@@ -188,7 +188,7 @@ class _Meter:
 
     def count(self, ended: int) -> None:
         self._ended += ended
-        if ended:
+        if ended and self._kept + self._ended < self._total:
             self._show()
 
     def keep(self, count: int) -> None:
