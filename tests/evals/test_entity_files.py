@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evals.entity_files import LAYOUTS, Entity, find_file, holds_written, read_annotated, read_written
+from evals.entity_files import LAYOUTS, Entity, read_annotated
+from evals.entity_records import find_file, holds_written, read_written
 from model.errors import InputError
 from tests.evals.entity_samples import CODES, NOTES, place, write_sample
 

@@ -1,0 +1,94 @@
+"""JSON objects of the files that hold marked texts, and prompts with their answers written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from engine.data.reading import read_records
+from engine.data.records import RecordError, Schema, TextSchema, kind_of
+from engine.data.sources import ReadOptions, list_files, probe
+from model.errors import InputError
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a file in JSON, a list of them or one a line, whatever the file's name ends in, with their lines.
+
+    Raises:
+        InputError: it cannot be read, is of no known encoding, a record is no object, or there is none.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file. Check the path.")
+    is_empty = True
+    for listed in list_files([path]).files:
+        file = probe(dataclasses.replace(listed, format="json_lines"), _ObjectOptions())
+        for record in read_records(file, _ObjectOptions().schema):
+            if record.text is None:
+                raise InputError(f"{path}:{record.line}: {record.reason}. Mend the record, or remove it.")
+            is_empty = False
+            yield record.line, json.loads(record.text)
+    if is_empty:
+        raise InputError(f"{path}: there is no record in it. Give another file.")
+
+
+@dataclass(frozen=True)
+class _Objects(TextSchema):
+    """A record's text is the record itself."""
+
+    advice: ClassVar[str] = "Give a file of JSON objects, as docs/evaluation-entities.md shows them."
+
+    def text(self, value: Any) -> str:
+        if not isinstance(value, dict):
+            raise RecordError(f"a record is an object, this one is {kind_of(value)}")
+        return json.dumps(value)
+
+
+@dataclass
+class _ObjectOptions(ReadOptions):
+    @property
+    def schema(self) -> Schema:
+        return _Objects()
+
+
+class Written(NamedTuple):
+    """A prompt and the answer that is right."""
+
+    line: int
+    prompt: str
+    output: str
+
+
+def read_written(path: Path) -> tuple[Written, ...]:
+    """Records {"prompt": [text], "output": [text]}, or texts in place of the lists. Raises InputError."""
+    return tuple(
+        Written(line, *(_only_text(record, name, f"{path}:{line}") for name in ("prompt", "output")))
+        for line, record in read_objects(path)
+    )
+
+
+def holds_written(path: Path) -> bool:
+    """Whether the first record of a file is a prompt with its answer. Raises InputError."""
+    return {"prompt", "output"} <= next(read_objects(path))[1].keys()
+
+
+def find_file(path: Path, names: tuple[str, ...], what: str) -> Path:
+    """The file that is meant: `path` itself, or in a folder the first of `names`. Raises InputError."""
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    known = f"none of {', '.join(names)} is in it" if names else "it is a folder"
+    raise InputError(f"{path}: {known}. Name the file {what}.")
+
+
+def _only_text(record: dict[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str):
+        raise InputError(f'{where}: "{name}" is not one text. Give a text, or a list that holds one.')
+    return value
