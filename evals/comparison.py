@@ -25,8 +25,8 @@ class Difference(NamedTuple):
         top and bottom (Davison and Hinkley 1997, section 4.2), so never 0.
     n: shared items that have the metric; unshared: items that only one of the two has.
     higher, lower, equal: items that add more, less or as much to the first model's metric as to the second's.
-    mcnemar: exact p of McNemar's test where every item is 0 or 1, otherwise None. It goes by the items that differ and
-        needs no resampling.
+    mcnemar: exact p of McNemar's test where every item is 0 or 1 and counts the same, otherwise None. It goes by the
+        items that differ and needs no resampling.
     """
 
     value: float
@@ -81,11 +81,12 @@ def compare_all(
         rows = [np.concatenate([_rows(left, name), _rows(right, name)], axis=1) for name in names]  # each [n, 4]
         resampled = Resampled(np.concatenate(rows, axis=1), _strata(left, by_group), seed, resamples)
         for at, name in enumerate(names):
-            found[name] = _difference(resampled, rows[at], 4 * at, len(ids_a ^ ids_b))
+            is_share = not by_group and len(rows[at]) > 0 and _is_binary(rows[at])
+            found[name] = _difference(resampled, rows[at], 4 * at, len(ids_a ^ ids_b), is_share)
     return {metric: found[metric] for metric in metrics}
 
 
-def _difference(resampled: Resampled, rows: np.ndarray, column: int, unshared: int) -> Difference:
+def _difference(resampled: Resampled, rows: np.ndarray, column: int, unshared: int, is_share: bool) -> Difference:
     def statistic(sums: np.ndarray) -> np.ndarray:
         return mean_of_ratios(sums[..., column : column + 2]) - mean_of_ratios(sums[..., column + 2 : column + 4])
 
@@ -101,7 +102,7 @@ def _difference(resampled: Resampled, rows: np.ndarray, column: int, unshared: i
         higher,
         lower,
         len(rows) - higher - lower,
-        mcnemar(higher, lower) if len(rows) and _is_binary(rows) else None,
+        mcnemar(higher, lower) if is_share else None,
     )
 
 

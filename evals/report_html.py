@@ -110,7 +110,9 @@ def _overview(report: Report, series: dict[str, int]) -> Plot | None:
         if (first := section.entries[0].metric(section.headline)) and first.unit == "%"
     ]
     rows = [(section.label, section.entries, section.headline, tables.reference(section)) for section in shown]
-    caption = "Headline metrics in percent with 95 % intervals. Dashed: the best that is reached without a model."
+    caption = "Headline metrics in percent with 95 % intervals."
+    if any(references for *_, references in rows):
+        caption += " Dashed: the best that is reached without a model."
     return _plot([each.model for each in report.models], rows, "%", series, caption) if rows else None
 
 

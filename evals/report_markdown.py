@@ -113,9 +113,7 @@ def _section(section: Section) -> Iterable[str]:
     for metrics in tables.metric_rows(section):
         rows.append([escape(heading(_first(metrics))), tables.counts(metrics), *map(_number, metrics)])
     yield _table(["Metric", "n", *models], rows, raw=True)
-    for metric, known in tables.baselines(section):
-        values = ", ".join(f"{name} {number(value, tables.unit(first, metric))}" for name, value in known)
-        yield escape(f"{title(metric)} without a model: {values}.")
+    yield "\n\n".join(map(escape, tables.baselines(section)))
     yield "\n".join(f"- {escape(note)}" for note in tables.notes(section))
     if section.comparisons:
         yield _table(
@@ -132,10 +130,12 @@ def _section(section: Section) -> Iterable[str]:
             f"{escape(title(name))}{f', {model}' if len(models) > 1 else ''}" for model in models for name in names
         ]
         yield _table(["Group", "n", *heads], rows, raw=True)
-    if counted := tables.count_rows(section):
-        yield _table(
-            ["Count", *models], [[escape(title(name)), *(f"{n:,}" for n in row)] for name, row in counted], raw=True
-        )
+    counted, never = tables.count_rows(section)
+    if counted:
+        rows = [[escape(title(name)), *(f"{n:,}" for n in row)] for name, row in counted]
+        yield _table(["Count", *models], rows, raw=True)
+    if never:
+        yield escape(f"Looked for and not found: {', '.join(map(title, never))}.")
     if section.wins:
         yield _table(
             ["Models", "Win rate (%)", "won / tied / lost", "Longer by (tokens)", "At equal length (%)"],

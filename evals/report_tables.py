@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from evals.published import Column, Published
 from evals.report_facts import About, Clean, Entry, Report, Section
-from evals.report_format import setting
+from evals.report_format import number, setting, title
 from evals.task import Metric
 
 _BRIEF = ("task", "protocol", "mode", "prompting", "shots", "limit", "signature")
@@ -80,10 +80,11 @@ def group_counts(section: Section, group: str) -> str:
     return counts([next(iter(entry.groups.get(group, ())), None) for entry in section.entries])
 
 
-def count_rows(section: Section) -> list[tuple[str, list[int]]]:
-    """What was counted, for each model."""
+def count_rows(section: Section) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """What was counted for any model, with the count of each; and what was looked for and never found."""
     names = dict.fromkeys(name for entry in section.entries for name in entry.counts)
-    return [(name, [entry.counts.get(name, 0) for entry in section.entries]) for name in names]
+    rows = [(name, [entry.counts.get(name, 0) for entry in section.entries]) for name in names]
+    return [row for row in rows if any(row[1])], [name for name, found in rows if not any(found)]
 
 
 def setting_rows(section: Section) -> list[tuple[str, list[str]]]:
@@ -95,7 +96,8 @@ def setting_rows(section: Section) -> list[tuple[str, list[str]]]:
 def brief_settings(section: Section) -> list[tuple[str, str]]:
     """The settings that a reader asks for first; where models differ, of each."""
     rows = dict(setting_rows(section))
-    return [(name, " / ".join(dict.fromkeys(rows[name]))) for name in _BRIEF if name in rows]
+    shown = [name for name in _BRIEF if name in rows and rows[name] != [section.label] * len(section.entries)]
+    return [(name, " / ".join(dict.fromkeys(rows[name]))) for name in shown]
 
 
 def notes(section: Section) -> list[str]:
@@ -107,12 +109,17 @@ def notes(section: Section) -> list[str]:
     return [note if len(by) == len(section.entries) else f"{', '.join(by)}: {note}" for note, by in said.items()]
 
 
-def baselines(section: Section) -> list[tuple[str, list[tuple[str, float]]]]:
-    """What each metric is without a model: (metric, [(how, value)]), the headline first."""
-    found: dict[str, list[tuple[str, float]]] = {section.headline: []}
-    for how, metric, value in section.entries[0].baselines:
-        found.setdefault(metric, []).append((how, value))
-    return [(metric, known) for metric, known in found.items() if known]
+def baselines(section: Section) -> list[str]:
+    """What metrics are without a model, in as few sentences as can be: one for each metric, or one for each way."""
+    first = section.entries[0]
+    by_metric: dict[str, list[str]] = {}
+    by_way: dict[str, list[str]] = {}
+    for way, metric, value in first.baselines:
+        written = number(value, unit(first, metric))
+        by_metric.setdefault(f"{title(metric)} without a model", []).append(f"{way} {written}")
+        by_way.setdefault(f"{way[:1].upper()}{way[1:]}, without a model", []).append(f"{title(metric)} {written}")
+    fewest = min(by_metric, by_way, key=len)
+    return [f"{subject}: {', '.join(known)}." for subject, known in fewest.items()]
 
 
 def contamination(section: Section) -> Contaminated:

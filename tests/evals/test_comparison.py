@@ -247,6 +247,8 @@ def test_mcnemar_of_a_hundred_thousand_questions_is_the_normal_tail() -> None:
 def test_mcnemar_stands_beside_the_bootstrap_of_right_and_wrong_alone() -> None:
     a, b = [(1.0, 1.0)] * 8 + [(0.0, 1.0)] * 12, [(1.0, 1.0)] * 2 + [(0.0, 1.0)] * 18
     assert compare(result_of(a), result_of(b), "m", seed=0).mcnemar == pytest.approx(2 / 2**6)
+    by_group = compare(result_of(a), result_of(b), "m", seed=0, by_group=True)
+    assert by_group.mcnemar is None  # subjects count the same, their questions do not
     halves = [(0.5, 1.0)] * 20
     assert compare(result_of(a), result_of(halves), "m", seed=0).mcnemar is None
 
