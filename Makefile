@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu mutate-rlhf lint bench-train bench-generate bench-kernels tune-kernels clean
+.PHONY: setup demo test test-gpu mutate-rlhf lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ bench-train: $(READY)
 
 bench-generate: $(READY)
 	$(BIN)/python tools/bench_generate.py
+
+# `make bench-eval DATA=DIR` asks CMMLU's own questions; without, questions are made up.
+bench-eval: $(READY)
+	$(BIN)/python tools/bench_eval.py $(if $(DATA),--data $(DATA))
 
 # Against TRL where it is installed; it says how to get it, or do without.
 bench-ppo: $(READY)
