@@ -16,9 +16,9 @@ _BRIEF = ("task", "protocol", "mode", "prompting", "shots", "limit", "signature"
 
 
 class Beside(NamedTuple):
-    """Our score beside a published one, and the task it is from."""
+    """Our score beside a published one, and where it is from: the task, its protocol if it has several."""
 
-    label: str
+    source: str
     metric: Metric
 
 
@@ -166,10 +166,13 @@ def reference(section: Section) -> list[float]:
 def beside(report: Report, column: Column, model: str) -> Beside | None:
     """A model's score on what a published column was computed on, or nearly so."""
     for section in report.sections:
-        entry = entry_of(section, model)
-        for name in column.beside.get(str(entry.settings.get("task", section.label)), ()) if entry else ():
-            if entry and (found := entry.metric(name)) and found.unit == "%" and math.isfinite(found.value):
-                return Beside(section.label, found)
+        if (entry := entry_of(section, model)) is None:
+            continue
+        for name in column.beside.get(str(entry.settings.get("task", section.label)), ()):
+            found = entry.metric(name)
+            if found and found.unit == "%" and math.isfinite(found.value):
+                protocol = entry.settings.get("protocol", entry.settings.get("mode"))
+                return Beside(f"{section.label}, {protocol}" if protocol else section.label, found)
     return None
 
 
