@@ -42,12 +42,14 @@ class PromptEncoder:
 
     Args:
         context: the longest prompt with what follows it; at least 2.
+    Attributes:
+        tokenizer, template: of the directory.
     """
 
     def __init__(self, directory: ModelDirectory, context: int) -> None:
         self._directory, self._context = directory, context
-        self._tokenizer, self._template = directory.tokenizer, directory.template
-        self._first = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
+        self.tokenizer, self.template = directory.tokenizer, directory.template
+        self._first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     def prompt(self, prompt: Prompt, following: int, least: int | None = None) -> Encoded:
         """A prompt that leaves room for `following` more tokens; a last question that does not, for `least` of them.
@@ -61,9 +63,9 @@ class PromptEncoder:
         template = self._require_template()
         for space in (following, following if least is None else least):
             with contextlib.suppress(ConversationError):
-                return Encoded(*fit_prompt(template, self._tokenizer, prompt, self._context - space + 1))
+                return Encoded(*fit_prompt(template, self.tokenizer, prompt, self._context - space + 1))
         earlier = max(sum(message.role == "user" for message in prompt) - 1, 0)
-        ids = template.encode_prompt(self._tokenizer, drop_turns(prompt, earlier))
+        ids = template.encode_prompt(self.tokenizer, drop_turns(prompt, earlier))
         return self._cut(ids, following)._replace(dropped=earlier)
 
     def pair(self, prompt: Prompt, options: Sequence[str]) -> tuple[Encoded, list[list[int]]]:
@@ -87,7 +89,7 @@ class PromptEncoder:
         The first window begins with bos (eos where the base has none) and fills the context; each of the others reads
         the next half of a context behind the half before it.
         """
-        ids, size = self._tokenizer.encode(text), self._context
+        ids, size = self.tokenizer.encode(text), self._context
         half = size // 2
         starts = range(size, len(ids), size - half + 1)
         first = [([self._first], ids[:size])] if ids else []
@@ -97,15 +99,15 @@ class PromptEncoder:
         """Whether nothing of a prompt has to go for so many more tokens. Raises as `prompt`."""
         if isinstance(prompt, str):
             return len(self._document(prompt)) + following <= self._context
-        return len(self._require_template().encode_prompt(self._tokenizer, prompt)) + following <= self._context
+        return len(self._require_template().encode_prompt(self.tokenizer, prompt)) + following <= self._context
 
     def _join(self, prompt: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         before = prompt.rstrip()
         if not before:
-            return [self._first], self._tokenizer.encode_batch([prompt + option for option in options])
+            return [self._first], self.tokenizer.encode_batch([prompt + option for option in options])
         moved = [prompt[len(before) :] + option for option in options]
-        begin = [self._first] if self._tokenizer.add_bos else []
-        alone, *joint = self._tokenizer.encode_batch([before, *(before + option for option in moved)])
+        begin = [self._first] if self.tokenizer.add_bos else []
+        alone, *joint = self.tokenizer.encode_batch([before, *(before + option for option in moved)])
         own = [ids[len(alone) :] for ids in joint]
         if not all(own):
             # The end of the prompt and the option are one token: the option is read as if it were not.
@@ -113,19 +115,19 @@ class PromptEncoder:
         return [*begin, *alone], own
 
     def _behind(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer.encode_batch(texts, is_continuation=True)
+        return self.tokenizer.encode_batch(texts, is_continuation=True)
 
     def _document(self, text: str) -> list[int]:
-        begin = [self._first] if self._tokenizer.add_bos else []
-        return [*begin, *self._tokenizer.encode(text)] or [self._first]
+        begin = [self._first] if self.tokenizer.add_bos else []
+        return [*begin, *self.tokenizer.encode(text)] or [self._first]
 
     def _cut(self, ids: list[int], following: int) -> Encoded:
         cut = max(0, len(ids) + following - self._context)
         return Encoded(ids[cut:], 0, cut)
 
     def _require_template(self) -> ChatTemplate:
-        if self._template is None:
+        if self.template is None:
             raise InputError(
                 f"{self._directory.path} stores no chat template. Ask with prompting=plain, or name one in --template."
             )
-        return self._template
+        return self.template
