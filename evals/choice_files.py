@@ -245,11 +245,13 @@ def _lettered(options: Any) -> tuple[str, ...]:
 
 
 def _text(record: Fields, name: str) -> str:
-    value = record.get(name)
+    if name not in record:
+        raise RecordError(f'"{name}" is missing; this record has {names_in(record)}')
+    value = record[name]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise RecordError(f'"{name}" is {kind_of(value)}; this record has {names_in(record)}')
+        raise RecordError(f'"{name}" is {kind_of(value)}, not a text')
     return value
 
 

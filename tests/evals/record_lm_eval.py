@@ -29,9 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from evals.choice_subjects import CMMLU_PAPER  # noqa: E402
 from tests.evals.choice_samples import CMMLU_SUBJECTS, SUBJECTS, write_ceval, write_cmmlu  # noqa: E402
-from tests.evals.oracle_models import write_oracle_model  # noqa: E402
+from tests.evals.oracle_models import CONTEXT, write_oracle_model  # noqa: E402
 
 RECORDED = ROOT / "tests" / "evals" / "recorded"
+SHORT = 128
+"""A context that five exemplars exceed."""
 PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
 
 
@@ -51,7 +53,7 @@ def serve(folder: Path) -> None:
     datasets.load_dataset = load_dataset
 
 
-def ask(directory: Path, folder: Path, tasks: list[str], shots: int, limit: int | None = None) -> dict[str, Any]:
+def ask(directory: Path, folder: Path, tasks: list[str], shots: int) -> dict[str, Any]:
     """By task its log-likelihoods in the order of the questions and its scores; and the scores of all together."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -70,7 +72,6 @@ def ask(directory: Path, folder: Path, tasks: list[str], shots: int, limit: int 
         batch_size=8,
         bootstrap_iters=0,
         log_samples=True,
-        limit=limit,
     )
     assert found is not None
     by_task: dict[str, Any] = {}
@@ -112,38 +113,40 @@ def write(name: str, record: dict[str, Any]) -> None:
     (RECORDED / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def record_samples(models: dict[str, Path], folder: Path) -> None:
-    ceval, cmmlu = write_ceval(folder / "ceval"), write_cmmlu(folder / "cmmlu")
-    runs: dict[str, Any] = {}
-    for kind, directory in models.items():
-        for shots in (0, 2, 5):
-            tasks = [f"ceval-valid_{subject}" for subject in SUBJECTS]
-            runs[f"ceval {kind} {shots}"] = ask(directory, ceval, tasks, shots)
-            tasks = [f"cmmlu_{subject}" for subject in CMMLU_SUBJECTS]
-            runs[f"cmmlu {kind} {shots}"] = ask(directory, cmmlu, tasks, shots)
+def record_samples(folder: Path) -> None:
+    tasks = {
+        "ceval": [f"ceval-valid_{subject}" for subject in SUBJECTS],
+        "cmmlu": [f"cmmlu_{subject}" for subject in CMMLU_SUBJECTS],
+    }
+    files = {"ceval": write_ceval(folder / "ceval"), "cmmlu": write_cmmlu(folder / "cmmlu")}
+    asked = [(dataset, shots, CONTEXT) for dataset in tasks for shots in (0, 2, 5)] + [("cmmlu", 5, SHORT)]
+    runs = {}
+    for kind in ("spm", "bytes"):
+        for dataset, shots, context in asked:
+            model = write_oracle_model(folder / f"{kind} {context}", kind, context)
+            runs[f"{dataset} {kind} {shots} {context}"] = ask(model, files[dataset], tasks[dataset], shots)
     write("lm_eval_samples", {"runs": runs})
 
 
-def record_real(models: dict[str, Path], folder: Path, limit: int | None) -> None:
+def record_real(folder: Path, files: Path) -> None:
     tasks = [f"cmmlu_{subject}" for subject in CMMLU_PAPER]
     asked = (("spm", 0), ("spm", 5), ("bytes", 0))
-    runs = {f"{kind} {shots}": condense(ask(models[kind], folder, tasks, shots, limit)) for kind, shots in asked}
-    write("lm_eval_cmmlu", {"files": fingerprint(folder, CMMLU_PAPER), "runs": runs})
+    models = {kind: write_oracle_model(folder / kind, kind) for kind in ("spm", "bytes")}
+    runs = {f"{kind} {shots}": condense(ask(models[kind], files, tasks, shots)) for kind, shots in asked}
+    write("lm_eval_cmmlu", {"files": fingerprint(files, CMMLU_PAPER), "runs": runs})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("samples", "real"))
     parser.add_argument("--cmmlu", type=Path)
-    parser.add_argument("--limit", type=int)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = {kind: write_oracle_model(folder / kind, kind) for kind in ("spm", "bytes")}
         if options.what == "samples":
-            record_samples(models, folder)
+            record_samples(folder)
         else:
-            record_real(models, options.cmmlu, options.limit)
+            record_real(folder, options.cmmlu)
 
 
 if __name__ == "__main__":
