@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,8 @@ from evals.suite import BuildContext, Builder, TaskSpec
 from evals.task import Answer, Answered, Item, Prompt, Request, Response, Result, Task
 from model.errors import InputError
 
-MAX_NEW_TOKENS = 1024
-"""Enough for the longest answer of these datasets; a model that stops by itself needs no fewer."""
+MAX_NEW_TOKENS = 512
+"""Of an answer. Few notes of these datasets need more; those that do are counted as truncated."""
 
 SIGNATURE = "set of (type, mention)|nfkc, case and spaces folded|relaxed: one contains the other, largest matching"
 SIGNATURE += "|spans: every place, free ones first|version:1"
@@ -39,7 +39,11 @@ SIGNATURE += "|spans: every place, free ones first|version:1"
 
 @dataclass(frozen=True)
 class EntityTask:
-    """texts: what is asked about. types: asked for, in the order of prompts. counts: of what the files held."""
+    """texts: what is asked about.
+    types: asked for, in the order of prompts.
+    fits: whether a prompt and so many tokens go into the context; None where everything does.
+    read, counts: how the files were read, and what they held.
+    """
 
     name: str
     texts: tuple[Annotated, ...]
@@ -50,6 +54,7 @@ class EntityTask:
     prompting: Literal["chat", "plain"]
     max_new_tokens: int
     seed: int
+    fits: Callable[[Prompt, int], bool] | None = None
     read: Mapping[str, str | int] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     kind: Literal["entities"] = "entities"
@@ -70,11 +75,11 @@ class EntityTask:
     def requests(self) -> Sequence[Request]:
         stop = [PLAIN_STOP] if self.prompting == "plain" else []
         sampling = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=self.max_new_tokens, stop=stop)
-        return [Answer(str(text.line), self._prompt(text), sampling) for text in self.texts]
+        return [Answer(str(text.line), prompt, sampling) for text, (prompt, _) in self._asked]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        scored = [self._score(text, responses[str(text.line)]) for text in self.texts]
-        counts = Counter(self.counts)
+        scored = [self._score(text, prompt, responses[str(text.line)]) for text, (prompt, _) in self._asked]
+        counts = Counter({**self.counts, "dropped_exemplars": sum(dropped for _, (_, dropped) in self._asked)})
         for one in scored:
             counts.update(one.counts)
         items = tuple(one.item for one in scored)
@@ -102,10 +107,21 @@ class EntityTask:
     def _labels(self) -> TypeNames:
         return TypeNames(self.types)
 
-    def _prompt(self, text: Annotated) -> Prompt:
-        return ask(text, self.exemplars, self._names, self.wording, self.prompting)
+    @cached_property
+    def _asked(self) -> list[tuple[Annotated, tuple[Prompt, int]]]:
+        """Texts with their prompts, and how many exemplars these go without."""
+        return [(text, self._prompt(text)) for text in self.texts]
 
-    def _score(self, text: Annotated, response: Response) -> _Scored:
+    def _prompt(self, text: Annotated) -> tuple[Prompt, int]:
+        """The first exemplars go where a plain text would lose its beginning, which is the instruction; of a
+        conversation the respondent drops the oldest turns."""
+        for dropped in range(len(self.exemplars) + 1):
+            prompt = ask(text, self.exemplars[dropped:], self._names, self.wording, self.prompting)
+            if self.prompting == "chat" or self.fits is None or self.fits(prompt, self.max_new_tokens):
+                break
+        return prompt, dropped
+
+    def _score(self, text: Annotated, prompt: Prompt, response: Response) -> _Scored:
         assert isinstance(response, Answered)
         folded = FoldedText(text.text)
         parsed = parse(response.text, folded, self._labels)
@@ -124,7 +140,7 @@ class EntityTask:
             parts["span_relaxed_f1"] = relaxed_spans(claimed, places).f1
         by_type = {name: strict(_of(name, said), _of(name, gold)) for name in self._names}
         right = write(text, self._names, self.wording)
-        item = Item(str(text.line), parts, shown(self._prompt(text)), response.text, right, texts=(text.text,))
+        item = Item(str(text.line), parts, shown(prompt), response.text, right, texts=(text.text,))
         return _Scored(item, by_type, _count(parsed, response))
 
 
@@ -183,6 +199,7 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
         context.prompting,
         max_new_tokens,
         context.seed,
+        context.fits,
         read,
         counts,
     )

@@ -45,28 +45,22 @@ class FoldedText:
         A place that begins or ends inside a character, as mg in ㎎ may, is none.
         """
         assert folded_mention
+        starts, ends = self._bounds
         places, at = [], self.folded.find(folded_mention)
         while at >= 0:
-            start, end = self._starts.get(at), self._ends.get(at + len(folded_mention))
+            start, end = starts.get(at), ends.get(at + len(folded_mention))
             if start is not None and end is not None:
                 places.append((start, end))
             at = self.folded.find(folded_mention, at + 1)
         return places
 
     @cached_property
-    def _bounds(self) -> list[tuple[int, int]]:
-        """Of each character that is not left out: where it begins in `folded`, and which it is."""
-        bounds, at = [], 0
-        for index, character in enumerate(self.text):
-            if width := len(fold(character)):
-                bounds.append((at, index))
+    def _bounds(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Where the text's characters begin and end: from places in `folded` to places in the text."""
+        starts, ends, at = {}, {}, 0
+        for index, code in enumerate(map(ord, self.text)):
+            if width := len(_FOLDS[code]):
+                starts[at] = index
                 at += width
-        return bounds
-
-    @cached_property
-    def _starts(self) -> dict[int, int]:
-        return dict(self._bounds)
-
-    @cached_property
-    def _ends(self) -> dict[int, int]:
-        return {at + len(fold(self.text[index])): index + 1 for at, index in self._bounds}
+                ends[at] = index + 1
+        return starts, ends

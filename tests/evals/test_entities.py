@@ -175,6 +175,19 @@ def test_a_plain_text_shows_exemplars_as_sections_and_ends_where_the_answer_begi
     assert asked == f"文本：{NOTES[0][0]}\n结果：\n" and first.sampling.stop == ["\n\n"]
 
 
+def test_exemplars_that_a_plain_text_has_no_room_for_go_and_the_instruction_stays(tmp_path: Path) -> None:
+    exemplars = sample(tmp_path, notes=MORE, name="train.json")
+    word = f"entities={sample(tmp_path)},shots=3,exemplars={exemplars},max_new_tokens=9"
+    whole = [text_of(request.prompt) for request in build(word, prompting="plain").requests()]
+    limit = max(map(len, whole)) - 1  # the longest prompt alone is too long
+    requests, task = build_with(word, prompting="plain", fits=lambda prompt, room: len(prompt) + room <= limit + 9)
+    prompts = [text_of(request.prompt) for request in requests]
+    assert all(prompt.startswith("抽取") and len(prompt) <= limit for prompt in prompts)
+    assert sorted(prompt.count("文本：") for prompt in prompts) == [3, 4, 4, 4, 4]
+    assert MORE[0][0] not in prompts[whole.index(max(whole, key=len))]
+    assert ask(task, always(text="无")).counts["dropped_exemplars"] == 1
+
+
 def test_the_short_wording_is_that_of_the_bundled_conversations(tmp_path: Path) -> None:
     types = "疾病+症状+部位+检查+药物"
     (first, *_), _ = build_with(f"entities={sample(tmp_path)},format=short,types={types}")
