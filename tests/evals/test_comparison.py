@@ -126,6 +126,24 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert covered / 600 < 0.95 + 3 * math.sqrt(0.95 * 0.05 / 600)
 
 
+def test_interval_is_bca_as_the_book_writes_it() -> None:
+    """Efron and Tibshirani 1993, equations 14.9, 14.10, 14.14 and 14.15, item by item, on a ratio that is biased."""
+    rng = np.random.default_rng(8)
+    rows = np.stack([rng.gamma(0.4, 1.0, 25), rng.gamma(2.0, 1.0, 25)], axis=1)
+    found = interval_of_ratio(rows, 0, 5000)
+    normal, ratio = NormalDist(), lambda some: some[:, 0].sum() / some[:, 1].sum()
+    bias = normal.inv_cdf(sum(value < found.value for value in found.replicates) / len(found.replicates))
+    without = np.array([ratio(np.delete(rows, place, axis=0)) for place in range(25)])
+    influence = without.mean() - without
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    ends = []
+    for z in (normal.inv_cdf(0.025), normal.inv_cdf(0.975)):
+        tail = normal.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
+        ends.append(np.quantile(found.replicates, tail))
+    assert abs(bias) > 0.02 and acceleration > 0.02  # there is something to correct
+    assert (found.low, found.high) == pytest.approx(ends, rel=1e-9)
+
+
 def test_skewed_interval_leans_the_way_exact_theory_says() -> None:
     """Means of exponentials: chi-squared says how far the exact interval leans to the right; percentiles lean less."""
     n = 20
