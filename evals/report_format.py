@@ -77,24 +77,15 @@ def setting(value: object) -> str:
 
 
 def visible(text: str) -> str:
-    """A text without what would act instead of being read.
-
-    Control characters, such as those that begin a terminal's commands, become their pictures (U+2400 to U+2421); signs
-    that turn the direction of writing, and lone halves of surrogate pairs, become their numbers. Tabs and line ends
-    stay.
-    """
+    """A text without what would act instead of being read: control characters, such as those that begin a terminal's
+    commands, signs that turn the direction of writing, and lone halves of surrogate pairs become their numbers. Tabs, ends
+    of lines and spaces stay."""
     return text if text.isprintable() else "".join(map(_visible, text))
 
 
 def _visible(letter: str) -> str:
-    code = ord(letter)
-    if letter in "\n\t" or letter.isprintable():
-        return letter
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    return letter if unicodedata.category(letter) == "Zs" else f"⟨U+{code:04X}⟩"
+    is_read = letter in "\n\t" or letter.isprintable() or unicodedata.category(letter) == "Zs"
+    return letter if is_read else f"⟨U+{ord(letter):04X}⟩"
 
 
 def _is_count(word: str) -> bool:

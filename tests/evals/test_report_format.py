@@ -106,7 +106,7 @@ def test_visible_text_holds_nothing_that_acts(text: str) -> None:
 
 def test_visible_text_keeps_spaces_of_chinese_and_line_ends() -> None:
     assert visible("　头晕\n三天\t余") == "　头晕\n三天\t余"
-    assert visible("\x1b[2J\r\u2028\ufeff") == "␛[2J␍⟨U+2028⟩⟨U+FEFF⟩"
+    assert visible("\x1b[2J\r\u2028\ufeff") == "⟨U+001B⟩[2J⟨U+000D⟩⟨U+2028⟩⟨U+FEFF⟩"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))

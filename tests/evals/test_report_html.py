@@ -77,8 +77,11 @@ def test_what_a_model_says_is_read_and_does_not_act() -> None:
     assert not {each.tag for each in page} & {"script", "img"}
     said = [each.text for each in page if each.attributes.get("class") == "said"]
     assert any('<script>alert("1")</script>| a | `code` **bold**' in each for each in said)
-    assert any("␛[31mred␛[0m ⟨U+202E⟩gnp.exe⟨U+202C⟩" in each and "⟨U+D83D⟩ &amp; [link]" in each for each in said)
-    assert "{{ 7 * 7 }}␀" in said[0] and "49" not in said[0]
+    assert any(
+        "⟨U+001B⟩[31mred⟨U+001B⟩[0m ⟨U+202E⟩gnp.exe⟨U+202C⟩" in each and "⟨U+D83D⟩ &amp; [link]" in each
+        for each in said
+    )
+    assert "{{ 7 * 7 }}⟨U+0000⟩" in said[0] and "49" not in said[0]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
     assert not [name for each in page for name in each.attributes if name.startswith("on")]
 
