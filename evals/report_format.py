@@ -77,9 +77,11 @@ def setting(value: object) -> str:
 
 
 def visible(text: str) -> str:
-    """A text without what would act instead of being read: control characters, such as those that begin a terminal's
-    commands, signs that turn the direction of writing, and lone halves of surrogate pairs become their numbers. Tabs, ends
-    of lines and spaces stay."""
+    """A text without what would act instead of being read.
+
+    Control characters, such as those that begin a terminal's commands, signs that turn the direction of writing, and
+    lone halves of surrogate pairs become their numbers. Tabs, ends of lines and spaces stay.
+    """
     return text if text.isprintable() else "".join(map(_visible, text))
 
 
