@@ -148,7 +148,8 @@ def all_settings(task: Task, respondent: Respondent, requests: Sequence[Request]
     return {
         "task": task.name,
         **task.settings,
-        "requests": f"{len(requests)} {digest.hexdigest()[:32]}",
+        "requests": len(requests),
+        "requests_digest": digest.hexdigest()[:32],
         "model": respondent.fingerprint,
         **respondent.settings,
     }

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from evals.task import Answered, Chosen, Response, Result, Scored
 from model.errors import InputError
 
 _KINDS: dict[str, type[Any]] = {"chosen": Chosen, "answered": Answered, "scored": Scored}
+_DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -76,13 +78,14 @@ class Store:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise InputError(f"{path} is not readable as JSON. Move {self.folder} away.") from None
-        for name in dict.fromkeys((*before, *settings)):
-            old, new = before.get(name), settings.get(name)
-            if old != new:
-                raise InputError(
-                    f"{self.folder} holds responses with {name} {_short(old)}; now it is {_short(new)}. Choose another "
-                    "--out or label, or move it away."
-                )
+        names = [name for name in dict.fromkeys((*before, *settings)) if before.get(name) != settings.get(name)]
+        if names:
+            # A digest differs with everything, and says nothing.
+            name = min(names, key=lambda name: bool(_DIGEST.search(str(settings.get(name)))))
+            raise InputError(
+                f"{self.folder} holds responses with {name} {_short(before.get(name))}; now it is "
+                f"{_short(settings.get(name))}. Choose another --out or label, or move it away."
+            )
 
     def read(self) -> dict[str, Response]:
         """All responses that are whole, by id.

@@ -115,7 +115,7 @@ def test_another_request_or_another_model_is_refused(tmp_path: Path) -> None:
         def requests(self) -> list[Request]:  # type: ignore[override]
             return [Read("read", "头晕"), *super().requests()[:-1]]
 
-    with pytest.raises(InputError, match="holds responses with requests"):
+    with pytest.raises(InputError, match="holds responses with requests_digest"):
         evaluate(Reworded(count=9, max_new_tokens=8), guessing(), Store(tmp_path))  # type: ignore[arg-type]
     other = guessing()
     other.fingerprint = "another"

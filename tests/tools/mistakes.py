@@ -50,7 +50,7 @@ class Mistake(NamedTuple):
                 elif isinstance(content, int):
                     os.truncate(path, content)
                 else:
-                    path.parent.mkdir(exist_ok=True)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

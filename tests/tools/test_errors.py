@@ -19,6 +19,9 @@ from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
+from tests.tools.mistakes_entities import MISTAKES_ENTITIES
+from tests.tools.mistakes_evaluation import MISTAKES_EVALUATION
+from tests.tools.mistakes_generation import MISTAKES_GENERATION
 from tests.tools.mistakes_ppo import MISTAKES_PPO
 from tests.tools.mistakes_preferences import MISTAKES_PREFERENCES
 from tests.tools.mistakes_rejection import MISTAKES_REJECTION
@@ -38,7 +41,10 @@ GROUPS = (
     MISTAKES_PPO,
     MISTAKES_REJECTION,
     MISTAKES_TOOLS,
+    MISTAKES_EVALUATION,
     MISTAKES_CHOICE,
+    MISTAKES_ENTITIES,
+    MISTAKES_GENERATION,
 )
 PLAYED = {situation: mistake for group in GROUPS for situation, mistake in group.items()}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
