@@ -49,7 +49,19 @@ def find_letters(said: str, options: Sequence[str]) -> str:
         return _in_order("".join(found))
     if opening := re.match(rf"(?:{named}\s*[.。、:,)]|[(\[【]({letters})[)\]】])(?!{_WRONG})", text):
         return _in_order(opening[1] or opening[2])
-    return _only_letters(text, letters, options) or _only_text(text, options)
+    mentioned = find_texts(said, options)
+    return _only_letters(text, letters, options) or (mentioned if len(mentioned) == 1 else "")
+
+
+def find_texts(said: str, options: Sequence[str]) -> str:
+    """The letters of the options whose texts an answer mentions, in order, spaces aside.
+
+    An option within another one that is mentioned is not mentioned by that.
+    """
+    plain, text = [_squash(option) for option in options], _squash(said)
+    found = [option for option in plain if option and option in text]
+    found = [option for option in found if not any(option != other and option in other for other in found)]
+    return "".join(sorted({LETTERS[plain.index(option)] for option in found}))
 
 
 def _in_order(found: str) -> str:
@@ -62,14 +74,6 @@ def _only_letters(text: str, letters: str, options: Sequence[str]) -> str:
         text = re.sub(plain, " ", text) if len(_squash(option)) > 1 else text
     mentioned = set(re.findall(rf"(?<!不是)(?<!不选)(?<!排除)({letters})(?!{_WRONG})", text))
     return _in_order(mentioned.pop()) if len(mentioned) == 1 else ""
-
-
-def _only_text(text: str, options: Sequence[str]) -> str:
-    """An option within another one that is mentioned is not mentioned by that."""
-    plain, text = [_squash(option) for option in options], _squash(text)
-    found = [option for option in plain if option and option in text]
-    found = [option for option in found if not any(option != other and option in other for other in found)]
-    return LETTERS[plain.index(found[0])] if len(found) == 1 else ""
 
 
 def _squash(text: str) -> str:

@@ -50,6 +50,7 @@ class Protocol:
     is_chat: whether it may be put in turns, where a model has a template.
     has_shots: whether exemplars may be shown.
     is_stripped: whether spaces around a question's text are taken away.
+    has_norm: whether likelihoods per character are compared too.
     is_shortened: whether exemplars are left out where the context is too short, and then the header. Otherwise the
         oldest tokens are.
     note: what a reader of its numbers must know.
@@ -63,6 +64,7 @@ class Protocol:
     is_chat: bool = False
     has_shots: bool = True
     is_stripped: bool = False
+    has_norm: bool = False
     is_shortened: bool = True
 
 
@@ -94,6 +96,7 @@ PROTOCOLS = {
             "As lm-evaluation-harness 0.4.13 asks and counts, without a chat template: accuracy is its acc, that of a "
             "group weighted by size.",
             is_stripped=True,
+            has_norm=True,
             is_shortened=False,
         ),
         Protocol(
@@ -124,8 +127,10 @@ PROTOCOLS = {
             "text",
             {"": Wording("", question="问题：{text}", option="", choice="{option}")},
             "The answer is the option whose text is likeliest behind the question: no options are listed and no chat "
-            "template is used, so a model need not have learnt to answer by letter. Short texts are at an advantage.",
+            "template is used, so a model need not have learnt to answer by letter. Short texts are at an advantage; "
+            "acc_norm compares by character.",
             has_shots=False,
+            has_norm=True,
         ),
     )
 }
@@ -169,12 +174,16 @@ class Writer:
             prompt = self._write(question, kept, header)
         return Asked(prompt, len(exemplars) - len(kept), not header)
 
-    def options(self, question: Question) -> tuple[str, ...]:
-        """What may follow the prompt."""
+    def choices(self, question: Question) -> tuple[str, ...]:
+        """What answers the question, by option."""
         return tuple(
-            self.wording.lead + self.wording.choice.format(letter=letter, option=option)
+            self.wording.choice.format(letter=letter, option=option)
             for letter, option in zip(question.letters, question.options, strict=True)
         )
+
+    def options(self, question: Question) -> tuple[str, ...]:
+        """What may follow the prompt."""
+        return tuple(self.wording.lead + choice for choice in self.choices(question))
 
     def _write(self, question: Question, exemplars: Sequence[Question], has_header: bool) -> Prompt:
         header = self.wording.header.format(topic=question.topic, form=FORMS[question.form]) if has_header else ""

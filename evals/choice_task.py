@@ -2,7 +2,8 @@
 
     accuracy        of all questions alike, with Wilson's interval
     subject_mean    the mean of the subjects' accuracies, as C-Eval, CMMLU and CMB report it
-    acc_norm        of lm-evaluation-harness: by log-likelihood per character, which is accuracy, as letters have one
+    acc_norm        of lm-evaluation-harness: by log-likelihood per character; of letters, which have one, the accuracy
+    text_accuracy   of answers in words, by the options' texts that they mention, whatever the letter
     parse_failures  answers in words in which no letter was found; they count as wrong
 
 A question with several right options is right if just these are named.
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from engine.chatting import SamplingConfig
 from engine.intervals import wilson_interval
-from evals.choice_answers import find_letters
+from evals.choice_answers import find_letters, find_texts
 from evals.choice_files import LETTERS, Question
 from evals.choice_prompts import Asked, Protocol, Writer
 from evals.comparison import bootstrap_interval
@@ -84,6 +85,7 @@ class ChoiceTask:
         counts["ties"] = sum(one.is_tie for one in taken)
         if not self.protocol.is_likelihood:
             counts["unparsed"] = sum(not one.letters for one in taken)
+            counts["letter_is_not_of_the_text"] = sum(one.is_at_odds for one in taken)
         chosen = Counter(one.letters or "none" for one in taken)
         spread = ", ".join(f"{letters} {count}" for letters, count in sorted(chosen.items()))
         return Result(
@@ -103,26 +105,35 @@ class ChoiceTask:
         if isinstance(response, Answered):
             letters = find_letters(response.text, question.options)
             said = response.text if response.text.strip() == letters else f"{response.text}\n→ {letters or 'none'}"
-            return _Taken(letters, said)
+            return _Taken(letters, said, find_texts(response.text, question.options))
         assert isinstance(response, Chosen)
         # The first of the likeliest, as numpy's argmax in lm-evaluation-harness and in the official scripts.
         best = max(response.logprobs)
         letter = LETTERS[response.logprobs.index(best)]
-        return _Taken(letter, letter, response.logprobs.count(best) > 1)
+        lengths = map(len, self.writer.choices(question))
+        normed = [logprob / length for logprob, length in zip(response.logprobs, lengths, strict=True)]
+        return _Taken(letter, letter, LETTERS[normed.index(max(normed))], response.logprobs.count(best) > 1)
 
     def _item(self, question: Question, asked: Asked, taken: _Taken) -> Item:
         right = float(taken.letters == question.answer), 1.0
         parts = {"accuracy": right}
         if self.means_subjects:
             parts["subject_mean"] = right
-        if self.protocol.name == "lm-eval":
-            parts["acc_norm"] = right
+        for name in self._others:
+            parts[name] = float(taken.others == question.answer), 1.0
         if not self.protocol.is_likelihood:
             parts[FAILURES] = float(not taken.letters), 1.0
         prompt = asked.prompt
         shown = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
         texts = question.text, *question.options
         return Item(question.id, parts, shown, taken.said, question.answer, question.subject, texts)
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """By what else than `accuracy` an answer is right."""
+        if not self.protocol.is_likelihood:
+            return ("text_accuracy",)
+        return ("acc_norm",) if self.protocol.has_norm else ()
 
     def _measure(self, items: Sequence[Item]) -> tuple[Metric, ...]:
         metrics = [_share("accuracy", items)]
@@ -131,8 +142,7 @@ class ChoiceTask:
             value = sum(_share("accuracy", own).value for own in subjects.values()) / len(subjects)
             low, high = bootstrap_interval(items, "subject_mean", self.seed, by_group=True)
             metrics.append(Metric("subject_mean", value, low, high, len(items)))
-        if self.protocol.name == "lm-eval":
-            metrics.append(_share("acc_norm", items))
+        metrics += [_share(name, items) for name in self._others]
         if not self.protocol.is_likelihood:
             metrics.append(_share(FAILURES, items, better="lower"))
         return tuple(metrics)
@@ -156,11 +166,18 @@ class ChoiceTask:
 
 
 class _Taken(NamedTuple):
-    """letters: of the answer; "" for none. said: in the words of the report."""
+    """letters: of the answer; "" for none. said: in the words of the report. others: the letters by the metric beside
+    accuracy."""
 
     letters: str
     said: str
+    others: str
     is_tie: bool = False
+
+    @property
+    def is_at_odds(self) -> bool:
+        """Whether an answer in words names a letter, and the text of one other option."""
+        return len(self.letters) == len(self.others) == 1 and self.letters != self.others
 
 
 def _share(name: str, items: Sequence[Item], better: Literal["higher", "lower"] = "higher") -> Metric:

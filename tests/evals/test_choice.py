@@ -20,6 +20,7 @@ from tests.evals.choice_samples import (
     FIVE,
     SECOND,
     SEVERAL,
+    Sample,
     many,
     write_ceval,
     write_cmb,
@@ -41,7 +42,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 CASES = [
     (dataset, protocol)
     for dataset in WRITERS
-    for protocol in ("ceval", "cmmlu", "lm-eval", "gen", "paper")
+    for protocol in ("ceval", "cmmlu", "lm-eval", "gen", "paper", "text")
     if protocol != "lm-eval" or dataset.startswith(("ceval", "cmmlu"))
 ]
 
@@ -72,11 +73,16 @@ def test_who_knows_gets_all_who_insists_what_a_letter_has_and_who_guesses_a_shar
     task = made(f"{dataset}={files[dataset]},protocol={protocol}", prompting)
     n, golds = len(task.questions), [question.answer for question in task.questions]
 
-    key = {one.id: (task.writer.wording.lead if protocol != "gen" else "") + one.answer for one in task.questions}
+    is_likelihood = task.protocol.is_likelihood
+    key = {one.id: one.letters.index(one.answer) if is_likelihood else one.answer for one in task.questions}
     known = ask(task, knowing(key))
-    assert [metric.value for metric in known.metrics if metric.better == "higher"] == [1.0] * (
-        len(known.metrics) - (protocol in ("gen", "paper"))
-    )
+    assert {metric.name: metric.value for metric in known.metrics if metric.name != "text_accuracy"} == {
+        "accuracy": 1.0,
+        **({"subject_mean": 1.0} if task.means_subjects else {}),
+        **({"acc_norm": 1.0} if protocol == "lm-eval" else {}),
+        **({} if is_likelihood else {"parse_failures": 0.0}),
+        **({"acc_norm": metric(known, "acc_norm").value} if protocol == "text" else {}),
+    }
     baselines = {name: value for name, metric, value in known.baselines if metric == "accuracy"}
     for place, letter in enumerate("ABCD"):
         insists = ask(task, always(place, letter))
@@ -84,14 +90,12 @@ def test_who_knows_gets_all_who_insists_what_a_letter_has_and_who_guesses_a_shar
 
     guesses = ask(task, guessing(seed=3, sayings=("A", "B", "C", "D")))
     chances = [
-        (1 / len(one.options) if task.protocol.is_likelihood else 0.25 * (one.answer in "ABCD"))
-        if len(one.answer) == 1
-        else 0.0
+        (1 / len(one.options) if is_likelihood else 0.25 * (one.answer in "ABCD")) if len(one.answer) == 1 else 0.0
         for one in task.questions
     ]
     deviation = math.sqrt(sum(chance * (1 - chance) for chance in chances)) / n
     assert abs(metric(guesses, "accuracy").value - sum(chances) / n) < 4 * deviation
-    if task.protocol.is_likelihood:
+    if is_likelihood:
         assert baselines["a letter drawn at random"] == pytest.approx(sum(chances) / n)
 
 
@@ -145,6 +149,26 @@ def test_answers_without_a_letter_are_wrong_and_counted(files: dict[str, Path]) 
     assert metric(result, "parse_failures").value == lost / len(task.questions)
     assert metric(result, "accuracy").value == 1 - lost / len(task.questions)
     assert result.items[0].answer == "无法回答。\n→ none"
+
+
+def test_the_text_of_an_option_counts_beside_its_letter(files: dict[str, Path]) -> None:
+    task = made(f"medqa={files['medqa']},protocol=gen")
+    options = {one.id: dict(zip(one.letters, one.options, strict=True)) for one in task.questions}
+    right = {one.id: f"应为{options[one.id][one.answer]}。" for one in task.questions}
+    result = ask(task, knowing(right))
+    assert [metric(result, name).value for name in ("accuracy", "text_accuracy")] == [1.0, 1.0]
+    wrong = {one.id: f"{'BA'[one.answer == 'B']}. {options[one.id][one.answer]}" for one in task.questions}
+    result = ask(task, knowing(wrong))
+    assert [metric(result, name).value for name in ("accuracy", "text_accuracy")] == [0.0, 1.0]
+    assert result.counts["letter_is_not_of_the_text"] == len(task.questions)
+
+
+def test_by_character_a_long_text_may_be_likelier_than_a_short_one(tmp_path: Path) -> None:
+    path = write_medqa(tmp_path / "a.jsonl", (Sample("什么？", ("短", "很长的一个选项", "甲", "乙"), "B"),))
+    task = made(f"medqa={path},protocol=text")
+    result = task.result({"0": Chosen((-3.0, -7.0, -4.0, -5.0), (1, 7, 1, 1), (False,) * 4)})
+    assert {one.name: one.value for one in result.metrics} == {"accuracy": 0.0, "acc_norm": 1.0}
+    assert result.items[0].answer == "A"
 
 
 def test_of_equally_likely_letters_the_first_is_taken_and_ties_are_counted(files: dict[str, Path]) -> None:
@@ -244,7 +268,7 @@ def test_every_task_is_named() -> None:
 
 def test_a_result_needs_the_responses_alone(files: dict[str, Path]) -> None:
     task = made(f"cmb={files['cmb']}")
-    responses = {one.id: Chosen((-2.0, -1.0, -3.0, -4.0), (1,) * 4, (False,) * 4) for one in task.questions}
+    responses = {one.id: Chosen((-2.0, -1.0, *[-3.0] * len(one.options[2:])), (1,), (False,)) for one in task.questions}
     assert task.result(responses) == task.result(dict(reversed(responses.items())))
     spoken = made(f"cmb={files['cmb']},protocol=gen")
     answered = {one.id: Answered("B", "stop", 2) for one in spoken.questions}
