@@ -173,7 +173,7 @@ def _options(spec: TaskSpec) -> dict[str, str]:
 def _exemplars(spec: TaskSpec, shots: int, path: str | None, is_paper: bool) -> tuple[Question, ...]:
     if bool(shots) != (path is not None):
         raise InputError(
-            f"--tasks {spec.name}: shots needs exemplars, and they it. Write shots=5,exemplars=FILE, or neither."
+            f"--tasks {spec.name}: shots and exemplars come together. Write shots=5,exemplars=FILE, or neither."
         )
     if path is None:
         return ()

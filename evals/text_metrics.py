@@ -52,7 +52,9 @@ class TextScorer:
             from rouge_score.rouge_scorer import RougeScorer
             from sacrebleu.metrics import BLEU
         except ImportError:
-            raise InputError("Scoring texts needs sacrebleu and rouge-score. pip install -e '.[eval]'") from None
+            raise InputError(
+                "Scoring texts needs sacrebleu and rouge-score. Install them: pip install -e '.[eval]'."
+            ) from None
         self._tokenizer = tokenizer
         self._bleu = BLEU(tokenize="none", max_ngram_order=MAX_ORDER, effective_order=True, force=True)
         self._rouge = RougeScorer(["rouge1", "rouge2"], tokenizer=_Split())

@@ -28,9 +28,9 @@ QA = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """qa.jsonl, more.jsonl (exemplars) and talk.jsonl (two turns)."""
+    """qa.jsonl, more.jsonl and most.jsonl (exemplars), and talk.jsonl (two turns)."""
     more = [("发热？", "物理降温。"), ("失眠？", "少喝茶。")]
-    for name, pairs in (("qa", QA), ("more", more)):
+    for name, pairs in (("qa", QA), ("more", more), ("most", more[1:])):
         rows = [{"question": question, "answer": answer} for question, answer in pairs]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "甲乙丙丁", strict=False)]
@@ -93,6 +93,7 @@ def test_settings_hold_whatever_decides_the_numbers(folder: Path) -> None:
         task(f"qa={folder}/qa.jsonl,mode=paper"),
         task(f"qa={folder}/qa.jsonl,temperature=0.5"),
         task(f"qa={folder}/qa.jsonl,shots=1,exemplars={folder}/more.jsonl"),
+        task(f"qa={folder}/qa.jsonl,shots=1,exemplars={folder}/most.jsonl"),
         task(f"qa={folder}/qa.jsonl", seed=1),
         task(f"qa={folder}/qa.jsonl", limit=2),
         task(f"qa={folder}/qa.jsonl", limit=2, seed=1),
@@ -152,9 +153,11 @@ def test_items_hold_what_was_shown_said_and_right_and_sum_to_the_metrics(folder:
 
 def test_several_references_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(json.dumps([{"questions": ["头晕？"], "answers": ["多休息。", "测血压。"]}]))
-    result = ask(task(f"huatuo26m={tmp_path}/test.json"), always(text="测血压。"))
+    result = ask(task(f"huatuo26m={tmp_path}/test.json,mode=paper"), always(text="测血压。"))
     assert result.items[0].gold == "(1) 多休息。\n\n(2) 测血压。"
-    assert values(result)["rouge_l"] == 1.0
+    found = values(result)
+    for name in ("rouge_l", "bleu_4", "paper_rouge_l", "paper_rouge_2", "paper_bleu_2"):
+        assert found[name] == pytest.approx(1.0, abs=1e-7), name
 
 
 def test_what_went_wrong_with_answers_and_prompts_is_counted(folder: Path) -> None:
@@ -182,6 +185,15 @@ def test_answers_to_other_questions_are_the_baseline(folder: Path) -> None:
     assert 0 < baselines["rouge_1"] < 0.5  # a full stop at least is shared, and no more than little
 
 
+def test_the_other_answer_of_a_page_is_no_answer_to_another_question(tmp_path: Path) -> None:
+    pages = [("头晕？", "多休息。", "多休息。"), ("牙痛？", "拍片", "拍片")]
+    rows = [{"question": question, "answer_1": first, "answer_2": second} for question, first, second in pages]
+    (tmp_path / "ChiMed.v1.test.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for seed in range(5):
+        baselines = ask(task(f"chimed={tmp_path}/ChiMed.v1.test.json", seed=seed), always()).baselines
+        assert {value for _, _, value in baselines} == {0.0}
+
+
 def test_the_paper_mode_says_loudly_that_its_numbers_are_inflated(folder: Path) -> None:
     result = ask(task(f"qa={folder}/qa.jsonl,mode=paper"), always(text="甲乙丙丁戊己庚辛"))
     assert any("INFLATED" in note and "paper_bleu_1" in note for note in result.notes)
@@ -200,8 +212,8 @@ def test_dialogues_are_shown_by_department(real_data: Path) -> None:
     [
         ("qa", "--tasks qa: it needs a file of questions and answers"),
         ("mc-dialogue=none.dialog", "none.dialog is not there"),
-        ("qa={}/qa.jsonl,shots=2", "shots needs exemplars, and they it. Write shots=5,exemplars=FILE"),
-        ("qa={}/qa.jsonl,exemplars={}/more.jsonl", "shots needs exemplars, and they it"),
+        ("qa={}/qa.jsonl,shots=2", "shots and exemplars come together. Write shots=5,exemplars=FILE"),
+        ("qa={}/qa.jsonl,exemplars={}/more.jsonl", "shots and exemplars come together"),
         ("qa={}/qa.jsonl,shots=1,exemplars=none.jsonl", "exemplars=none.jsonl is not there"),
         ("qa={}/qa.jsonl,shots=5,exemplars={}/more.jsonl", "more.jsonl holds 2 exemplars, but shots=5"),
         ("qa={}/qa.jsonl,shots=4,exemplars={}/qa.jsonl", "qa.jsonl holds every question of"),

@@ -178,5 +178,5 @@ def test_the_signature_names_whatever_decides_the_numbers(scorer: TextScorer) ->
 
 def test_without_the_libraries_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(InputError, match=r"needs sacrebleu and rouge-score. pip install -e '.\[eval\]'"):
+    with pytest.raises(InputError, match=r"needs sacrebleu and rouge-score. Install them: pip install -e '.\[eval\]'"):
         TextScorer(TOKENIZER)
