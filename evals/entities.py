@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,11 +75,11 @@ class EntityTask:
     def requests(self) -> Sequence[Request]:
         stop = [PLAIN_STOP] if self.prompting == "plain" else []
         sampling = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=self.max_new_tokens, stop=stop)
-        return [Answer(str(text.line), prompt, sampling) for text, (prompt, _) in self._asked]
+        return [Answer(asked.id, asked.prompt, sampling) for asked in self._asked]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        scored = [self._score(text, prompt, responses[str(text.line)]) for text, (prompt, _) in self._asked]
-        counts = Counter({**self.counts, "dropped_exemplars": sum(dropped for _, (_, dropped) in self._asked)})
+        scored = [self._score(asked, responses[asked.id]) for asked in self._asked]
+        counts = Counter({**self.counts, "dropped_exemplars": sum(asked.dropped for asked in self._asked)})
         for one in scored:
             counts.update(one.counts)
         items = tuple(one.item for one in scored)
@@ -108,22 +108,21 @@ class EntityTask:
         return TypeNames(self.types)
 
     @cached_property
-    def _asked(self) -> list[tuple[Annotated, tuple[Prompt, int]]]:
-        """Texts with their prompts, and how many exemplars these go without."""
-        return [(text, self._prompt(text)) for text in self.texts]
+    def _asked(self) -> list[_Asked]:
+        return [self._ask(text) for text in self.texts]
 
-    def _prompt(self, text: Annotated) -> tuple[Prompt, int]:
+    def _ask(self, text: Annotated) -> _Asked:
         """The first exemplars go where a plain text would lose its beginning, which is the instruction; of a
         conversation the respondent drops the oldest turns."""
         for dropped in range(len(self.exemplars) + 1):
             prompt = ask(text, self.exemplars[dropped:], self._names, self.wording, self.prompting)
             if self.prompting == "chat" or self.fits is None or self.fits(prompt, self.max_new_tokens):
                 break
-        return prompt, dropped
+        return _Asked(str(text.number), text, prompt, dropped)
 
-    def _score(self, text: Annotated, prompt: Prompt, response: Response) -> _Scored:
+    def _score(self, asked: _Asked, response: Response) -> _Scored:
         assert isinstance(response, Answered)
-        folded = FoldedText(text.text)
+        text, folded = asked.text, FoldedText(asked.text.text)
         parsed = parse(response.text, folded, self._labels)
         said, gold = pairs(parsed.entities), _pairs_of(text)
         exact = strict(said, gold)
@@ -140,8 +139,17 @@ class EntityTask:
             parts["span_relaxed_f1"] = relaxed_spans(claimed, places).f1
         by_type = {name: strict(_of(name, said), _of(name, gold)) for name in self._names}
         right = write(text, self._names, self.wording)
-        item = Item(str(text.line), parts, shown(prompt), response.text, right, texts=(text.text,))
+        item = Item(asked.id, parts, shown(asked.prompt), response.text, right, texts=(text.text,))
         return _Scored(item, by_type, _count(parsed, response))
+
+
+class _Asked(NamedTuple):
+    """dropped: exemplars that the prompt goes without."""
+
+    id: str
+    text: Annotated
+    prompt: Prompt
+    dropped: int
 
 
 class _Scored(NamedTuple):
@@ -155,7 +163,7 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
     layout = LAYOUTS[spec.name]
     path = find_file(spec.require_path("its file"), layout.files, "of what is asked")
     name, protocol = spec.take_str("label", spec.name), spec.take_choice("protocol", ("default", "paper"))
-    shots, pick = spec.take_int("shots", 0), spec.take_choice("pick", ("first", "cover"))
+    shots = spec.take_int("shots", 0)
     exemplars_path = _exemplars_path(spec, layout, shots)
     leave_out = spec.take_choice("misplaced", ("refuse", "skip")) == "skip"
     if protocol == "paper":
@@ -165,13 +173,15 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
             f"{path}: its records hold prompts and answers, no texts with entities. Compare them as the paper does, "
             f"with {spec.name}={path},protocol=paper."
         )
-    form = spec.take_choice("format", ("lines", "short", "json"))
+    form, pick = spec.take_choice("format", ("lines", "short", "json")), spec.take_choice("pick", ("first", "cover"))
     max_new_tokens = spec.take_int("max_new_tokens", MAX_NEW_TOKENS, low=1)
     reading = read_annotated(path, layout, leave_out)
     texts = tuple(context.draw(reading.texts))
-    examples = read_annotated(exemplars_path, layout, True) if exemplars_path else Reading((), (), (), 0)
-    types = layout.types or named(_own_types(spec, path, (*reading.types, *examples.types)))
-    whole = [text for text in examples.texts if text.line not in examples.misplaced]
+    examples = Reading((), reading.types, (), 0)
+    if exemplars_path:
+        examples = read_annotated(exemplars_path, layout, True, reading.types)
+    types = layout.types or named(_own_types(spec, path, examples.types))
+    whole = [text for text in examples.texts if text.number not in examples.misplaced]
     excluded = {fold(text.text) for text in reading.texts}
     exemplars, in_test = choose_exemplars(whole, shots, pick, context.seed, excluded)
     if len(exemplars) < shots:
@@ -186,22 +196,22 @@ def build(spec: TaskSpec, context: BuildContext) -> Task:
     counts = {
         "misplaced_gold": len(reading.misplaced),
         "respelled_gold": reading.respelled,
-        "gold_not_in_text": sum(fold(one.mention) not in fold(text.text) for text in texts for one in text.entities),
+        "gold_not_in_text": sum(_missing(text) for text in texts),
         "exemplars_in_test": in_test,
     }
     return EntityTask(
-        name,
-        texts,
-        tuple(exemplars),
-        types,
-        reading.has_spans,
-        WORDINGS[form],
-        context.prompting,
-        max_new_tokens,
-        context.seed,
-        context.fits,
-        read,
-        counts,
+        name=name,
+        texts=texts,
+        exemplars=tuple(exemplars),
+        types=types,
+        has_spans=reading.has_spans,
+        wording=WORDINGS[form],
+        prompting=context.prompting,
+        max_new_tokens=max_new_tokens,
+        seed=context.seed,
+        fits=context.fits,
+        read=read,
+        counts=counts,
     )
 
 
@@ -210,25 +220,29 @@ BUILDERS: dict[str, Builder] = dict.fromkeys(LAYOUTS, build)
 
 def _exemplars_path(spec: TaskSpec, layout: Layout, shots: int) -> Path | None:
     given = spec.take_str("exemplars")
+    if not shots and given:
+        raise InputError(f"--tasks {spec.name}: exemplars={given} are not shown without shots. Add shots=5, say.")
     if not shots:
         return None
-    folder = Path(given) if given else Path(spec.path or "")
+    folder = Path(given or spec.path or "")
     if not given and not folder.is_dir():
         raise InputError(f"--tasks {spec.name}: shots={shots} needs examples. Name their file with exemplars=FILE.")
     return find_file(folder, layout.exemplars, "of examples with exemplars=FILE")
 
 
-def _own_types(spec: TaskSpec, path: Path, found: Iterable[str]) -> tuple[str, ...]:
+def _own_types(spec: TaskSpec, path: Path, found: tuple[str, ...]) -> tuple[str, ...]:
     """Types of a file that brings its own, in the order of types=A+B, which must name them all."""
-    distinct: dict[str, str] = {}
-    for name in found:
-        distinct.setdefault(fold(name), name)
-    if not (given := spec.take_str("types")):
-        return tuple(distinct.values())
-    types = tuple(given.split("+"))
-    if missing := [name for name in distinct.values() if name not in types]:
+    given = spec.take_str("types")
+    types = tuple(given.split("+")) if given else found
+    if missing := [name for name in found if name not in types]:
         raise InputError(f"{path}: it has {missing[0]} too, which types={given} does not name. Add it.")
     return types
+
+
+def _missing(text: Annotated) -> int:
+    """Entities that the text does not have."""
+    folded = FoldedText(text.text)
+    return sum(fold(entity.mention) not in folded for entity in text.entities)
 
 
 def _pairs_of(text: Annotated) -> set[Pair]:

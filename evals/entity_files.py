@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,11 @@ class Entity(NamedTuple):
 class Annotated:
     """A text and its entities, as they come in the file.
 
+    number: of the record, from 1.
     instruction: how this text wants to be asked; "" for the task's own wording.
     """
 
-    line: int
+    number: int
     text: str
     entities: tuple[Entity, ...]
     instruction: str = ""
@@ -105,7 +107,7 @@ class Reading(NamedTuple):
     """What a file holds.
 
     types: those of the layout, or all that occur, in that order.
-    misplaced: of each entity that was left out because the text reads otherwise where it should be, its text's line.
+    misplaced: of each entity that was left out because the text reads otherwise where it should be, its text's number.
     respelled: entities whose mention the text writes in another case or width.
     """
 
@@ -120,16 +122,20 @@ class Reading(NamedTuple):
         return all(entity.start is not None for text in self.texts for entity in text.entities)
 
 
-def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False) -> Reading:
+def read_annotated(
+    path: Path, layout: Layout, leave_out_misplaced: bool = False, known_types: Sequence[str] = ()
+) -> Reading:
     """All texts of a file.
 
+    Args:
+        known_types: of a file that brings its own, those that another file has: the same ones are called the same.
     Raises:
         InputError: the file or a record of it cannot be used, or an entity is not where it should be.
     """
     names = {alias: kind.name for kind in layout.types for alias in (kind.name, *kind.aliases)}
-    texts, seen = [], {fold(kind.name): kind.name for kind in layout.types}
+    texts, seen = [], {fold(name): name for name in known_types or [kind.name for kind in layout.types]}
     misplaced, respelled = [], 0
-    for line, record in read_objects(path):
+    for number, (line, record) in enumerate(read_objects(path), 1):
         where = f"{path}:{line}"
         text = _field(record, layout.text, str, where)
         entities = []
@@ -144,7 +150,7 @@ def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False
                 if not leave_out_misplaced:
                     remedy = "Mend the file, or leave such entities out with misplaced=skip"
                     raise InputError(f"{where}: {error}. {remedy}.") from None
-                misplaced.append(line)
+                misplaced.append(number)
                 continue
             except RecordError as error:
                 raise InputError(f"{where}: {error}. Mend the record, or check which dataset it is of.") from None
@@ -153,7 +159,7 @@ def read_annotated(path: Path, layout: Layout, leave_out_misplaced: bool = False
         instruction = record.get("instruction", "")
         if not isinstance(instruction, str):
             raise InputError(f'{where}: "instruction" is {kind_of(instruction)}, not a text. Mend the record.')
-        texts.append(Annotated(line, text, tuple(entities), instruction))
+        texts.append(Annotated(number, text, tuple(entities), instruction))
     if not seen:
         raise InputError(f"{path}: no entity is marked in it. Give a file with answers.")
     return Reading(tuple(texts), tuple(seen.values()), tuple(misplaced), respelled)

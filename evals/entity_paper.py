@@ -67,19 +67,19 @@ class PaperTask:
     def requests(self) -> Sequence[Request]:
         sampling = SamplingConfig(temperature=1.0, top_p=0.85, max_new_tokens=512)
         return [
-            Answer(str(record.line), self._prompt(record), sampling, row_seed(self.seed, record.line))
+            Answer(str(record.number), self._prompt(record), sampling, row_seed(self.seed, record.number))
             for record in self.records
         ]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
         items, counts = [], Counter({"truncated": 0, "dropped_turns": 0, "cut_tokens": 0})
         for record in self.records:
-            response = responses[str(record.line)]
+            response = responses[str(record.number)]
             assert isinstance(response, Answered)
             found = strict(elements(response.text), elements(record.output))
             parts = {"paper_f1": found.f1, "paper_precision": found.precision, "paper_recall": found.recall}
             prompt = shown(self._prompt(record))
-            items.append(Item(str(record.line), parts, prompt, response.text, record.output, texts=(record.prompt,)))
+            items.append(Item(str(record.number), parts, prompt, response.text, record.output, texts=(record.prompt,)))
             counts["truncated"] += response.end_reason == "length"
             counts["dropped_turns"] += response.dropped
             counts["cut_tokens"] += response.cut
@@ -126,7 +126,7 @@ def _records(path: Path, dataset: str, leave_out_misplaced: bool) -> tuple[Writt
         return read_written(path)
     reading, wording = read_annotated(path, LAYOUTS[dataset], leave_out_misplaced), WORDINGS["words"]
     return tuple(
-        Written(text.line, shown(ask(text, (), reading.types, wording, "chat")), write(text, reading.types, wording))
+        Written(text.number, shown(ask(text, (), reading.types, wording, "chat")), write(text, reading.types, wording))
         for text in reading.texts
     )
 

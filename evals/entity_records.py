@@ -55,9 +55,9 @@ class _ObjectOptions(ReadOptions):
 
 
 class Written(NamedTuple):
-    """A prompt and the answer that is right."""
+    """A prompt and the answer that is right. number: of the record, from 1."""
 
-    line: int
+    number: int
     prompt: str
     output: str
 
@@ -65,8 +65,8 @@ class Written(NamedTuple):
 def read_written(path: Path) -> tuple[Written, ...]:
     """Records {"prompt": [text], "output": [text]}, or texts in place of the lists. Raises InputError."""
     return tuple(
-        Written(line, *(_only_text(record, name, f"{path}:{line}") for name in ("prompt", "output")))
-        for line, record in read_objects(path)
+        Written(number, *(_only_text(record, name, f"{path}:{line}") for name in ("prompt", "output")))
+        for number, (line, record) in enumerate(read_objects(path), 1)
     )
 
 

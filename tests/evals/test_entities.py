@@ -252,6 +252,8 @@ def test_a_limit_draws_texts_and_leaves_their_names(tmp_path: Path) -> None:
         ("entities", "it needs its file. Write entities=PATH."),
         ("cmeee=nowhere.json", "nowhere.json is not there"),
         ("entities=FILE,shots=2", "shots=2 needs examples. Name their file with exemplars=FILE"),
+        ("entities=FILE,exemplars=FILE", "are not shown without shots. Add shots=5"),
+        ("entities=FILE,types=疾病+症状+部位+检查+药物,protocol=paper", "protocol=paper is not for entities"),
         ("entities=FILE,format=xml", "format=xml is not one of lines, short, json"),
         ("entities=FILE,shot=2", "shot is none of its options. Did you mean shots?"),
         ("entities=FILE,types=疾病+症状", "has 药物 too, which types=疾病+症状 does not name"),

@@ -38,11 +38,12 @@ def test_every_format_gives_the_same_places(dataset: str, tmp_path: Path) -> Non
     assert reading.types == tuple(kind.name for kind in LAYOUTS[dataset].types) or not LAYOUTS[dataset].types
 
 
-def test_texts_carry_their_lines_in_the_file(tmp_path: Path) -> None:
-    lines = [text.line for text in read_annotated(write_sample(tmp_path / "a.json", "cmeee"), LAYOUTS["cmeee"]).texts]
-    assert lines[0] == 2 and lines == sorted(set(lines))  # of a list over many lines
-    path = write_sample(tmp_path / "b.json", "cehrner")
-    assert [text.line for text in read_annotated(path, LAYOUTS["cehrner"]).texts] == [1, 2, 3, 4, 5]
+def test_texts_are_numbered_however_the_file_is_broken_into_lines(tmp_path: Path) -> None:
+    path = write_sample(tmp_path / "a.json", "cmeee")
+    whole = read_annotated(path, LAYOUTS["cmeee"])
+    assert [text.number for text in whole.texts] == [1, 2, 3, 4, 5]
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")  # on one line
+    assert read_annotated(path, LAYOUTS["cmeee"]) == whole
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "utf-16"])
@@ -134,6 +135,12 @@ def test_types_of_a_file_that_differ_in_case_alone_are_one(tmp_path: Path) -> No
     reading = read_annotated(write(tmp_path / "a.jsonl", {"text": "ab", "entities": entities}), LAYOUTS["entities"])
     assert reading.types == ("Drug",) and {one.type for one in reading.texts[0].entities} == {"Drug"}
     assert not reading.has_spans
+
+
+def test_types_that_another_file_has_are_called_as_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "ab", "entities": [{"mention": "a", "type": "drug"}]})
+    reading = read_annotated(path, LAYOUTS["entities"], known_types=("Test", "Drug"))
+    assert reading.types == ("Test", "Drug") and reading.texts[0].entities[0].type == "Drug"
 
 
 def test_a_file_without_records_or_entities_is_refused(tmp_path: Path) -> None:
