@@ -15,9 +15,8 @@ class _Folds(dict[int, str]):
     """What becomes of a character, found out when it is first met: for str.translate."""
 
     def __missing__(self, code: int) -> str:
-        character = chr(code)
-        folded = "" if character.isspace() else unicodedata.normalize("NFKC", character).casefold()
-        self[code] = "".join(folded.split())
+        folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        self[code] = "".join(folded.split())  # without spaces
         return self[code]
 
 
