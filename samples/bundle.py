@@ -62,19 +62,19 @@ def bundled_tasks(directory: Path, with_reward: bool) -> list[str]:
     knows texts, not letters, and entities are asked for in the words that it was trained on (samples/README.md).
 
     Args:
-        with_reward: whether there is a reward model to judge answers in dialogues.
+        with_reward: whether there is a reward model to judge answers.
     """
     files, (_, held_out) = bundled_evaluation(directory / "evaluation"), bundled_pretraining(directory)
     tasks = [
         f"cmb={files}/choice.jsonl,label=choice,protocol=text",
         f"entities={files}/entities.jsonl,format=short,types=疾病+症状+检查+药物,max_new_tokens=128",
-        "questions",
+        "questions,answers=2",
         f"qa={files}/qa.jsonl,max_new_tokens=64",
         f"dialogue={files}/dialogue.jsonl,max_new_tokens=64",
-        f"attitudes={files}/attitudes.json",
+        f"attitudes={files}/attitudes.json,orders=20",
         f"perplexity={held_out}",
     ]
-    return [*tasks, f"reward={files}/dialogue.jsonl,max_new_tokens=64"] if with_reward else tasks
+    return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64,limit=200"] if with_reward else tasks
 
 
 def _bundle(directory: Path, write: Callable[[Path, Knowledge], Any]) -> tuple[Path, Path]:

@@ -22,6 +22,8 @@ from samples.topics import Topic
 
 # As `samples.dialogues.COPIES`: enough for intervals that tell models apart.
 COPIES = {
+    "department": 12,
+    "drug": 6,
     "choice": 8,
     "entities": 12,
     "disease": 6,
