@@ -28,6 +28,7 @@ from evals.respondent import ModelRespondent
 from evals.store import Store
 from evals.suite import Builder, Judge
 from evals.task import Response, Task
+from evals.training_texts import check_training_texts
 
 OpenJudge = Callable[[str, torch.device, torch.dtype], Judge]
 """Opens the reward model of a directory, for this rank's device."""
@@ -89,6 +90,7 @@ def plan_evaluation(
     judge = None
     if config.reward is not None:
         judge = open_judge(config.reward, place, resolve_dtype(config.dtype, place))
+    check_training_texts(config.contamination)
     suite = Suite(config.tasks, config.seed, config.limit, judge, more or {})
     plans: list[Plan] = []
     for name, directory in directories.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,19 @@ class Piece(NamedTuple):
     has_lines: bool
 
 
+def check_training_texts(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """See that there is something to read below every path, without reading it.
+
+    Raises:
+        InputError: nothing there, or a file of an unknown kind.
+    """
+    for path in paths:
+        if not os.path.exists(path) and not glob.glob(os.fspath(path), recursive=True):
+            raise InputError(f"{path}: no such file or directory. Check the path after --contamination.")
+        if not any(prepared_parts(path)):
+            list_files([path])
+
+
 def read_training_texts(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Piece]:
     """All text below some paths, in memory that does not grow with it.
 
@@ -50,6 +64,7 @@ def read_training_texts(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Pie
     """
     if not paths:
         raise InputError("There are no training texts to look through. Name files or directories.")
+    check_training_texts(paths)
     for path in paths:
         parts = list(prepared_parts(path))
         for part in parts:

@@ -203,7 +203,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     shard = write_txt(tmp_path / "a.txt", QUESTION)
     with pytest.raises(InputError, match="n is 0"):
         find_overlap({"one": [QUESTION]}, [shard], n=0)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="Check the path after --contamination"):
         find_overlap({"one": [QUESTION]}, [tmp_path / "b.txt"])
     with pytest.raises(InputError, match="no training texts"):
         find_overlap({"one": [QUESTION]}, [])
