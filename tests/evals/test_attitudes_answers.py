@@ -60,3 +60,9 @@ def test_the_letter_counts_by_the_order_that_was_shown() -> None:
 
 def test_a_letter_that_stands_for_no_option_does_not_count() -> None:
     assert named_option("C", OPTIONS[:2]) is None
+
+
+def test_a_wording_that_another_one_begins_with_is_not_that_one() -> None:
+    options = ("赞成", "赞成一部分", "反对")
+    assert named_option("我赞成一部分。", options) == 1 and named_option("我赞成。", options) == 0
+    assert named_option("B：赞成一部分", options) == 1 and named_option("A：赞成一部分", options) is None

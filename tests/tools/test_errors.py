@@ -18,6 +18,7 @@ from tests.rlhf.planted import write_comparisons
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes_attitudes import MISTAKES_ATTITUDES
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
 from tests.tools.mistakes_entities import MISTAKES_ENTITIES
 from tests.tools.mistakes_evaluation import MISTAKES_EVALUATION
@@ -45,6 +46,7 @@ GROUPS = (
     MISTAKES_CHOICE,
     MISTAKES_ENTITIES,
     MISTAKES_GENERATION,
+    MISTAKES_ATTITUDES,
 )
 PLAYED = {situation: mistake for group in GROUPS for situation, mistake in group.items()}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
