@@ -1,4 +1,4 @@
-"""All tasks by name, and how words of --tasks become tasks."""
+"""All tasks by name, and how words of --tasks become tasks. A name module:function is a builder of the user's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.user_code import load_function, names_function
 from evals import attitudes, choice, entities, generation, perplexity, reward
 from evals.eval_config import require_file_name
 from evals.suite import BuildContext, Builder, Judge, TaskSpec, nearest, parse_spec
@@ -53,9 +54,11 @@ class Suite:
         builders = {**BUILDERS, **self.more}
         for word in self.words:
             spec = parse_spec(word)
+            if names_function(spec.name):
+                builders[spec.name] = load_function(spec.name, "--tasks")
             if spec.name not in builders:
                 raise InputError(f"--tasks {spec.name}: there is no such task. {nearest(spec.name, sorted(builders))}")
-            label = spec.take_str("label", spec.name)
+            label = spec.take_str("label", spec.name.partition(":")[2] or spec.name)
             require_file_name(label, f"--tasks {spec.name}")
             if label in tasks:
                 raise InputError(f"--tasks: two are called {label}. Give one of them another name with label=NAME.")

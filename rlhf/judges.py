@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -15,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import user_code
 from engine.agreement import ControlGroup
 from engine.building import Base
 from engine.job import JobConfig
 from engine.mesh import Runtime
 from engine.shard import Precision
+from engine.user_code import load_function
 from model.chat import Message
 from model.errors import InputError
 from rlhf.micro_batches import each_token, micro_batches
@@ -106,21 +105,7 @@ class FunctionJudge:
         return torch.tensor(scores, dtype=torch.float32, device=runtime.device)
 
     def _import(self) -> None:
-        module, _, name = self._source.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            function = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # of a module that theirs imports
-            raise InputError(
-                f"--reward {self._source}: there is no module {error.name} here. Start the command in the folder that "
-                "holds it, or install it."
-            ) from None
-        if not callable(function):
-            raise InputError(f"--reward {self._source}: {module} has no function {name!r}. Check its name.")
-        self._function = function
+        self._function = load_function(self._source, "--reward")
 
     def _score(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[float]:
         asked = {prompt.position: prompt for prompt in prompts}
@@ -160,8 +145,7 @@ def names_function(source: str) -> bool:
     """
     if Path(source).is_dir():
         return False
-    module, separator, name = source.partition(":")
-    if separator and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+    if user_code.names_function(source):
         return True
     raise InputError(
         f"--reward {source}: neither a directory nor a function. Train a reward model with tools/rm.py, or name a "

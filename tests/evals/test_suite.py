@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from evals.catalogue import BUILDERS, Suite
@@ -81,6 +83,17 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     assert "ccks2019" in BUILDERS
     with pytest.raises(InputError, match=r"Did you mean ccks2019\?"):
         suite("ccks-2019=data").build(has_template=True)
+
+
+def test_a_builder_of_ones_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_tasks.py").write_text("from tests.evals.test_suite import build_small as mine\n")
+    monkeypatch.chdir(tmp_path)
+    tasks = suite("my_own_tasks:mine,count=3", "my_own_tasks:mine,label=again").build(has_template=True)
+    assert [(label, task.settings["count"]) for label, task in tasks.items()] == [("mine", 3), ("again", 2)]
+    with pytest.raises(InputError, match=r"--tasks no_such_tasks:mine: there is no module no_such_tasks here\."):
+        suite("no_such_tasks:mine").build(has_template=True)
+    with pytest.raises(InputError, match="--tasks my_own_tasks:other: my_own_tasks has no function 'other'"):
+        suite("my_own_tasks:other").build(has_template=True)
 
 
 def test_labels_tell_tasks_of_one_name_apart_and_must() -> None:
