@@ -1,8 +1,10 @@
 """Open questions and dialogues: what a model answers, beside what doctors answered.
 
-chimed=FILE, huatuo26m=FILE, cmedqa2=FOLDER        the data sets' own files
-mc-dialogue=FILE                                   the doctor's last turn, given the dialogue before it
-qa=FILE, dialogue=FILE                             the last answer of any conversations that tools/sft.py reads
+    chimed=FILE, huatuo26m=FILE, cmedqa2=FOLDER        the data sets' own files
+    mc-dialogue=FILE                                   the doctor's last turn, given the dialogue before it
+    qa=FILE, dialogue=FILE                             the last answer of any conversations that tools/sft.py reads
+
+The wording of plain prompts and how answers are drawn are the two tables below.
 """
 
 from __future__ import annotations
@@ -67,12 +69,26 @@ class GenerationTask:
     kind: Literal["generation"] = "generation"
 
     def requests(self) -> list[Answer]:
-        return [Answer(one.id, self.prompt(one), self.sampling, self.seed) for one in self.questions]
+        asked_as = self._asked_as()
+        questions = [one for one in self.questions if asked_as[one.id] == one.id]
+        return [Answer(one.id, self.prompt(one), self.sampling, self.seed) for one in questions]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        answers = {id: response for id, response in responses.items() if isinstance(response, Answered)}
+        answers = {}
+        for id, source in self._asked_as().items():
+            response = responses[source]
+            assert isinstance(response, Answered)
+            answers[id] = response
         result = judge_answers(self.questions, answers, self._shown, self.scorer, self.is_paper, self.seed)
         return replace(result, counts={**self.counts, **result.counts}, notes=(*result.notes, *self.notes))
+
+    def _asked_as(self) -> dict[str, str]:
+        """By the id of each question, the one whose answer is taken: where nothing is drawn, the same question has the
+        same answer and is asked once, as those of ChiMed with their two references."""
+        if self.sampling.temperature > 0:
+            return {one.id: one.id for one in self.questions}
+        first: dict[tuple[Message, ...], str] = {}
+        return {one.id: first.setdefault(one.messages, one.id) for one in self.questions}
 
     def prompt(self, question: Question) -> Prompt:
         """Exemplars and what was said, up to the turn that is to be given."""
@@ -103,52 +119,47 @@ def _lines(turns: Sequence[Message], wording: Wording) -> str:
 
 def _build(spec: TaskSpec, context: BuildContext) -> GenerationTask:
     mode = spec.take_choice("mode", ("standard", "paper"))
+    is_paper = mode == "paper"
     path = spec.require_path(_FILES[spec.name])
-    shots = spec.take_int("shots", 0)
-    exemplars = spec.take_str("exemplars")
+    wording = PLAIN["dialogue" if "dialogue" in spec.name else "qa"] if context.prompting == "plain" else None
     default = DECODING[mode]
     sampling = SamplingConfig(
         temperature=spec.take_float("temperature", default["temperature"]),
         top_p=spec.take_float("top_p", default["top_p"], high=1.0),
         max_new_tokens=spec.take_int("max_new_tokens", int(default["max_new_tokens"]), low=1),
+        stop=[f"\n{wording.user}"] if wording else [],
     )
-    scorer = TextScorer(tokenizer_of(spec.take_choice("tok", ("char", "jieba"))))
     seed = spec.take_int("seed", context.seed)
-    found = _read(spec, path, mode == "paper")
-    first = _exemplars(spec, shots, exemplars, mode == "paper")
-    shown = {exemplar.messages for exemplar in first}
-    asked = [question for question in found.questions if question.messages not in shown]
-    if not asked:
-        raise InputError(f"--tasks {spec.name}: {exemplars} holds every question of {path}. Give another file.")
-    drawn = tuple(context.draw(asked))
-    counts = {**found.counts, "left_out_as_exemplars": len(found.questions) - len(asked)}
-    wording = None
-    if context.prompting == "plain":
-        wording = PLAIN["dialogue" if "dialogue" in spec.name else "qa"]
-        sampling.stop.append(f"\n{wording.user}")
-    settings = {
-        "mode": mode,
-        "shots": shots,
-        "prompting": context.prompting,
-        **{name: value for name, value in vars(sampling).items() if name in default},
-        "seed": seed,
-        **_options(spec),
-        "questions": Questions(drawn).fingerprint,
-        "exemplars": Questions(first).fingerprint if first else "",
-        "signature": scorer.signature + (f"|{SIGNATURE}" if mode == "paper" else ""),
-    }
+    scorer = TextScorer(tokenizer_of(spec.take_choice("tok", ("char", "jieba"))))
+    found, exemplars = _read(spec, path, is_paper), _exemplars(spec, is_paper)
+    shown = {exemplar.messages for exemplar in exemplars}
+    left = [question for question in found.questions if question.messages not in shown]
+    if not left:
+        raise InputError(f"--tasks {spec.name}: all questions of {path} are exemplars. Give another file.")
+    counts = {**found.counts, "left_out_as_exemplars": len(found.questions) - len(left)}
+    asked = tuple(context.draw(left))
     return GenerationTask(
-        spec.take_str("label", spec.name),
-        drawn,
-        first,
-        wording,
-        sampling,
-        seed,
-        scorer,
-        mode == "paper",
-        settings,
-        {name: number for name, number in counts.items() if number},
-        found.notes,
+        name=spec.take_str("label", spec.name),
+        questions=asked,
+        exemplars=exemplars,
+        wording=wording,
+        sampling=sampling,
+        seed=seed,
+        scorer=scorer,
+        is_paper=is_paper,
+        settings={
+            "mode": mode,
+            "shots": len(exemplars),
+            "prompting": context.prompting,
+            **{name: value for name, value in vars(sampling).items() if name in default},
+            "seed": seed,
+            **_options(spec),
+            "questions": Questions(asked).fingerprint,
+            "exemplars": Questions(exemplars).fingerprint if exemplars else "",
+            "signature": scorer.signature + (f"|{SIGNATURE}" if is_paper else ""),
+        },
+        counts={name: number for name, number in counts.items() if number},
+        notes=found.notes,
     )
 
 
@@ -170,7 +181,9 @@ def _options(spec: TaskSpec) -> dict[str, str]:
     return {key: spec.options[key] for key in ("references", "system", *KEYS) if key in spec.options}
 
 
-def _exemplars(spec: TaskSpec, shots: int, path: str | None, is_paper: bool) -> tuple[Question, ...]:
+def _exemplars(spec: TaskSpec, is_paper: bool) -> tuple[Question, ...]:
+    """The first questions of another file of the same kind."""
+    shots, path = spec.take_int("shots", 0), spec.take_str("exemplars")
     if bool(shots) != (path is not None):
         raise InputError(
             f"--tasks {spec.name}: shots and exemplars come together. Write shots=5,exemplars=FILE, or neither."

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from engine.model_directory import ModelDirectory
+from evals.characters import CharacterTokenizer
 from evals.generation import BUILDERS, GenerationTask
 from evals.respondent import ModelRespondent
 from evals.suite import BuildContext, parse_spec
 from evals.task import Answer, Answered, Result
 from model.chat import Message
 from model.errors import InputError
-from tests.evals.stubs import always, ask, knowing
+from tests.evals.stubs import always, ask, guessing, knowing
 from tests.tools.small_chat import write_small_chat_model
 
 QA = [
@@ -28,9 +29,10 @@ QA = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """qa.jsonl, more.jsonl and most.jsonl (exemplars), and talk.jsonl (two turns)."""
+    """qa.jsonl, more.jsonl and most.jsonl (exemplars), words.jsonl (one-word answers) and talk.jsonl (two turns)."""
     more = [("发热？", "物理降温。"), ("失眠？", "少喝茶。")]
-    for name, pairs in (("qa", QA), ("more", more), ("most", more[1:])):
+    words = [("头晕？", "好"), ("牙痛？", "好")]
+    for name, pairs in (("qa", QA), ("more", more), ("most", more[1:]), ("words", words)):
         rows = [{"question": question, "answer": answer} for question, answer in pairs]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "甲乙丙丁", strict=False)]
@@ -128,6 +130,26 @@ def test_the_references_themselves_score_1_everywhere(folder: Path, prompting: s
     assert result.counts == {}
 
 
+def test_metrics_are_those_of_the_libraries_with_intervals_around_them(folder: Path) -> None:
+    from sacrebleu.metrics import BLEU
+
+    asked = task(f"qa={folder}/qa.jsonl")
+    said = {question.id: question.references[0][:3] + "多休息" for question in asked.questions}
+    result = ask(asked, knowing(said))
+    spaced = {text: " ".join(CharacterTokenizer().tokenize(text)) for _, text in QA}
+    answers = [" ".join(CharacterTokenizer().tokenize(text)) for text in said.values()]
+    for n in (1, 2, 4):
+        library = BLEU(tokenize="none", max_ngram_order=n, force=True).corpus_score(answers, [list(spaced.values())])
+        assert values(result)[f"bleu_{n}"] == pytest.approx(library.score / 100, rel=1e-12)
+    for metric in result.metrics:
+        if not metric.name.startswith("distinct"):
+            assert metric.low is not None and metric.high is not None
+            assert metric.low - 1e-12 <= metric.value <= metric.high + 1e-12, metric  # but for rounding
+    one_token = ask(task(f"qa={folder}/words.jsonl"), always(text="好"))
+    assert (values(one_token)["bleu_4"], values(one_token)["sentence_bleu_4"]) == (0.0, 1.0)  # sacrebleu's corpora
+    assert one_token.counts == {"references_of_one_token": 2}
+
+
 @pytest.mark.parametrize("mode", ["standard", "paper"])
 def test_empty_answers_score_0_and_are_counted(folder: Path, mode: str) -> None:
     result = ask(task(f"qa={folder}/qa.jsonl,mode={mode}"), always(text=" \n"))
@@ -178,6 +200,31 @@ def test_what_went_wrong_with_answers_and_prompts_is_counted(folder: Path) -> No
     assert values(result)["end_rate"] == 0.75
 
 
+def test_what_is_asked_twice_is_answered_once_unless_answers_are_drawn(tmp_path: Path) -> None:
+    page = {"question": "头晕？", "answer_1": "多休息。", "answer_2": "测血压。"}
+    (tmp_path / "ChiMed.v1.test.json").write_text(json.dumps(page), encoding="utf-8")
+    asked = task(f"chimed={tmp_path}/ChiMed.v1.test.json")
+    assert [request.id for request in asked.requests()] == ["1.1"]
+    result = ask(asked, always(text="测血压。"))
+    assert {item.id: (item.gold, item.parts["rouge_2"][0]) for item in result.items} == {
+        "1.1": ("多休息。", 0.0),
+        "1.2": ("测血压。", 1.0),
+    }
+    drawn = task(f"chimed={tmp_path}/ChiMed.v1.test.json,mode=paper")
+    assert [request.id for request in drawn.requests()] == ["1.1", "1.2"]
+
+
+def test_guesses_score_what_chance_gives(tmp_path: Path) -> None:
+    """One of four answers of one token is right with probability 1 / 4."""
+    n = 400
+    rows = [{"question": f"第{number}题？", "answer": "甲乙丙丁"[number % 4]} for number in range(n)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = values(ask(task(f"qa={tmp_path}/qa.jsonl"), guessing(sayings="甲乙丙丁")))
+    within = 4 * (1 / 4 * 3 / 4 / n) ** 0.5  # four standard errors of a proportion
+    for name in ("rouge_1", "rouge_l", "bleu_1", "sentence_bleu_1"):
+        assert found[name] == pytest.approx(0.25, abs=within), name
+
+
 def test_answers_to_other_questions_are_the_baseline(folder: Path) -> None:
     asked = task(f"qa={folder}/qa.jsonl")
     baselines = {name: value for who, name, value in ask(asked, always()).baselines}
@@ -216,7 +263,7 @@ def test_dialogues_are_shown_by_department(real_data: Path) -> None:
         ("qa={}/qa.jsonl,exemplars={}/more.jsonl", "shots and exemplars come together"),
         ("qa={}/qa.jsonl,shots=1,exemplars=none.jsonl", "exemplars=none.jsonl is not there"),
         ("qa={}/qa.jsonl,shots=5,exemplars={}/more.jsonl", "more.jsonl holds 2 exemplars, but shots=5"),
-        ("qa={}/qa.jsonl,shots=4,exemplars={}/qa.jsonl", "qa.jsonl holds every question of"),
+        ("qa={}/qa.jsonl,shots=4,exemplars={}/qa.jsonl", "all questions of .*qa.jsonl are exemplars"),
         ("qa={}/qa.jsonl,mode=papers", "mode=papers is not one of standard, paper"),
         ("qa={}/qa.jsonl,top_p=2", "top_p=2 is not a number from 0 to 1"),
         ("qa={}/qa.jsonl,max_new_tokens=0", "max_new_tokens=0 is not a whole number"),

@@ -7,6 +7,7 @@ import random
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def check_against_libraries(scorer: TextScorer, cases: list[tuple[str, list[str]
     answers = [spaced(answer) for answer, _ in cases]
     references = [[*map(spaced, given)] for _, given in cases]
     most = max(map(len, references))
-    columns = [[given[n] if n < len(given) else None for given in references] for n in range(most)]
+    columns: list[Any] = [[given[n] if n < len(given) else None for given in references] for n in range(most)]
     for n in ORDERS:
         corpus = BLEU(tokenize="none", max_ngram_order=n, force=True).corpus_score(answers, columns).score
         assert float(bleu(statistics.sum(0), n, effective=False)) == pytest.approx(corpus / 100, rel=1e-12)
@@ -94,6 +95,19 @@ def test_corpora_without_a_match_of_some_order_are_smoothed_as_the_library_does(
             library = BLEU(tokenize="none", max_ngram_order=n, force=True)
             corpus = library.corpus_score([*map(spaced, answers)], [[*map(spaced, references)]]).score
             assert float(bleu(sums, n, effective=False)) == pytest.approx(corpus / 100, rel=1e-12), (answers, n)
+
+
+def test_a_resample_of_statistics_scores_what_the_library_says_of_the_texts(scorer: TextScorer) -> None:
+    cases, draw = drawn_cases(200), np.random.default_rng(3)
+    statistics = np.stack([scorer.score(*case).statistics for case in cases])
+    answers, references = [spaced(answer) for answer, _ in cases], [spaced(given[0]) for _, given in cases]
+    first = np.stack([scorer.score(answer, given[:1]).statistics for answer, given in cases])
+    assert not np.array_equal(statistics, first)
+    for places in draw.integers(len(cases), size=(30, len(cases))):
+        drawn = [answers[place] for place in places], [[references[place] for place in places]]
+        for n in ORDERS:
+            corpus = BLEU(tokenize="none", max_ngram_order=n, force=True).corpus_score(*drawn).score
+            assert float(bleu(first[places].sum(0), n, effective=False)) == pytest.approx(corpus / 100, rel=1e-12)
 
 
 def numbers(scores: AnswerScores) -> tuple[float, ...]:
