@@ -12,8 +12,8 @@ import pytest
 
 from tests.evals.choice_samples import write_cmmlu, write_medqa
 from tests.rlhf.small_reward import write_small_reward_model
-from tests.small_base import small_texts, write_small_base, write_small_conversations, write_small_data
-from tests.tools.in_child import run_tool, start_tool
+from tests.small_base import FINDINGS, small_texts, write_small_base, write_small_conversations, write_small_data
+from tests.tools.in_child import TOOLS, run_tool, start_tool
 from tests.tools.small_chat import write_small_chat_model
 
 SHORT = ",max_new_tokens=12"
@@ -134,3 +134,15 @@ def test_training_texts_that_hold_the_questions_are_found(folder: Path) -> None:
     (section,) = json.loads((folder / "looked/report.json").read_text(encoding="utf-8"))["sections"]
     clean = section["entries"][0]["clean"]
     assert clean["flagged"] > 0 and clean["flagged"] + clean["unchecked"] == clean["items"]
+
+
+def test_the_task_of_the_documentation_is_asked(folder: Path) -> None:
+    page = (TOOLS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(.+?)```", page, re.DOTALL)
+    (folder / "my_tasks.py").write_text(code, encoding="utf-8")
+    rows = [{"description": f"{finding}三天", "disease": "感冒"} for finding in FINDINGS]
+    (folder / "names.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    words = ("--model", "chat", "--tasks", "my_tasks:names=names.jsonl,limit=4", "--out", "own")
+    (ended,) = run_tool("evaluate_model", *words, cwd=folder)
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.splitlines()[1].split()[:4] == ["names", "Accuracy", "(%)", "4"]
