@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.model_directory import ModelDirectory
+from evals.preview import describe
+from evals.respondent import ModelRespondent
 from evals.reward import RewardTask, build, win_rate
 from evals.suite import BuildContext, parse_spec
 from evals.task import Answer, Answered, Item, Result
 from model.chat import Message
 from model.errors import InputError
 from tests.evals.stubs import always, ask, guessing, text_of
+from tests.tools.small_chat import write_small_chat_model
 
 QUESTIONS = [f"问题{number}？" for number in range(1, 9)]
 
@@ -197,3 +201,11 @@ def test_fields_are_named_in_the_word_of_the_task(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Say which field asks with user=FIELD, or leave the file out\.$"):
         reward_task(tmp_path, lines=rows)
     assert text_of(reward_task(tmp_path, "user=题目", lines=rows).requests()[0].prompt) == "一？"  # type: ignore[union-attr]
+
+
+def test_looking_ahead_does_not_wake_the_reward_model(tmp_path: Path) -> None:
+    judge = LengthJudge()
+    directory = ModelDirectory.open(str(write_small_chat_model(tmp_path / "model")))
+    respondent = ModelRespondent(directory, device="cpu")
+    lines = list(describe(respondent, {"reward": reward_task(tmp_path, context=BuildContext("chat", judge=judge))}))
+    assert any("问题1？" in line for line in lines) and judge.calls == []
