@@ -51,7 +51,7 @@ def measure(
     share = metrics[FAILURES].value
     metrics[FAILURES] = Metric(FAILURES, share, *wilson_interval(share, len(rows)), len(rows), better="lower")
     counted = [column for column, gold in zip(own, golds, strict=True) if gold]
-    metrics["macro_f1"] = metric("macro_f1", _mean([_ratio(column, empty=0.0) for column in counted]), len(rows))
+    metrics["macro_f1"] = metric("macro_f1", _mean([_ratio(column) for column in counted]), len(rows))
     groups = {
         name: tuple(
             metric(of_type, _ratio(column + place), int(gold))
@@ -63,15 +63,21 @@ def measure(
     return tuple(metrics[name] for name in order), groups
 
 
-def _ratio(column: int, empty: float = np.nan) -> Statistic:
-    """Of the sums in two columns; empty: the value of 0 / 0."""
+def _ratio(column: int) -> Statistic:
+    """Of the sums in two columns; nan of 0 over 0."""
 
     def statistic(sums: np.ndarray) -> np.ndarray:
         top, bottom = sums[..., 0, 2 * column], sums[..., 0, 2 * column + 1]
-        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), empty)
+        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
 
     return statistic
 
 
 def _mean(statistics: Sequence[Statistic]) -> Statistic:
-    return lambda sums: np.mean([statistic(sums) for statistic in statistics], axis=0)
+    """Over those that are numbers: a drawing of texts may be without a type."""
+
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        values = np.array([one(sums) for one in statistics])
+        return np.nansum(values, axis=0) / np.isfinite(values).sum(axis=0)
+
+    return statistic
