@@ -1,4 +1,4 @@
-"""The longest common subsequence, 64 cells of its table at a time.
+"""The longest common subsequence, a row of its table at a time.
 
 Row by row, a bit says of each column whether the table grows there; a row is one addition and three operations on
 Python's long integers (Crochemore, Iliopoulos, Pinzon and Reid 2001; the form of Hyyrö 2004). Two texts of 500 tokens
