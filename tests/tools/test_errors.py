@@ -20,6 +20,7 @@ from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
 from tests.tools.mistakes_attitudes import MISTAKES_ATTITUDES
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
+from tests.tools.mistakes_contamination import MISTAKES_CONTAMINATION
 from tests.tools.mistakes_entities import MISTAKES_ENTITIES
 from tests.tools.mistakes_evaluation import MISTAKES_EVALUATION
 from tests.tools.mistakes_generation import MISTAKES_GENERATION
@@ -47,6 +48,7 @@ GROUPS = (
     MISTAKES_ENTITIES,
     MISTAKES_GENERATION,
     MISTAKES_ATTITUDES,
+    MISTAKES_CONTAMINATION,
 )
 PLAYED = {situation: mistake for group in GROUPS for situation, mistake in group.items()}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
