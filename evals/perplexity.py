@@ -128,10 +128,9 @@ def read_held_out(path: Path, options: ReadOptions) -> tuple[list[Held], Mapping
                 counts["too_short"] += 1
             else:
                 where = f"{file.name}:{record.line}"
-                lines[where] += 1
-                documents.append(
-                    Held(where if lines[where] == 1 else f"{where}.{lines[where]}", file.name, record.text)
-                )
+                lines[where] += 1  # a line may hold several records
+                id = where if lines[where] == 1 else f"{where}.{lines[where]}"
+                documents.append(Held(id, file.name, record.text))
     if not documents:
         why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items())
         raise InputError(f"{path}: there is no text in it{f' ({why})' if why else ''}. Give another file.")
