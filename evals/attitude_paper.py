@@ -1,9 +1,10 @@
 """CAMI and MICA-4 as the authors of ChiMed-GPT asked and counted them, to compare with their numbers.
 
 Their notebooks (Fengshenbang-LM, commit be59e1e, *_inference_medical.ipynb) put one prompt before each item, with no
-chat template, and take the likeliest of the letters as the next token. A letter's token is the one that their
-tokenizer gives for the letter by itself, which in SentencePiece begins a word; that is " A" behind a text. Options
-stand in one order, and items count by lists of reversed ones (`evals.attitude_key.Paper`).
+chat template, and take the likeliest of the letters as the next token. A letter's token is the one that their tokenizer
+gives for the letter by itself, which in LLaMA's begins a word; that is " A" behind a text. Where a tokenizer needs
+several tokens for that, they count together, and the result says so. Options stand in one order, and items count by
+lists of reversed ones (`evals.attitude_key.Paper`).
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class PaperTask:
             (f"always {letter}", SCORE, float(sum(self._points(item, place) for item in self.scale.items)))
             for place, letter in enumerate(self._letters)
         )
-        return Result(tuple(metrics), items, baselines=constant, notes=tuple(notes))
+        several = sum(max(response.tokens) > 1 for response in responses.values() if isinstance(response, Chosen))
+        counts = {"letters_of_several_tokens": several} if several else {}
+        return Result(tuple(metrics), items, baselines=constant, counts=counts, notes=tuple(notes))
 
     def _item(self, item: ScaleItem, response: Response) -> Item:
         assert isinstance(response, Chosen)

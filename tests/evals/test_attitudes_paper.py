@@ -61,6 +61,12 @@ def test_the_first_of_letters_that_tie_is_taken(tmp_path: Path) -> None:
     tied = Chosen((-2.0, -1.0, -1.0, -3.0, -1.0, -9.0), (1,) * 6, (False,) * 6)
     result = asked.result({request.id: tied for request in asked.requests()})
     assert {item.answer for item in result.items} == {"B"} and result.metrics[0].value == 62
+    assert result.counts == {}
+
+
+def test_letters_of_several_tokens_are_counted(tmp_path: Path) -> None:
+    # The stub's options have as many tokens as characters, a space and a letter.
+    assert ask(task(tmp_path, "mica4", "mode=paper"), always(0)).counts == {"letters_of_several_tokens": 16}
 
 
 @pytest.mark.parametrize(("name", "score"), [("cami", 120), ("mica4", 66)])
