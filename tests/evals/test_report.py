@@ -20,6 +20,7 @@ from evals.task import Item, Metric, Result
 from model.errors import InputError
 from tests.evals.fake_evaluations import SUBJECTS, TASKS, evaluation
 from tests.evals.page import Element, parse
+from tests.evals.test_report_html import nasty_everywhere
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +249,35 @@ def test_result_without_metrics_and_models_with_other_tasks_are_shown(tmp_path: 
     page = parse((tmp_path / "report.html").read_text("utf-8"))
     rows = page.find("section", **{"aria-labelledby": "summary"}).find("tbody").all("tr")
     assert [[cell.text for cell in row.all("td")] for row in rows] == [["—", "—"], ["—", "50.00"]]
+
+
+def test_what_a_model_says_is_kept_in_json_to_the_letter(tmp_path: Path) -> None:
+    nasty = nasty_everywhere()
+    write_report([nasty], tmp_path)
+    (section,) = json.loads((tmp_path / "report.json").read_text("utf-8"))["sections"]
+    (entry,) = section["entries"]
+    answers = {item.id: item.answer for item in next(iter(nasty.results.values())).items}
+    assert {sample["id"]: sample["answer"] for sample in entry["worst"] + entry["best"]} == answers
+
+
+def test_line_to_beat_is_the_best_that_is_reached_without_a_model(written: dict, page: Element) -> None:
+    """Of the letters always answered, the most frequent one; on the overview's axis, which ends at round numbers."""
+    figure = page.find("figure")
+    low, high = (float(figure.all("text")[place].text) for place in (0, -1))
+    (line,) = [each for each in figure.find("svg", role="img").all("line") if each.attributes["class"] == "reference"]
+    shown = low + float(line.attributes["x1"].rstrip("%")) / 100 * (high - low)
+    best = max(value for _, metric, value in written["sections"][0]["entries"][0]["baselines"] if metric == "accuracy")
+    assert shown == pytest.approx(100 * best, abs=1e-2)
+
+
+def test_what_was_never_counted_takes_one_line(page: Element, folder: Path) -> None:
+    table = page.find("div", **{"aria-label": "Counts of cmmlu-paper"}).find("tbody")
+    assert [[cell.text for cell in row if cell.tag in ("th", "td")] for row in table.all("tr")] == [
+        ["Unparsed", "1", "2"]
+    ]
+    line = "Looked for and not found: Dropped exemplars."
+    assert line in page.find("section", **{"aria-labelledby": "task-0"}).text
+    assert line in (folder / "report.md").read_text("utf-8")
 
 
 def test_report_is_the_same_every_time(evaluations: list[Evaluation], folder: Path, tmp_path: Path) -> None:
