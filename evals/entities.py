@@ -63,7 +63,7 @@ class EntityTask:
     def settings(self) -> Mapping[str, str | int | float | bool]:
         return {
             **self.read,
-            "instruction": self.wording.instruction,
+            "instruction": self.wording.instruction.format(types="…"),
             "types": "、".join(self._names),
             "shots": len(self.exemplars),
             "prompting": self.prompting,

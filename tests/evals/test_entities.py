@@ -195,6 +195,13 @@ def test_the_short_wording_is_that_of_the_bundled_conversations(tmp_path: Path) 
     assert first.prompt[0].content == f"抽取病历中的疾病、症状、部位、检查和药物，每行一个。\n{NOTES[0][0]}"
 
 
+def test_the_right_answer_goes_type_by_type_in_the_order_of_the_prompt(tmp_path: Path) -> None:
+    task = build(f"entities={sample(tmp_path)},types=药物+疾病+症状+部位+检查")
+    assert key(task)["1"] == "药物：头孢克肟\n疾病：肺炎\n症状：发热" and key(task)["3"] == "无"
+    task = build(f"entities={sample(tmp_path)},types=药物+疾病+症状+部位+检查,format=json")
+    assert key(task)["1"] == '{"药物": ["头孢克肟"], "疾病": ["肺炎"], "症状": ["发热"]}' and key(task)["3"] == "{}"
+
+
 def test_a_text_may_bring_its_own_instruction(tmp_path: Path) -> None:
     entity = {"type": "病", "mention": "肺炎"}
     path = notes(tmp_path, {"text": "肺炎。", "entities": [entity], "instruction": "找出疾病。"})
