@@ -128,6 +128,9 @@ def test_several_right_options_are_right_only_together(files: dict[str, Path]) -
     assert metric(result, "accuracy").value == 1 - len(several) / len(task.questions)
     assert [one.value for (one,) in result.groups.values()] == [1.0, 0.0]
     assert list(result.groups) == ["one right option", "several right options"]
+    more = {one.id: "".join(sorted({*one.answer, "B"})) for one in task.questions}
+    unharmed = sum("B" in one.answer for one in task.questions)
+    assert metric(ask(task, knowing(more)), "accuracy").value == unharmed / len(task.questions)
 
 
 @pytest.mark.parametrize("protocol", ["ceval", "cmmlu", "paper"])
