@@ -219,6 +219,13 @@ def test_exemplars_that_are_asked_about_are_passed_over_and_counted(tmp_path: Pa
         build(f"entities={sample(tmp_path)},shots=3,exemplars={exemplars}")
 
 
+def test_an_exemplar_with_a_misplaced_entity_is_not_shown(tmp_path: Path) -> None:
+    entity = {"type": "疾病", "mention": "胃炎"}
+    wrong, right = ({"text": f"诊断胃炎{n}。", "entities": [entity | {"start": n}]} for n in (1, 2))
+    (first, *_), _ = build_with(f"entities={sample(tmp_path)},shots=1,exemplars={notes(tmp_path, wrong, right)}")
+    assert first.prompt[0].content.endswith("文本：诊断胃炎2。")
+
+
 def test_covering_exemplars_show_every_type_as_soon_as_can_be(tmp_path: Path) -> None:
     exemplars = sample(
         tmp_path, notes=[MORE[0], *[(f"{n}{text}", marked) for n in range(5) for text, marked in MORE]], name="t"
