@@ -54,6 +54,10 @@ STAGES = (
     Stage("Train a reward model on comparisons of answers", "tools/rm.py"),
     Stage("Improve the answers by PPO", "tools/ppo.py --reward ckpt/rm"),
     Stage("Improve them by rejection sampling", "tools/rejection.py --reward ckpt/rm"),
+    Stage(
+        "Evaluate every model on bundled questions",
+        "tools/evaluate_model.py --model ckpt/pretrain ckpt/sft ckpt/ppo ckpt/rejection --reward ckpt/rm",
+    ),
 )
 
 
