@@ -74,7 +74,7 @@ def bundled_tasks(directory: Path, with_reward: bool) -> list[str]:
         f"attitudes={files}/attitudes.json,orders=20",
         f"perplexity={held_out}",
     ]
-    return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64,limit=200"] if with_reward else tasks
+    return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64"] if with_reward else tasks
 
 
 def _bundle(directory: Path, write: Callable[[Path, Knowledge], Any]) -> tuple[Path, Path]:

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from samples.ranking import ranking
+
 SAMPLE = "ckpt/sample"
 
 TOKENIZER = "ckpt/tokenizer"
@@ -70,6 +74,8 @@ def main() -> int:
         code = subprocess.run([sys.executable, *command.split()], cwd=ROOT, input=stdin).returncode
         if code:
             return code
+    print("\nBy each task's first metric: < is surely worse than the next, > surely better, ~ not surely either.")
+    print("\n".join(ranking(ROOT / "ckpt" / "evaluation" / "report.json")))
     print(f"\nDone in {time.monotonic() - began:.0f} s. ckpt/sft holds the model; python tools/chat.py talks to it.")
     return 0
 
