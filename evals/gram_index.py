@@ -85,7 +85,7 @@ class GramIndex:
         theirs, ours = sliding_window_view(window.letters, self._n), sliding_window_view(self._letters, self._n)
         at, gram = _where((theirs[at] == ours[self._places[self._first[gram]]]).all(axis=1), at, gram)
         self._is_found[gram] = True
-        for length, item, begin in self._matches(at, gram):
+        for length, item, begin in self._matches(at, gram) if len(at) else ():
             if length > self._longest.get(item, (0,))[0]:
                 self._longest[item] = length, *window.locate(begin)
 

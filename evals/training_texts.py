@@ -6,12 +6,11 @@ import codecs
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from engine.data.corpus import Store
-from engine.data.encodings import SAMPLE_BYTES, Stream
+from engine.data.encodings import Stream
 from engine.data.reading import read_records
 from engine.data.records import Document, SourceFile
 from engine.data.shards import TRAINED, Prepared, prepared_parts
@@ -19,7 +18,8 @@ from engine.data.sources import ReadOptions, list_files, probe
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-_LONGEST_PIECE = 1 << 18  # characters of a record that are handed on at once
+# What is handed on at once: characters of a record, bytes of a text.
+_LONGEST_PIECE, _PIECE_BYTES = 1 << 18, 1 << 19
 
 
 class Piece(NamedTuple):
@@ -76,12 +76,14 @@ def read_training_texts(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Pie
                 yield from _read_text(file) if file.format == "text" else _read_records(file, options)
 
 
-@dataclass(frozen=True)
 class _EveryText:
     """A record's text is all texts in it."""
 
-    longest: int = _LONGEST_PIECE
     advice: ClassVar[str] = ""
+
+    @property
+    def longest(self) -> int:
+        return _LONGEST_PIECE
 
     def text(self, value: Any) -> str:
         return "\n".join(_texts(value))
@@ -114,13 +116,13 @@ def _texts(value: Any) -> list[str]:
 
 
 def _read_text(file: SourceFile) -> Iterator[Piece]:
-    line = 1
+    line, is_first = 1, True
     with Stream(file.path, file.compression, file.encoding) as stream:
         decoder = codecs.getincrementaldecoder(stream.codec)("replace")
-        while piece := stream.read(SAMPLE_BYTES // 2):
+        while piece := stream.read(_PIECE_BYTES):
             text = decoder.decode(piece)
-            yield Piece(file.path, line, text, line == 1, has_lines=True)
-            line += text.count("\n")
+            yield Piece(file.path, line, text, is_first, has_lines=True)
+            line, is_first = line + text.count("\n"), False
 
 
 def _read_records(file: SourceFile, options: _Everything) -> Iterator[Piece]:

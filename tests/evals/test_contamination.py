@@ -10,15 +10,19 @@ import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.data.prepare import prepare
-from evals import windows
+from evals import gram_index, training_texts, windows
 from evals.contamination import Contamination, find_overlap
+from evals.eval_config import EvaluationConfig
+from evals.evaluation_job import plan_evaluation
 from evals.gram_index import Overlap
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from tests.model.tokenizer_bases import write_llama
+from tests.small_base import write_small_base
 
 QUESTION = "患者男性五十六岁，反复咳嗽咳痰二十年，近三天气促加重，最可能的诊断是什么？"
 LETTERS = 33
@@ -162,9 +166,11 @@ def test_a_gram_that_items_share_counts_for_all_of_them(tmp_path: Path) -> None:
 def test_any_cutting_into_windows_finds_what_brute_force_finds(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random texts of two letters, where there are matches everywhere, in records that are larger than windows."""
+    """Random texts of two letters, where there are matches everywhere, in texts and records larger than windows."""
     random_ = random.Random(seed)
     monkeypatch.setattr(windows, "CHARACTERS", random_.choice([5, 20, 60]))
+    monkeypatch.setattr(training_texts, "_PIECE_BYTES", random_.choice([7, 50]))  # also within a character
+    monkeypatch.setattr(training_texts, "_LONGEST_PIECE", random_.choice([6, 19, 1000]))
     records = ["".join(random_.choices("甲乙", k=random_.randrange(60))) for _ in range(30)]
     texts = {str(at): ["".join(random_.choices("甲乙", k=random_.randrange(30))) for _ in range(2)] for at in range(9)}
     shards = [write_txt(tmp_path / "a.txt", "".join(records[:9])), write_lines(tmp_path / "b.jsonl", records[9:])]
@@ -179,6 +185,15 @@ def test_any_cutting_into_windows_finds_what_brute_force_finds(
         inside = [len(stretch) for stretch in stretches if any(stretch in document for document in documents)]
         item = found.items[name]
         assert (item.grams, item.found, item.longest) == (len(grams), len(hits), max(inside, default=0))
+
+
+def test_grams_of_one_number_are_told_apart_by_their_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gram_index, "gram_numbers", lambda letters, n: np.zeros(max(0, len(letters) - n + 1), np.uint64)
+    )
+    shard = write_txt(tmp_path / "a.txt", noise(20, 1) + QUESTION[:8])
+    assert not find_overlap({"one": [noise(13, 2)]}, [shard]).touched
+    assert find_overlap({"one": [noise(20, 1)[4:17]]}, [shard]).flagged
 
 
 def test_a_long_shard_needs_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
@@ -208,6 +223,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no training texts"):
         find_overlap({"one": [QUESTION]}, [])
     assert find_overlap({}, [shard]).items == {}
+
+
+def test_paths_are_looked_at_before_anything_is_asked(tmp_path: Path) -> None:
+    write_small_base(tmp_path / "base")
+    config = EvaluationConfig([str(tmp_path / "base")], ["no task"], contamination=[str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match="nowhere: no such file or directory"):
+        plan_evaluation(config, lambda *_: lambda _: [])
 
 
 def choice_items(real_data: Path) -> Mapping[str, list[str]]:
