@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,31 @@ def test_a_model_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path, direc
         assert not run_to_the_end_or_a_kill(run, folder, directory, number)
         kept = Store(folder).read()
         assert 0 < len(kept) < len(TASK.requests())
+        torn = folder / "responses-0.jsonl"
+        os.truncate(torn, torn.stat().st_size - 200)  # a group of which a part is whole
+        assert 0 < len(kept) - len(Store(folder).read()) < GROUP
         assert run_to_the_end_or_a_kill(run, folder, directory)
         assert contents(folder) == expected
+
+
+class Neighbourly(Stub):
+    """Says how many were asked together, as rounding does in small."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda asked: [1.0] * len(asked.options), lambda asked: "", name="neighbourly")
+
+    def respond(self, requests: Any, beat: Beat | None = None) -> list[Response]:
+        return [Scored(-1.0, len(requests)) for _ in requests]
+
+
+def test_a_group_of_which_a_part_is_kept_is_asked_again_whole(tmp_path: Path) -> None:
+    responses = collect(TASK, Neighbourly(), Store(tmp_path / "unbroken"))  # type: ignore[arg-type]
+    (first, *_) = share(TASK.requests(), 0, 1)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "settings.json").write_bytes((tmp_path / "unbroken" / "settings.json").read_bytes())
+    Store(tmp_path / "torn").append([(one.id, responses[one.id]) for one in first[:3]])
+    assert collect(TASK, Neighbourly(), Store(tmp_path / "torn")) == responses  # type: ignore[arg-type]
+    assert contents(tmp_path / "torn") == contents(tmp_path / "unbroken")
 
 
 def test_two_ranks_keep_what_one_keeps(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from model.errors import InputError
 from model.generate import Request
 from model.sampling import SamplingOptions
 from tests.evals.small_tasks import SmallTask
-from tests.small_base import write_small_base
+from tests.small_base import FINDINGS, write_small_base
 from tests.tools.small_chat import end_answers_at, transformers_answer, write_small_chat_model
 
 
@@ -63,6 +63,20 @@ def test_a_greedy_answer_is_that_of_transformers(model: ModelRespondent, directo
         (response,) = model.respond([greedy("a", text)])
         assert isinstance(response, Answered) and response.tokens > 0
         assert response.text == transformers_answer(directory, [{"role": "user", "content": text}], 24)
+
+
+def test_the_likeliest_token_and_no_other_is_greedy(model: ModelRespondent) -> None:
+    found = 0
+    for finding in FINDINGS:
+        asked = (Message("user", f"{finding}怎么办？"),)
+        prompt = model.encoder.prompt(asked, 1).ids
+        (answer,) = model.generator.generate([Request(prompt, SamplingOptions(temperature=0.0, max_new_tokens=1))])
+        options = (answer.text or "", "患者", "诊断")
+        if model.directory.tokenizer.encode_batch(options[:1], is_continuation=True) == [answer.ids]:
+            (chosen,) = model.respond([Choose("a", asked, options)])
+            assert isinstance(chosen, Chosen) and chosen.is_greedy == (True, False, False)
+            found += 1
+    assert found
 
 
 def test_an_answer_ends_at_its_stop_texts_and_at_every_end_token(directory: Path, tmp_path: Path) -> None:
