@@ -67,6 +67,7 @@ class Store:
         Raises:
             InputError: it is not.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         if not path.exists():
             if any(self._files()):
