@@ -29,6 +29,7 @@ from evals.store import Store
 from evals.suite import Builder, Judge
 from evals.task import Response, Task
 from evals.training_texts import check_training_texts
+from model.errors import InputError
 
 OpenJudge = Callable[[str, torch.device, torch.dtype], Judge]
 """Opens the reward model of a directory, for this rank's device."""
@@ -51,6 +52,8 @@ def evaluate_models(
         StoppedError: see `evals.evaluation.collect`.
     """
     runtime = start(ParallelConfig())
+    if runtime.world > 1 and config.device not in (None, "cpu", "cuda"):
+        raise InputError(f"--device {config.device}: each of {runtime.world} processes has its own. Leave it out.")
     plans = plan_evaluation(config, open_judge, more, str(runtime.device))
     ranks, out = ControlGroup(), Path(config.out)
     ranks.first(f"write {out}", lambda: out.mkdir(parents=True, exist_ok=True))
@@ -86,6 +89,8 @@ def plan_evaluation(
     config.check()
     how: Any = {"device": config.device or device, "dtype": config.dtype, "context": config.context}
     place = resolve_device(how["device"])
+    if place.index is not None:
+        torch.cuda.set_device(place)  # where kernels start
     directories = {name: ModelDirectory.open(path, config.template) for name, path in config.models().items()}
     judge = None
     if config.reward is not None:

@@ -52,7 +52,7 @@ class ModelRespondent:
         name: in the report; by default the directory's.
         device, dtype, context, max_rows: as in `ModelDirectory.generator`.
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or the context is longer than the model's.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class ModelRespondent:
         self.directory, self.name = directory, name or directory.path.resolve().name
         self.fingerprint, self.has_template = directory.fingerprint, directory.template is not None
         self._how: Any = {"device": device, "dtype": dtype, "context": context, "max_rows": max_rows}
-        self.context = context or directory.config.rope_length
+        self.context = directory.config.rope_length if context is None else context
+        directory.config.with_context(self.context)
         self.encoder = PromptEncoder(directory, self.context)
         template = directory.template
         self.settings: Mapping[str, str | int] = {

@@ -68,13 +68,13 @@ class Store:
             InputError: it is not.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "settings.json"
+        path, settings = self.folder / "settings.json", json.loads(json.dumps(dict(settings)))
         if not path.exists():
             if any(self._files()):
                 raise InputError(
                     f"{self.folder} holds responses and no settings.json: nobody knows whose. Move it away."
                 )
-            return write_durably(path, json.dumps(dict(settings), indent=1, ensure_ascii=False) + "\n")
+            return write_durably(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
