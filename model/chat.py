@@ -210,6 +210,9 @@ def fit_prompt(
     Raises:
         ConversationError: the last question alone takes the context.
     """
+    ids = template.encode_prompt(tokenizer, conversation)
+    if len(ids) < context:  # as nearly always
+        return ids, 0
     shorter = _Shortened(conversation)
     dropped = shorter.fewest(lambda rest: len(template.encode_prompt(tokenizer, rest)) < context)
     ids = template.encode_prompt(tokenizer, shorter.without(dropped))
