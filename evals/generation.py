@@ -129,6 +129,7 @@ def _build(spec: TaskSpec, context: BuildContext) -> GenerationTask:
         max_new_tokens=spec.take_int("max_new_tokens", int(default["max_new_tokens"]), low=1),
         stop=[f"\n{wording.user}"] if wording else [],
     )
+    sampling.options(())  # see that it can be
     seed = spec.take_int("seed", context.seed)
     scorer = TextScorer(tokenizer_of(spec.take_choice("tok", ("char", "jieba"))))
     found, exemplars = _read(spec, path, is_paper), _exemplars(spec, is_paper)
@@ -182,7 +183,7 @@ def _options(spec: TaskSpec) -> dict[str, str]:
 
 
 def _exemplars(spec: TaskSpec, is_paper: bool) -> tuple[Question, ...]:
-    """The first questions of another file of the same kind."""
+    """The first questions of another file of the same kind, of those that are asked twice the first."""
     shots, path = spec.take_int("shots", 0), spec.take_str("exemplars")
     if bool(shots) != (path is not None):
         raise InputError(
@@ -192,7 +193,10 @@ def _exemplars(spec: TaskSpec, is_paper: bool) -> tuple[Question, ...]:
         return ()
     if not Path(path).exists():
         raise InputError(f"--tasks {spec.name}: exemplars={path} is not there. Check the path.")
-    found = _read(spec, path, is_paper).questions
+    asked: dict[tuple[Message, ...], Question] = {}
+    for question in _read(spec, path, is_paper).questions:
+        asked.setdefault(question.messages, question)
+    found = tuple(asked.values())
     if len(found) < shots:
         raise InputError(f"--tasks {spec.name}: {path} holds {len(found)} exemplars, but shots={shots}. Lower it.")
     return found[:shots]

@@ -157,12 +157,10 @@ def _ratio(items: Sequence[Item], name: str, seed: int) -> tuple[float, float, f
 
 
 def _counts(answers: Sequence[Answered], scores: Sequence[_Scores]) -> dict[str, int]:
+    """What `evals.evaluation.conclude` does not count for every task."""
     counts = {
         "empty_answers": sum(not answer.text.strip() for answer in answers),
-        "cut_at_max_new_tokens": sum(answer.end_reason == "length" for answer in answers),
-        "prompts_without_oldest_turns": sum(answer.dropped > 0 for answer in answers),
-        "prompts_cut_to_the_context": sum(answer.cut > 0 for answer in answers),
-        "references_of_one_token": sum(one.statistics[1] == 1 for one in scores),  # without a pair: rouge_2 is 0
+        "references_of_one_token": sum(int(one.statistics[1]) == 1 for one in scores),  # without a pair: rouge_2 is 0
     }
     return {name: number for name, number in counts.items() if number}
 

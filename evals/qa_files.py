@@ -55,7 +55,8 @@ def read_chimed(path: Path | str, references: str = "each", is_cleaned: bool = F
                 if answer
             ]
         else:
-            questions.append(Question(entry.id, messages, texts_in(answers), specialties[0]))
+            first = next(place for place, answer in enumerate(answers) if answer)
+            questions.append(Question(entry.id, messages, texts_in(answers), specialties[first]))
     return gather(path, questions, counts)
 
 

@@ -23,7 +23,8 @@ from model.errors import InputError
 class Question:
     """What is asked, and what was answered.
 
-    id: the line that it stands in, with the file's name where there are several; unique in a task.
+    id: the line that it stands in, with the file's name where there are several files, and a number where there are
+        several in a line; unique in a task.
     messages: up to the turn that is to be given; the last one is the user's.
     references: at least one, none of them blank.
     group: department or specialty, "" for none.
@@ -86,11 +87,16 @@ def gather(
     """What a reader found, with the questions that were asked before counted.
 
     Raises:
-        InputError: nothing was found.
+        InputError: nothing was found, or what no tokenizer can take.
     """
     if not questions:
         left_out = "".join(f"; {number} records {name.replace('_', ' ')}" for name, number in counts.items())
         raise InputError(f"{path}: no question with an answer is in it{left_out}. Give another file.")
+    for question in questions:
+        try:
+            "".join((*(message.content for message in question.messages), *question.references)).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{path}: question {question.id} holds half a surrogate pair. Mend its record.") from None
     counts["repeated"] = len(questions) - len({question.messages for question in questions})
     return Questions(tuple(questions), {name: number for name, number in counts.items() if number}, tuple(notes))
 
@@ -109,11 +115,14 @@ def read_entries(path: Path | str, is_table: bool = False) -> Iterator[Entry]:
             file = replace(file, format="csv", encoding=detect_encoding(file.path, file.compression))
         else:
             file = probe(file, _AnyOptions())
+        lines: Counter[int] = Counter()
         for record in read_records(file, _AnySchema()):
             where = f"{file.path}:{record.line}"
             if record.text is None:
                 raise InputError(f"{where}: {record.reason}. Mend the record, or fetch the file again.")
+            lines[record.line] += 1  # a line may hold several records, as that of a JSON list does
             id = f"{file.name}:{record.line}" if len(listed) > 1 else str(record.line)
+            id = id if lines[record.line] == 1 else f"{id}.{lines[record.line]}"
             yield Entry(id, where, json.loads(record.text))
 
 

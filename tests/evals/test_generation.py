@@ -10,6 +10,7 @@ import pytest
 
 from engine.model_directory import ModelDirectory
 from evals.characters import CharacterTokenizer
+from evals.evaluation import conclude
 from evals.generation import BUILDERS, GenerationTask
 from evals.respondent import ModelRespondent
 from evals.suite import BuildContext, parse_spec
@@ -111,6 +112,16 @@ def test_a_label_is_the_name(folder: Path) -> None:
     assert task(f"qa={folder}/qa.jsonl,label=mine").name == "mine"
 
 
+def test_no_exemplar_is_shown_twice(folder: Path) -> None:
+    pairs = [("发热？", "物理降温。"), ("发热？", "多喝水。"), ("失眠？", "少喝茶。")]
+    rows = "\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in pairs)
+    (folder / "repeated.jsonl").write_text(rows, encoding="utf-8")
+    asked = task(f"qa={folder}/qa.jsonl,shots=2,exemplars={folder}/repeated.jsonl")
+    assert [one.references[0] for one in asked.exemplars] == ["物理降温。", "少喝茶。"]
+    with pytest.raises(InputError, match=r"repeated\.jsonl holds 2 exemplars, but shots=3"):
+        task(f"qa={folder}/qa.jsonl,shots=3,exemplars={folder}/repeated.jsonl")
+
+
 def test_a_question_that_is_an_exemplar_is_not_asked(folder: Path) -> None:
     asked = task(f"qa={folder}/qa.jsonl,shots=2,exemplars={folder}/qa.jsonl")
     assert [question.id for question in asked.questions] == ["3", "4"]
@@ -148,6 +159,7 @@ def test_metrics_are_those_of_the_libraries_with_intervals_around_them(folder: P
     one_token = ask(task(f"qa={folder}/words.jsonl"), always(text="好"))
     assert (values(one_token)["bleu_4"], values(one_token)["sentence_bleu_4"]) == (0.0, 1.0)  # sacrebleu's corpora
     assert one_token.counts == {"references_of_one_token": 2}
+    assert all(type(count) is int for count in one_token.counts.values())
 
 
 @pytest.mark.parametrize("mode", ["standard", "paper"])
@@ -191,12 +203,14 @@ def test_what_went_wrong_with_answers_and_prompts_is_counted(folder: Path) -> No
         Answered("拍片", "stop", 2),
     ]
     result = asked.result(dict(zip("1234", answers, strict=True)))
-    assert result.counts == {
+    counts = conclude(asked, dict(zip("1234", answers, strict=True))).counts
+    assert counts == {  # each once, under the name that it has in every task
         "empty_answers": 1,
-        "cut_at_max_new_tokens": 1,
+        "answers_without_end": 1,
         "prompts_without_oldest_turns": 1,
-        "prompts_cut_to_the_context": 1,
+        "prompts_cut": 1,
     }
+    assert all(type(count) is int for count in counts.values())
     assert values(result)["end_rate"] == 0.75
 
 
@@ -267,6 +281,8 @@ def test_dialogues_are_shown_by_department(real_data: Path) -> None:
         ("qa={}/qa.jsonl,mode=papers", "mode=papers is not one of standard, paper"),
         ("qa={}/qa.jsonl,top_p=2", "top_p=2 is not a number from 0 to 1"),
         ("qa={}/qa.jsonl,max_new_tokens=0", "max_new_tokens=0 is not a whole number"),
+        ("qa={}/qa.jsonl,temperature=1,top_p=0", "top_p is 0.0; give a number above 0"),
+        ("qa={}/qa.jsonl,temperature=inf", "temperature is inf"),
         ("chimed={}/qa.jsonl", '"answer_1" is missing'),
         ("qa={}/qa.jsonl,references=all", "references is none of its options"),
     ],
@@ -288,4 +304,5 @@ def test_real_files_are_answered_by_a_model_from_end_to_end(real_data: Path, tmp
         result = asked.result(responses)
         assert len(result.items) == 18
         assert all(0 <= metric.value <= 1 for metric in result.metrics if metric.unit == "%")
-        assert result.counts["cut_at_max_new_tokens"] + round(18 * values(result)["end_rate"]) == 18
+        cut = sum(response.end_reason == "length" for response in responses.values())
+        assert cut + round(18 * values(result)["end_rate"]) == 18

@@ -65,6 +65,15 @@ def test_adopted_answers_of_chimed_alone_can_be_references(chimed: Path) -> None
     assert found.counts == {"without_adopted_answer": 1}
 
 
+def test_an_adopted_answer_is_shown_under_its_own_specialty(tmp_path: Path) -> None:
+    pages = [
+        page("头晕？", "多休息。", "测血压。", ("false", "true")),
+        page("牙痛？", "看牙。", "漱口。", ("true", "true")),
+    ]
+    found = read_chimed(write(tmp_path / "pages.json", pages), "adopted")
+    assert [(one.references[0], one.group) for one in found.questions] == [("测血压。", "外科"), ("看牙。", "内科")]
+
+
 def test_pages_of_chimed_are_cleaned_as_for_the_published_figures(chimed: Path) -> None:
     with chimed.open("a", encoding="utf-8") as file:
         file.write(json.dumps(page("发热？提问人的追问：多少度", "吃药。", "休息。"), ensure_ascii=False))
@@ -180,6 +189,23 @@ def test_ids_name_the_file_where_there_are_several(tmp_path: Path) -> None:
     found = conversations(tmp_path / "both")
     assert [question.id for question in found.questions] == ["a.jsonl:1", "b.jsonl:1"]
     assert found.counts == {"repeated": 1}
+
+
+def test_records_of_one_line_have_ids_of_their_own(tmp_path: Path) -> None:
+    pages = [page("头晕？", "多休息。", "测血压。"), page("牙痛？", "看牙科。", "漱口。"), page("咳嗽？", "喝水。", "")]
+    (tmp_path / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
+    each, together = (read_chimed(tmp_path / "pages.json", references) for references in ("each", "all"))
+    assert [one.id for one in each.questions] == ["1.1", "1.2", "1.2.1", "1.2.2", "1.3.1"]
+    assert [one.id for one in together.questions] == ["1", "1.2", "1.3"]
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path) -> None:
+    records = [{"question": "头晕？", "answer": "休息。"}, {"question": "头晕\ud83d？", "answer": "休息。"}]
+    path = tmp_path / "half.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    for read in (read_huatuo, lambda path: read_conversations(path, {}, None)):
+        with pytest.raises(InputError, match=r"half\.jsonl: question 2 holds half a surrogate pair"):
+            read(path)
 
 
 def test_the_fingerprint_is_of_the_questions_and_not_of_the_file(tmp_path: Path) -> None:
