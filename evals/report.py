@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,6 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -287,11 +287,7 @@ def _samples(result: Result) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
         (item for item in result.items if item.id in values),
         key=lambda item: (sign * values[item.id], hashlib.sha256(item.id.encode("utf-8", "replace")).digest()),
     )
-    shown = [
-        Sample(item.id, item.group, values[item.id], item.shown, item.answer, item.gold)
-        for item in ranked
-        if item.id in values
-    ]
+    shown = [Sample(item.id, item.group, values[item.id], item.shown, item.answer, item.gold) for item in ranked]
     least, most = (shown[0].value, shown[-1].value) if shown else (0.0, 0.0)
     worst = tuple(sample for sample in shown[:SAMPLES] if sample.value != most)
     best = tuple(sample for sample in reversed(shown[-SAMPLES:]) if sample.value != least or least == most)

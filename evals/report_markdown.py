@@ -94,14 +94,16 @@ def _published_table(
     ours: Sequence[tuple[str, list[tables.Beside | None]]], columns: Sequence[Column], published: Published
 ) -> str:
     head = ["Model", *(f"{column.name} {column.metric}{f', n {column.n:,}' if column.n else ''}" for column in columns)]
-    rows = [
-        [f"**{escape(model)}**", *(_number(found.metric) if found else "—" for found in cells)] for model, cells in ours
-    ]
+    rows = [[f"**{escape(model)}**", *(_beside(found) if found else "—" for found in cells)] for model, cells in ours]
     for model in published.models:
         scores = (column.scores[model] for column in columns)
         cells = [f"{number(score.value, '%')} {bounds(score.low, score.high, '%')}".strip() for score in scores]
         rows.append([escape(model), *cells])
     return _table(head, rows, raw=True)
+
+
+def _beside(found: tables.Beside) -> str:
+    return f"{_number(found.metric)} ({escape(found.source)}, n {found.metric.n:,})"
 
 
 def _section(section: Section) -> Iterable[str]:

@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.intervals import wilson_interval
@@ -307,6 +308,24 @@ def test_our_scores_stand_beside_published_ones_of_the_same_items(written: dict,
     # The paper mode's figure, not the one that counts in the usual way.
     paper = [one(entry["metrics"], "paper_rouge_1")["value"] for entry in written["sections"][2]["entries"]]
     assert [float(rows[model].all("data")[1].attributes["value"]) for model in ("sft", "ppo")] == paper
+
+
+def test_our_scores_beside_published_ones_say_which_task_and_how_many_items(
+    written: dict, page: Element, folder: Path
+) -> None:
+    entry = written["sections"][0]["entries"][0]
+    said = f"{written['sections'][0]['label']}, {entry['settings']['protocol']}, n {entry['items']:,}"
+    rows = page.find("section", **{"aria-labelledby": "published"}).find("table").find("tbody").all("tr")
+    assert rows[0].find("span", **{"class": "count"}).text == said
+    lines = (folder / "report.md").read_text("utf-8").split("## Beside published")[1].split("\n")
+    assert f"({said})" in next(line for line in lines if line.startswith("| **sft**"))
+
+
+def test_whole_numbers_of_any_type_are_numbers_in_json(tmp_path: Path) -> None:
+    one = with_result("a", dataclasses.replace(scored([1.0, 0.0]), counts={"unparsed": np.int64(3)}))
+    write_report([one], tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert found["sections"][0]["entries"][0]["counts"] == {"unparsed": 3}
 
 
 def test_nothing_stands_beside_published_scores_where_no_task_is_theirs(tmp_path: Path) -> None:
