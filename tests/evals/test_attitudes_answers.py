@@ -25,6 +25,9 @@ OPTIONS = ("完全不同意", "不同意", "中立", "同意", "完全同意")
         ("我保持中立。", "中立"),
         ("**D**", "同意"),
         ("选项 D：同意", "同意"),
+        ("我并不同意。", "不同意"),
+        ("没有别的看法，同意。", "同意"),
+        ("不同意（B）", "不同意"),
     ],
 )
 def test_an_answer_that_names_an_option(answer: str, option: str) -> None:
@@ -45,6 +48,12 @@ def test_an_answer_that_names_an_option(answer: str, option: str) -> None:
         "A. 完全同意",  # A is another
         "D 不同意",
         "有的人同意，有的人不同意。",
+        "我不太同意这种说法。",  # which is not 同意, and none of the others
+        "不完全同意",
+        "我很难完全同意。",
+        "未必同意",
+        "我不选A。",
+        "不是 D",
     ],
 )
 def test_an_answer_that_names_none_or_contradicts_itself(answer: str) -> None:
