@@ -84,6 +84,7 @@ def test_every_task_of_the_recipe_is_built_and_every_published_column_has_its_ro
         "top_p: 0.85",
     ):
         assert asked in ended.stdout, asked
+    assert (ended.stdout.count("\nmode: paper\n"), ended.stdout.count("\nprotocol: paper\n")) == (4, 5)
     assert not (folder / "ckpt").exists()
 
 
