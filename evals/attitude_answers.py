@@ -47,7 +47,7 @@ def named_option(answer: str, options: Sequence[str]) -> int | None:
 
 
 def _said(text: str, wordings: Sequence[str]) -> set[int | None]:
-    """The options whose wording is there, not counting where it is a part of a longer one; None of one that is denied."""
+    """The options whose wording is there, not counting where it is a part of a longer one; None for one denied."""
     longest_first = sorted(range(len(wordings)), key=lambda place: -len(wordings[place]))
     pattern = "|".join(re.escape(wordings[place]) for place in longest_first)
     return {

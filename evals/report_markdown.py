@@ -83,9 +83,7 @@ def _published(report: Report, published: Published) -> str:
         )
     ours = tables.beside_rows(report, matched)
     return f"{said}\n\n{_published_table(ours, matched, published)}\n\n" + "\n".join(
-        f"- **{escape(names)}** ({comparable} comparable): {escape(note)}".replace("(yes ", "(").replace(
-            "(no ", "(not "
-        )
+        f"- **{escape(names)}** ({comparable}): {escape(note)}"
         for names, comparable, note in tables.column_notes(matched)
     )
 
@@ -160,7 +158,7 @@ def _comparison(each: Comparison, unit: str) -> list[str]:
         title(each.metric),
         f"{signed(d.value, unit)} {bounds(d.low, d.high, unit)}",
         f"{probability(each.p)} ({by})",
-        f"{d.higher:,} / {d.equal:,} / {d.lower:,}",
+        f"{d.higher:,} / {d.equal:,} / {d.lower:,}{_unshared(d.unshared)}",
     ]
 
 
@@ -170,8 +168,12 @@ def _win(each: Wins) -> list[str]:
         f"{number(share.value, '%')} {bounds(share.low, share.high, '%')}" for share in (found.rate, found.rate_near)
     )
     longer = f"{signed(found.longer.value, 'tokens')} {bounds(found.longer.low, found.longer.high, 'tokens')}"
-    counts = f"{found.wins:,} / {found.ties:,} / {found.losses:,}"
+    counts = f"{found.wins:,} / {found.ties:,} / {found.losses:,}{_unshared(found.unpaired)}"
     return [f"{each.a} : {each.b}", rate, counts, longer, f"{near}, {found.near:,} pairs"]
+
+
+def _unshared(count: int) -> str:
+    return f", {count:,} not of both" if count else ""
 
 
 def _first(metrics: Sequence[Metric | None]) -> Metric:

@@ -14,6 +14,8 @@ from evals.task import Metric
 _BRIEF = ("task", "protocol", "mode", "prompting", "shots", "limit", "signature")
 """Settings that stand under a task's name; all of them are in its table of settings."""
 
+_COMPARABLE = {"yes": "comparable", "partly": "comparable in part", "no": "not comparable"}
+
 
 class Beside(NamedTuple):
     """Our score beside a published one, and where it is from: the task, its protocol if it has several."""
@@ -191,10 +193,10 @@ def matched_columns(report: Report, published: Published) -> list[Column]:
 
 
 def column_notes(columns: Sequence[Column]) -> list[tuple[str, str, str]]:
-    """(columns, whether they may be compared, note), every note once."""
+    """(columns, whether they may be compared in words, note), every note once."""
     said: dict[tuple[str, str], list[str]] = {}
     for column in columns:
-        said.setdefault((column.comparable, column.note), []).append(f"{column.name} {column.metric}")
+        said.setdefault((_COMPARABLE[column.comparable], column.note), []).append(f"{column.name} {column.metric}")
     return [(", ".join(names), comparable, note) for (comparable, note), names in said.items()]
 
 

@@ -321,6 +321,21 @@ def test_our_scores_beside_published_ones_say_which_task_and_how_many_items(
     assert f"({said})" in next(line for line in lines if line.startswith("| **sft**"))
 
 
+def test_what_only_one_of_two_models_has_is_counted_beside_their_difference(tmp_path: Path) -> None:
+    one, other = with_result("a", scored([1.0, 0.0, 1.0])), with_result("b", scored([0.0, 0.0]))
+    write_report([one, other], tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "1 not of both" in (tmp_path / name).read_text("utf-8"), name
+
+
+def test_columns_are_called_comparable_in_the_same_words_everywhere(page: Element, folder: Path) -> None:
+    notes = page.find("section", **{"aria-labelledby": "published"}).find("ul", **{"class": "notes"}).all("li")
+    lines = (folder / "report.md").read_text("utf-8").split("## Beside published")[1].split("\n")
+    said = [re.sub(r"\\(.)", r"\1", line.removeprefix("- ").replace("**", "")) for line in lines if line[:2] == "- "]
+    assert said[: len(notes)] == [note.text for note in notes]
+    assert "comparable in part" in said[0]
+
+
 def test_whole_numbers_of_any_type_are_numbers_in_json(tmp_path: Path) -> None:
     one = with_result("a", dataclasses.replace(scored([1.0, 0.0]), counts={"unparsed": np.int64(3)}))
     write_report([one], tmp_path)
