@@ -95,7 +95,7 @@ def test_two_ranks_say_what_one_says(folder: Path) -> None:
 
 
 def test_a_signal_keeps_what_was_answered_and_the_same_command_goes_on(folder: Path) -> None:
-    words = ("--model", "chat", "--tasks", "medqa=medqa.jsonl", "qa=qa.jsonl,max_new_tokens=200", "--out")
+    words = ("--model", "chat", "--tasks", "medqa=medqa.jsonl", "qa=qa.jsonl,limit=9,max_new_tokens=200", "--out")
     running = start_tool("evaluate_model", *words, "stopped", cwd=folder)
     answers, deadline = folder / "stopped/chat/qa/settings.json", time.monotonic() + 60
     while not answers.exists() and time.monotonic() < deadline:
