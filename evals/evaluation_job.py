@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.agreement import ControlGroup
-from engine.launch import is_main_process, speak
+from engine.launch import speak
 from engine.mesh import ParallelConfig, start, stop
 from engine.model_directory import ModelDirectory, resolve_device, resolve_dtype
 from engine.signals import StopSignals
@@ -63,11 +63,13 @@ def evaluate_models(
         responses = _ask(respondent, tasks, stores, ranks)
         respondent.release()
         evaluations.append(_count(respondent, tasks, stores, responses))
-    if is_main_process():
+
+    def report() -> None:
         if config.contamination:
-            evaluations = _look_up(evaluations, config.contamination, config.gram)
+            evaluations[:] = _look_up(evaluations, config.contamination, config.gram)
         write_report(evaluations, out)
-    runtime.wait_for_all()
+
+    ranks.first(f"write {out}", report)
     stop()
     return evaluations
 

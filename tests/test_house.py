@@ -13,6 +13,7 @@ FLOORS = {"kernels": 0, "model": 1, "engine": 2, "rlhf": 3, "evals": 3, "tools":
 ORACLES = {"transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"}
 # These race against transformers and TRL, or compare with them when asked to; nothing else may import them.
 RACERS = {
+    "tools/bench_eval.py",
     "tools/bench_train.py",
     "tools/bench_generate.py",
     "tools/bench_ppo.py",

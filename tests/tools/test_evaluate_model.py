@@ -94,6 +94,13 @@ def test_two_ranks_say_what_one_says(folder: Path) -> None:
                     assert pair == pytest.approx(others[metric], rel=1e-4, abs=1e-4)
 
 
+def test_a_report_that_cannot_be_written_ends_every_rank(folder: Path) -> None:
+    (folder / "full" / "report.json").mkdir(parents=True)  # a folder where the file should be
+    words = ("--model", "chat", "--tasks", "medqa=medqa.jsonl", "--out", "full")
+    ends = run_tool("evaluate_model", *words, cwd=folder, world=2)
+    assert all(ended.code not in (0, -9) for ended in ends), [ended.stderr for ended in ends]
+
+
 def test_a_signal_keeps_what_was_answered_and_the_same_command_goes_on(folder: Path) -> None:
     words = ("--model", "chat", "--tasks", "medqa=medqa.jsonl", "qa=qa.jsonl,limit=9,max_new_tokens=200", "--out")
     running = start_tool("evaluate_model", *words, "stopped", cwd=folder)
