@@ -19,7 +19,7 @@ from evals.task import Item, Result
 class Difference(NamedTuple):
     """A metric of one model less that of another, on the items that both have.
 
-    low, high: 95 % interval of the paired bootstrap (BCa); nan where fewer than two items are shared.
+    low, high: 95 % interval of the paired bootstrap (BCa); nan where fewer than two prompts are shared.
     p: two-sided. Under "no difference" the replicates are taken to lie around 0 as they lie around the value, so p is
         the share of them that stray as far from the value as the value is from 0, each tail counted, and one more on
         top and bottom (Davison and Hinkley 1997, section 4.2), so never 0.
@@ -46,16 +46,18 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % interval (BCa) of a metric: of the ratio of sums of `Item.parts[metric]`.
 
-    Items without this part are passed over. Where all items agree the interval has no width, whatever their number: for
-    shares of successes prefer `engine.intervals.wilson_interval`.
+    Items without this part are passed over, and those of one prompt are drawn together (`by_prompt`). Where all items
+    agree the interval has no width, whatever their number: for shares of successes prefer
+    `engine.intervals.wilson_interval`.
 
     Args:
         by_group: of the mean of the groups' ratios, every group counting the same, drawn within groups.
     Returns:
-        (low, high), nan where there are fewer than two items.
+        (low, high), nan where there are fewer than two prompts.
     """
     counted = [item for item in items if metric in item.parts]
-    found = Resampled(_rows(counted, metric), _strata(counted, by_group), seed, resamples).interval(mean_of_ratios)
+    rows, strata = by_prompt(counted, _rows(counted, metric), _strata(counted, by_group))
+    found = Resampled(rows, strata, seed, resamples).interval(mean_of_ratios)
     return found.low, found.high
 
 
@@ -79,7 +81,7 @@ def compare_all(
     for (ids_a, ids_b), names in having.items():
         left, right = [[of[id] for id in sorted(ids_a & ids_b)] for of in (of_a, of_b)]
         rows = [np.concatenate([_rows(left, name), _rows(right, name)], axis=1) for name in names]  # each [n, 4]
-        resampled = Resampled(np.concatenate(rows, axis=1), _strata(left, by_group), seed, resamples)
+        resampled = Resampled(*by_prompt(left, np.concatenate(rows, axis=1), _strata(left, by_group)), seed, resamples)
         for at, name in enumerate(names):
             is_share = not by_group and len(rows[at]) > 0 and _is_binary(rows[at])
             found[name] = _difference(resampled, rows[at], 4 * at, len(ids_a ^ ids_b), is_share)
@@ -122,6 +124,27 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def mean_of_ratios(sums: np.ndarray) -> np.ndarray:
     """Numerators over denominators in each stratum, then the mean over strata: [..., S, 2] -> [...]."""
     return (sums[..., 0] / sums[..., 1]).mean(-1)
+
+
+def by_prompt(
+    items: Sequence[Item], rows: np.ndarray, strata: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What items of one prompt add to the sums, added up: float [N, C] and int [N] -> [P, C] and [P].
+
+    A question that stands in a file twice, or has two reference answers that count apart, tells no more than one: its
+    items are drawn together or not at all (in each stratum by itself). Items that show nothing are each one's own.
+    """
+    of_items: list[int] = [0] * len(items) if strata is None else strata.tolist()
+    places: dict[tuple[int, str, str], int] = {}
+    where = [
+        places.setdefault((stratum, item.shown, "" if item.shown else item.id), len(places))
+        for stratum, item in zip(of_items, items, strict=True)
+    ]
+    if len(places) == len(items):
+        return rows, strata
+    sums = np.zeros((len(places), rows.shape[1]))
+    np.add.at(sums, where, rows)
+    return sums, None if strata is None else np.array([stratum for stratum, *_ in places])
 
 
 def _rows(items: Sequence[Item], metric: str) -> np.ndarray:

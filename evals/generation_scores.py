@@ -11,7 +11,7 @@ import numpy as np
 from engine.intervals import wilson_interval
 from evals import paper_metrics
 from evals.bootstrap import Resampled
-from evals.comparison import bootstrap_interval
+from evals.comparison import bootstrap_interval, by_prompt
 from evals.questions import Question
 from evals.task import Answered, Item, Metric, Result
 from evals.text_metrics import COLUMNS, ROUGE, TextScorer, bleu, distinct
@@ -71,7 +71,7 @@ def judge_answers(
     items = tuple(_item(*of_one, shown) for of_one in zip(questions, said, scores, strict=True))
     groups = sorted({item.group for item in items if item.group})
     return Result(
-        metrics=(*_resampled(scores, seed), *_plain(scores, items, seed)),
+        metrics=(*_resampled(scores, items, seed), *_plain(scores, items, seed)),
         items=items,
         groups={group: (_of_group([item for item in items if item.group == group], seed),) for group in groups},
         baselines=tuple(_baselines(questions, score, seed)),
@@ -109,9 +109,9 @@ def _item(question: Question, answered: Answered, scores: _Scores, shown: Callab
     )
 
 
-def _resampled(scores: Sequence[_Scores], seed: int) -> Iterator[Metric]:
-    """What is computed from sums over answers, with intervals from one resampling of the answers."""
-    resampled = Resampled(_rows(scores), None, seed)
+def _resampled(scores: Sequence[_Scores], items: Sequence[Item], seed: int) -> Iterator[Metric]:
+    """What is computed from sums over answers, with intervals from one resampling of the prompts."""
+    resampled = Resampled(*by_prompt(items, _rows(scores)), seed)
     for name, statistic in _statistics(scores[0]).items():
         found = resampled.interval(statistic)
         yield Metric(name, found.value, found.low, found.high, n=len(scores))
@@ -137,13 +137,14 @@ def _statistics(first: _Scores) -> dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
 def _plain(scores: Sequence[_Scores], items: Sequence[Item], seed: int) -> Iterator[Metric]:
-    """What is no mean of scores."""
+    """What is no mean of scores. An answer that is scored by two references was given once."""
+    given = {(item.shown, item.answer): one.tokens for item, one in zip(items, scores, strict=True)}
     for n in (1, 2):
-        different, in_all = distinct((one.tokens for one in scores), n)
+        different, in_all = distinct(given.values(), n)
         yield Metric(f"distinct_{n}", different / in_all if in_all else float("nan"), n=len(items), better=None)
     yield Metric("length_ratio", *_ratio(items, "length_ratio", seed), n=len(items), unit="", better=None)
     ended = sum(item.parts["end_rate"][0] for item in items) / len(items)
-    yield Metric("end_rate", ended, *wilson_interval(ended, len(items)), n=len(items))
+    yield Metric("end_rate", ended, *wilson_interval(ended, len({item.shown for item in items})), n=len(items))
 
 
 def _of_group(items: Sequence[Item], seed: int) -> Metric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from statistics import NormalDist
 
@@ -174,6 +175,28 @@ def test_interval_of_a_mean_of_groups_has_the_variance_of_independent_groups() -
     assert found.value == pytest.approx((a.mean() + b.mean()) / 2, rel=1e-12)
     exact = math.sqrt(a.var() / 900 + b.var() / 300) / 2
     assert found.replicates.std() == pytest.approx(exact, rel=4 / math.sqrt(40_000))
+
+
+def repeated(items: tuple[Item, ...], times: int) -> tuple[Item, ...]:
+    """The same prompts with the same answers, again and again under new ids."""
+    return tuple(
+        dataclasses.replace(item, id=f"{item.id}.{time}", shown=f"question {item.id}")
+        for item in items
+        for time in range(times)
+    )
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_a_question_that_is_asked_ten_times_tells_no_more_than_once(by_group: bool) -> None:
+    rng = np.random.default_rng(5)
+    parts = [[(float(x), float(y)) for x, y in rng.integers(1, 9, (30, 2))] for _ in range(2)]
+    once = [items_of(of_model, ["a"] * 12 + ["b"] * 18) for of_model in parts]
+    often = [repeated(items, 10) for items in once]
+    wanted = bootstrap_interval(once[0], "m", seed=1, by_group=by_group)
+    assert bootstrap_interval(often[0], "m", seed=1, by_group=by_group) == pytest.approx(wanted)
+    one, ten = (compare(Result((), a), Result((), b), "m", seed=1, by_group=by_group) for a, b in (once, often))
+    assert (ten.value, ten.low, ten.high, ten.p) == pytest.approx((one.value, one.low, one.high, one.p))
+    assert (ten.n, ten.higher) == (300, 10 * one.higher)
 
 
 def test_order_of_items_does_not_matter_and_the_seed_does() -> None:

@@ -17,7 +17,7 @@ from evals.suite import BuildContext, parse_spec
 from evals.task import Answer, Answered, Result
 from model.chat import Message
 from model.errors import InputError
-from tests.evals.stubs import always, ask, guessing, knowing
+from tests.evals.stubs import Stub, always, ask, guessing, knowing, text_of
 from tests.tools.small_chat import write_small_chat_model
 
 QA = [
@@ -226,6 +226,19 @@ def test_what_is_asked_twice_is_answered_once_unless_answers_are_drawn(tmp_path:
     }
     drawn = task(f"chimed={tmp_path}/ChiMed.v1.test.json,mode=paper")
     assert [request.id for request in drawn.requests()] == ["1.1", "1.2"]
+
+
+def test_intervals_and_distinct_count_an_answer_to_two_references_once(tmp_path: Path) -> None:
+    rows = [{"question": question, "answer_1": answer, "answer_2": answer} for question, answer in QA]
+    (tmp_path / "pages.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "qa.json").write_text(json.dumps([{"question": q, "answer": a} for q, a in QA]), encoding="utf-8")
+    answers = dict(zip((question for question, _ in QA), ("多休息", "饭后，饭后服", "好", "拍片服药"), strict=True))
+    stub = Stub(lambda asked: [0.0], lambda asked: answers[text_of(asked.prompt)], name="fixed")
+    words = f"chimed={tmp_path}/pages.json", f"qa={tmp_path}/qa.json"
+    twice, once = (ask(task(word), stub) for word in words)
+    for own, other in zip(twice.metrics, once.metrics, strict=True):
+        assert (own.value, own.low, own.high) == pytest.approx((other.value, other.low, other.high), nan_ok=True)
+    assert (twice.metrics[0].n, once.metrics[0].n) == (8, 4)
 
 
 def test_guesses_score_what_chance_gives(tmp_path: Path) -> None:
