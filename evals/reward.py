@@ -131,7 +131,7 @@ def _item(asked: Asked, prompt: Prompt, answer: Answered, reward: float) -> Item
 class WinRate:
     """Answers of one model against another's to the same prompts, under one reward model.
 
-    rate: wins and half of the ties, of all pairs; Wilson's interval at the number of pairs that are as sure as these.
+    rate: wins and half of the ties, of all pairs; Wilson's interval at the number of prompts that are as sure as these.
     wins, ties, losses: of the first model.
     unpaired: prompts that only one of the two has answered.
     longer: by how many tokens the first model's answers exceed the other's, in the mean.
@@ -166,7 +166,8 @@ def win_rate(a: Result, b: Result, tie: float = TIE, near: float = NEAR) -> WinR
     is_tie = is_same | (np.abs(margin) <= tie)
     won = np.where(is_tie, 0.5, margin > 0)
     is_near = lengths.max(1, initial=0) - lengths.min(1, initial=np.inf) <= near * lengths.max(1, initial=0)
-    prompts = np.arange(len(shared))
+    places: dict[str, int] = {}  # a prompt that the file holds twice is one
+    prompts = np.array([places.setdefault(of_a[id].shown, len(places)) for id in shared], np.int64)
     return WinRate(
         clustered_share(won, prompts),
         int((won == 1).sum()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def result_of(rewards: Sequence[float], lengths: Sequence[float], answers: Seque
         answers = [f"{answers}{place}" for place in range(len(rewards))]
     rows = zip(rewards, lengths, answers, strict=True)
     items = (
-        Item(str(place), {"reward": (reward, 1.0), "tokens": (length, 1.0)}, "", answer, "")
+        Item(str(place), {"reward": (reward, 1.0), "tokens": (length, 1.0)}, f"question {place}", answer, "")
         for place, (reward, length, answer) in enumerate(rows)
     )
     return Result((), tuple(items))
@@ -177,6 +178,24 @@ def test_swapping_the_models_mirrors_everything() -> None:
     assert (one.rate.low, one.rate.high) == pytest.approx((1 - other.rate.high, 1 - other.rate.low))
     assert one.longer.value == pytest.approx(-other.longer.value)
     assert one.rate.low < 0.5 < one.rate.high
+
+
+def test_a_prompt_that_is_asked_ten_times_tells_no_more_than_once() -> None:
+    a, b = result_of([1.0, 0.0, 1.0, 2.0] * 10, [5, 6, 7, 8] * 10, "a"), result_of([0.5] * 40, [5] * 40, "b")
+    often = [
+        dataclasses.replace(
+            result,
+            items=tuple(
+                dataclasses.replace(item, shown=f"question {place % 4}") for place, item in enumerate(result.items)
+            ),
+        )
+        for result in (a, b)
+    ]
+    once = [dataclasses.replace(result, items=result.items[:4]) for result in (a, b)]
+    ten, one = win_rate(*often), win_rate(*once)
+    for found, wanted in ((ten.rate, one.rate), (ten.longer, one.longer)):
+        assert tuple(found) == pytest.approx(tuple(wanted))
+    assert (ten.wins, one.wins) == (30, 3)
 
 
 def test_without_ties_the_interval_is_wilsons() -> None:
