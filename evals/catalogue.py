@@ -32,7 +32,7 @@ class Suite:
 
     words: of --tasks.
     seed, limit, judge: as in `BuildContext`; a word's own limit goes first.
-    more: builders of tasks that are not of this room.
+    more: builders of tasks that `evals` does not have.
     """
 
     words: Sequence[str | Mapping[str, Any]]

@@ -27,7 +27,7 @@ from evals.report import write_report
 from evals.respondent import ModelRespondent
 from evals.store import Store
 from evals.suite import Builder, Judge
-from evals.task import Response, Task
+from evals.task import Response, Result, Task
 from evals.training_texts import check_training_texts
 from model.errors import InputError
 
@@ -47,6 +47,8 @@ def evaluate_models(
 
     Args:
         more: as in `Suite`.
+    Returns:
+        what the report says, on rank 0; nothing on the others.
     Raises:
         InputError: anything the user gave that cannot work.
         StoppedError: see `evals.evaluation.collect`.
@@ -62,7 +64,9 @@ def evaluate_models(
         stores = {label: Store(out / respondent.name / label, ranks.rank) for label in tasks}
         responses = _ask(respondent, tasks, stores, ranks)
         respondent.release()
-        evaluations.append(_count(respondent, tasks, stores, responses))
+        results = _conclude(tasks, stores, responses, ranks)
+        if ranks.rank == 0:
+            evaluations.append(_evaluation(respondent, tasks, results))
 
     def report() -> None:
         if config.contamination:
@@ -118,13 +122,25 @@ def _ask(
     return responses
 
 
-def _count(
-    respondent: ModelRespondent,
+def _conclude(
     tasks: Mapping[str, Task],
     stores: Mapping[str, Store],
     responses: Mapping[str, Mapping[str, Response]],
-) -> Evaluation:
-    results = {label: conclude(task, responses[label], stores[label]) for label, task in tasks.items()}
+    ranks: ControlGroup,
+) -> dict[str, Result]:
+    """By label, what the responses are worth, on rank 0."""
+    results: dict[str, Result] = {}
+    for label, task in tasks.items():
+
+        def work(label: str = label, task: Task = task) -> None:
+            results[label] = conclude(task, responses[label], stores[label])
+
+        # Scoring and resampling once do; a reward model judges on all ranks together.
+        work() if task.kind == "reward" else ranks.first(f"count {label}", work)
+    return results
+
+
+def _evaluation(respondent: ModelRespondent, tasks: Mapping[str, Task], results: Mapping[str, Result]) -> Evaluation:
     return Evaluation(
         model=respondent.name,
         directory=str(respondent.directory.path),

@@ -29,9 +29,9 @@ def describe(respondent: ModelRespondent, tasks: Mapping[str, Task]) -> Iterator
 
 
 def _baselines(task: Task, requests: Sequence[Request]) -> Iterator[str]:
-    """What is known without a model: of responses that say nothing, a result still has them. Nothing is of a reward,
-    whose results ask a reward model, and of a perplexity."""
-    if task.kind in ("reward", "perplexity"):
+    """What is known without a model: of responses that say nothing, a result still has them. Nothing is of rewards,
+    whose results ask a reward model, and of perplexity; of generation it takes as long as scoring all answers."""
+    if task.kind in ("reward", "perplexity", "generation"):
         return
     result = task.result({request.id: _nothing(request) for request in requests})
     for name, metric, value in result.baselines:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -105,6 +106,9 @@ class ModelRespondent:
                 pairs.append(self.encoder.pair(request.prompt, request.options))
         prefixes, options = [prompt.ids for prompt, _ in pairs], [own for _, own in pairs]
         scores = score(self.generator.model, prefixes, options, with_greedy=True)
+        self._require_finite(
+            (request.id, one.logprobs) for request, own in zip(requests, scores, strict=True) for one in own
+        )
         return [
             Chosen(
                 logprobs=tuple(sum(one.logprobs) for one in own),
@@ -119,11 +123,23 @@ class ModelRespondent:
     def _read(self, requests: Sequence[Read]) -> list[Scored]:
         windows = [(place, *pair) for place, one in enumerate(requests) for pair in self.encoder.windows(one.text)]
         scores = score(self.generator.model, [before for _, before, _ in windows], [[ids] for _, _, ids in windows])
+        self._require_finite(
+            (requests[place].id, own.logprobs) for (place, *_), [own] in zip(windows, scores, strict=True)
+        )
         sums, tokens = [0.0] * len(requests), [0] * len(requests)
         for (place, _, ids), [own] in zip(windows, scores, strict=True):
             sums[place] += sum(own.logprobs)
             tokens[place] += len(ids)
         return [Scored(*pair) for pair in zip(sums, tokens, strict=True)]
+
+    def _require_finite(self, scored: Iterable[tuple[str, Sequence[float]]]) -> None:
+        """Weights that are damaged, or that overflow, would otherwise answer: the first option, always."""
+        for id, logprobs in scored:
+            if not all(map(math.isfinite, logprobs)):
+                raise InputError(
+                    f"{self.directory.path}: its log-probabilities at {id} are not finite. Its weights are damaged, or "
+                    f"too large for {self.settings['dtype']}: try --dtype float32."
+                )
 
     def _answer(self, requests: Sequence[Answer], beat: Beat | None) -> list[Answered]:
         prompts, generations = [], []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +62,9 @@ class TaskSpec:
         if given is None:
             return default
         span = f"{low} or more" if high is None else f"{low} to {high}"
-        try:
-            value = int(given)
-        except ValueError:
+        if not re.fullmatch("[+-]?[0-9]+", given):
             self.refuse(key, f"a whole number, {span}")
+        value = int(given)
         if value < low or (high is not None and value > high):
             self.refuse(key, f"a whole number, {span}")
         return value

@@ -185,5 +185,5 @@ class Task(Protocol):
         ...
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        """What the responses to all requests, by id, are worth."""
+        """What the responses to all requests, by id, are worth. Asked on rank 0, of kind `reward` on every rank."""
         ...

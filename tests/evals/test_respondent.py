@@ -9,7 +9,7 @@ import pytest
 from engine.chatting import SamplingConfig
 from engine.model_directory import ModelDirectory
 from evals.respondent import ModelRespondent
-from evals.task import Answer, Answered, Choose, Chosen, Scored
+from evals.task import Answer, Answered, Choose, Chosen, Read, Scored
 from evals.task import Request as Asked
 from model.chat import Message
 from model.errors import InputError
@@ -152,3 +152,11 @@ def test_progress_is_told_and_may_stop_the_work(model: ModelRespondent) -> None:
     with pytest.raises(KeyboardInterrupt):
         model.respond([greedy("a", "头晕怎么办？")], stop)
     assert len(model.respond([greedy("a", "头晕怎么办？")])) == 1
+
+
+@pytest.mark.parametrize("request_", [Choose("a", "头痛", ("A", "B")), Read("a", "头痛怎么办")], ids=["choose", "read"])
+def test_weights_that_are_no_numbers_are_refused(directory: Path, request_: Choose | Read) -> None:
+    model = ModelRespondent(ModelDirectory.open(str(directory)))
+    next(model.generator.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"its log-probabilities at a are not finite. .* try --dtype float32"):
+        model.respond([request_])

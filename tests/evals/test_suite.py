@@ -60,10 +60,11 @@ def test_options_are_read_by_their_kind() -> None:
 
 
 def test_a_value_out_of_range_is_refused_with_the_range() -> None:
-    spec = parse_spec("a,whole=-1,share=nan,way=other,is=1,word=many")
+    spec = parse_spec("a,whole=-1,share=nan,way=other,is=1,word=many,wide=１_0")
     for take, said in (
         (lambda: spec.take_int("whole", 0), "whole=-1 is not a whole number, 0 or more"),
         (lambda: spec.take_int("word", 0, 1, 5), "word=many is not a whole number, 1 to 5"),
+        (lambda: spec.take_int("wide", 0), "wide=１_0 is not a whole number, 0 or more"),
         (lambda: spec.take_float("share", 0.0, 0.0, 1.0), "share=nan is not a number from 0 to 1"),
         (lambda: spec.take_choice("way", ("lm-eval", "gen")), "way=other is not one of lm-eval, gen"),
         (lambda: spec.take_flag("is"), "is=1 is not true or false"),
