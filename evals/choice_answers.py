@@ -8,8 +8,8 @@
     6  no others are mentioned, options' own texts left out           这道题考查的是 B
     7  only one option's text is mentioned                            应为肺炎
 
-Half and full width are one. A letter names an option if no Latin letter or digit touches it, so DNA and B12 name none;
-and "不选A" or "A错误" do not name A.
+Half and full width are one. A letter names an option if no Latin letter or digit touches it, so DNA and B12 name none.
+What is denied names nothing: 不选 A, A、B都不对, 错误的是A, 排除肺炎; nor does A或B, which leaves it open.
 """
 
 from __future__ import annotations
@@ -21,14 +21,25 @@ from collections.abc import Sequence
 from evals.choice_files import LETTERS
 
 # Letters side by side may be an abbreviation (ACE抑制剂): then a word follows them that is none of these.
-_AFTER_RUN = r"(?![^\W\d_a-zA-Z])|(?=[项都均正对是为两三四五共])"
-_BETWEEN = r"[ \t]*(?:[,、;/&+]|和|与|及|以及|[ \t])[ \t]*"
+_AFTER_RUN = r"(?![^\W\d_a-zA-Z])|(?=[项都均正对是为或两三四五共])"
+_OR = "或"
+_BETWEEN = rf"[ \t]*(?:[,、;/&+]|和|与|及|以及|[ \t]|、?{_OR}者?)[ \t]*"
 _IS = r"(?:应该|应当|应|就)?(?:是|为|选择|选|:|\s)*(?:选项|答案)?[:\s]*"
-_ANSWER = rf"答案{_IS}|正确的?选项{_IS}|(?<!不)(?:应该|应当|应|故|所以|因此|综上,?)选择?{_IS}"
-_CHOICE = r"(?<![不未没别勿非])选择?(?:答案|选项)?[:\s]*"
+_ANSWER = rf"答案{_IS}|正确的?选项{_IS}|(?:应该|应当|应|故|所以|因此|综上,?)选择?{_IS}"
+_CHOICE = r"选择?(?:答案|选项)?[:\s]*"
 _WRONG = r"\s*(?:选?项)?(?:也|都|均|是|为)*(?:错|不|误|非)"
 _RIGHT = r"\s*[.:]?\s*(?:选?项)?(?:都|均|是|为|才|才是)?(?:正确|对)的?(?:答案|选项)?(?=[\s。.,;!]|$)"
 _OPEN, _CLOSE = r"[(\[【<{\"'“*]*", r"[)\]】>}\"'”*]*"
+# What denies an option before it is named, up to there, spaces taken out.
+_CAN = "(?:可能|应当|应该|建议|推荐|可以|[能会该应可宜要首再])?"
+_CHOOSES = "(?:选择|使用|考虑|诊断|支持|属于|符合|包括|看作|[选是为用有见像])*"
+_NOT = re.compile(
+    rf"(?:(?:[不没未无勿别]|并?非){_CAN}{_CHOOSES}|(?<![切去消清解拔摘])除了?|(?:错误?|误|不对|不正确|不当)的?(?:是|为)*)"
+    rf"(?:选项|答案)?(?:是|为)?:?{_OPEN}$"
+)
+_IS_NOT = re.compile(rf"{_CLOSE}{_WRONG}")
+# Of an option's text, which may itself go on with 不.
+_TEXT_IS_NOT = re.compile(rf"{_CLOSE}(?:也|都|均|是|为)*(?:错|不对|不是|不正确|不符|有误|除外|可?排除)")
 
 
 def find_letters(said: str, options: Sequence[str]) -> str:
@@ -38,42 +49,63 @@ def find_letters(said: str, options: Sequence[str]) -> str:
         return ""
     one = f"[{LETTERS[: len(options)]}]"
     unit = rf"(?<![A-Za-z0-9])(?:{one}(?![A-Za-z0-9])|{one}{{2,}}(?![A-Za-z0-9])(?:{_AFTER_RUN}))"
-    letters = f"{unit}(?:{_BETWEEN}{unit})*"
-    named = f"{_OPEN}({letters}){_CLOSE}"
-    if alone := re.match(rf"{named}[ \t。.,:;!]*(?:\n|$)", text):
-        return _in_order(alone[1])
+    run = rf"(?P<run>{unit}(?:{_BETWEEN}{unit})*(?!{_BETWEEN}{unit}))"  # whole, whatever must follow it
+    named = f"{_OPEN}{run}{_CLOSE}"
+    if (alone := re.match(rf"{named}[ \t。.,:;!]*(?:\n|$)", text)) and _OR not in alone["run"]:
+        return _in_order(alone["run"])
     for says in (_ANSWER, _CHOICE):
-        if found := re.findall(rf"(?:{says}){named}(?!{_WRONG})", text, re.IGNORECASE):
+        if found := _meant(rf"(?:{says}){named}", text, re.IGNORECASE):
             return _in_order(found[-1])
-    if found := re.findall(rf"{named}{_RIGHT}", text):
+    if found := _meant(rf"{named}{_RIGHT}", text):
         return _in_order("".join(found))
-    if opening := re.match(rf"(?:{named}\s*[.。、:,)]|[(\[【]({letters})[)\]】])(?!{_WRONG})", text):
-        return _in_order(opening[1] or opening[2])
+    if found := _meant(rf"\A{named}\s*[.。、:,)\]】](?!{_WRONG})", text):
+        return _in_order(found[0])
     mentioned = find_texts(said, options)
-    return _only_letters(text, letters, options) or (mentioned if len(mentioned) == 1 else "")
+    return _only_letters(text, run, options) or (mentioned if len(mentioned) == 1 else "")
 
 
 def find_texts(said: str, options: Sequence[str]) -> str:
-    """The letters of the options whose texts an answer mentions, in order, spaces aside.
+    """The letters of the options whose texts an answer mentions and nowhere denies, in order, spaces aside.
 
     An option within another one that is mentioned is not mentioned by that.
     """
-    plain, text = [_squash(option) for option in options], _squash(said)
-    found = [option for option in plain if option and option in text]
-    found = [option for option in found if not any(option != other and option in other for other in found)]
-    return "".join(sorted({LETTERS[plain.index(option)] for option in found}))
+    plain, text = [*map(_squash, options)], unicodedata.normalize("NFKC", said)
+    named, denied = set[str](), set[str]()
+    for found in re.finditer(_any_of(plain), text):
+        (denied if _is_denied(text, *found.span(), _TEXT_IS_NOT) else named).add(_squash(found[0]))
+    left = named - denied
+    whole = [option for option in left if not any(option != other and option in other for other in left)]
+    return "".join(sorted(LETTERS[plain.index(option)] for option in whole))
+
+
+def _meant(pattern: str, text: str, flags: int = 0) -> list[str]:
+    """The letters that a pattern finds, without those that are denied or left open."""
+    return [
+        found["run"]
+        for found in re.finditer(pattern, text, flags)
+        if _OR not in found["run"] and not _is_denied(text, *found.span("run"), _IS_NOT)
+    ]
+
+
+def _is_denied(text: str, start: int, end: int, behind: re.Pattern[str]) -> bool:
+    line = text[:start].rpartition("\n")[2]
+    return bool(_NOT.search(_squash(line[-24:])) or behind.match(text, end))
 
 
 def _in_order(found: str) -> str:
     return "".join(sorted({letter for letter in found.upper() if letter in LETTERS}))
 
 
-def _only_letters(text: str, letters: str, options: Sequence[str]) -> str:
-    for option in sorted(options, key=len, reverse=True):
-        plain = r"\s*".join(map(re.escape, _squash(option)))
-        text = re.sub(plain, " ", text) if len(_squash(option)) > 1 else text
-    mentioned = set(re.findall(rf"(?<!不是)(?<!不选)(?<!排除)({letters})(?!{_WRONG})", text))
-    return _in_order(mentioned.pop()) if len(mentioned) == 1 else ""
+def _only_letters(text: str, run: str, options: Sequence[str]) -> str:
+    text = re.sub(_any_of([plain for plain in map(_squash, options) if len(plain) > 1]), " ", text)
+    mentioned = {found["run"] for found in re.finditer(run, text) if not _is_denied(text, *found.span(), _IS_NOT)}
+    return _in_order(mentioned.pop()) if len(mentioned) == 1 and _OR not in "".join(mentioned) else ""
+
+
+def _any_of(plain: Sequence[str]) -> str:
+    """A pattern of some texts, spaces anywhere in them, the longest one first."""
+    longest_first = sorted(filter(None, plain), key=len, reverse=True)
+    return "|".join(r"\s*".join(map(re.escape, option)) for option in longest_first) or "(?!)"
 
 
 def _squash(text: str) -> str:

@@ -55,6 +55,46 @@ CASES = {
         "AB型血": "",
         "CT检查": "",
     },
+    "several, of which none may be lost": {
+        "答案：A、B、C、D都不对": "",
+        "答案：A、B、C、D都不对，没有正确选项": "",
+        "选A、B错误": "",
+        "(A)和(B)都不对，选 (C)": "C",
+        "A、B、C都不对，D正确。": "D",
+        "A和B都不对": "",
+    },
+    "denied": {
+        "不选 B": "",
+        "不能选 A": "",
+        "不应选A": "",
+        "并非答案A": "",
+        "没有选 A。": "",
+        "错误的是A": "",
+        "不正确的选项是 A": "",
+        "错误答案是A": "",
+        "排除 A": "",
+        "不是A、B": "",
+        "不选A、B，选 C": "C",
+        "不是 A，是 B": "B",
+        "其余都不对\nA": "A",
+        "不是葡萄球菌": "",
+        "排除葡萄球菌": "",
+        "不考虑 葡萄球菌感染": "",
+        "葡萄球菌不对": "",
+        "不是葡萄球菌，是肺炎球菌": "C",
+        "葡萄球菌？不，不是葡萄球菌": "",
+        "草绿色链球菌不对\n葡萄球菌": "B",
+        "非常符合葡萄球菌感染": "B",
+    },
+    "left open": {
+        "答案A或B": "",
+        "A或B": "",
+        "A或者B。": "",
+        "A、B或C正确": "",
+        "选A或B，最后选C": "C",
+        "答案是C。A或B也有可能": "C",
+        "葡萄球菌或肺炎球菌": "",
+    },
     "nothing": {"": "", "  \n": "", "作为AI，我无法回答这个问题。": "", "对不起，请咨询医生。": "", "不选A": ""},
 }
 
@@ -72,6 +112,13 @@ def test_only_letters_of_options_count() -> None:
 
 def test_an_option_within_another_one_is_not_mentioned_by_it() -> None:
     assert find_letters("应为细菌性肺炎", ("肺炎", "细菌性肺炎", "肺炎球菌", "哮喘")) == "B"
+
+
+def test_denying_a_longer_option_does_not_name_the_one_within_it() -> None:
+    options = ("肺炎", "细菌性肺炎", "哮喘", "肺癌")
+    assert find_letters("不是细菌性肺炎", options) == ""
+    assert find_letters("不是细菌性肺炎，是肺炎", options) == "A"
+    assert find_letters("不是肺炎，是细菌性肺炎", options) == "B"
 
 
 def test_options_that_are_empty_or_hold_signs_of_patterns_are_texts() -> None:
