@@ -7,17 +7,15 @@ that is no question is left out, and the reason kept.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from engine.data.reading import read_records
-from engine.data.records import LONGEST_RECORD, Record, RecordError, kind_of, names_in
-from engine.data.sources import ReadOptions, list_files, probe
+from engine.data.records import RecordError, kind_of, names_in
 from evals.choice_subjects import CEVAL, CMMLU
+from evals.records import listed, read_values
 from evals.suite import nearest
 from model.errors import InputError
 
@@ -81,11 +79,11 @@ class Bank:
             InputError: it is such a file, or cannot be read.
         """
         made, refused = [], []
-        for number, record in enumerate(_records(path)):
+        for number, record in enumerate(read_values(listed(path))):
             try:
-                if record.text is None:
+                if record.reason:
                     raise RecordError(record.reason)
-                made.append(make(number, json.loads(record.text)))
+                made.append(make(number, record.value))
             except RecordError as error:
                 refused.append(f"{path}:{record.line}: {error}")
         if not made:
@@ -265,42 +263,3 @@ def _checked(question: Question) -> Question:
     if not question.text.strip():
         raise RecordError("its question is empty")
     return dataclasses.replace(question, answer=letters)
-
-
-def _records(path: Path) -> Iterator[Record]:
-    """What a csv, tsv, json, jsonl or parquet file holds, in any encoding that the project reads.
-
-    Raises:
-        InputError: it is not there, or damaged.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file. Check the path.")
-    [listed] = list_files([path]).files
-    options = _FieldOptions()
-    return read_records(probe(listed, options), options.schema)
-
-
-@dataclass(frozen=True)
-class _FieldSchema:
-    """A record's text is its fields, in JSON."""
-
-    longest: int = LONGEST_RECORD
-    advice: ClassVar[str] = _ADVICE
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, dict):
-            raise RecordError(f"a record is an object, this one is {kind_of(value)}")
-        return json.dumps(value, default=str)
-
-    def columns(self, names: Sequence[str]) -> list[str]:
-        return list(names)
-
-    def header(self, first_row: Sequence[str]) -> Sequence[str]:
-        return first_row
-
-
-@dataclass
-class _FieldOptions(ReadOptions):
-    @property
-    def schema(self) -> Any:
-        return _FieldSchema()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from engine.data.reading import read_records
-from engine.data.records import RecordError, Schema, TextSchema, kind_of
-from engine.data.sources import ReadOptions, list_files, probe
+from evals.records import listed, read_values
 from model.errors import InputError
 
 
@@ -21,37 +17,13 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         InputError: it cannot be read, is of no known encoding, a record is no object, or there is none.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file. Check the path.")
-    is_empty = True
-    for listed in list_files([path]).files:
-        file = probe(dataclasses.replace(listed, format="json_lines"), _ObjectOptions())
-        for record in read_records(file, _ObjectOptions().schema):
-            if record.text is None:
-                raise InputError(f"{path}:{record.line}: {record.reason}. Mend the record, or remove it.")
-            is_empty = False
-            yield record.line, json.loads(record.text)
-    if is_empty:
+    line = 0
+    for line, value, reason in read_values(dataclasses.replace(listed(path), format="json_lines")):
+        if reason:
+            raise InputError(f"{path}:{line}: {reason}. Mend the record, or remove it.")
+        yield line, value
+    if not line:
         raise InputError(f"{path}: there is no record in it. Give another file.")
-
-
-@dataclass(frozen=True)
-class _Objects(TextSchema):
-    """A record's text is the record itself."""
-
-    advice: ClassVar[str] = "Give a file of JSON objects, as docs/evaluation-entities.md shows them."
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, dict):
-            raise RecordError(f"a record is an object, this one is {kind_of(value)}")
-        return json.dumps(value)
-
-
-@dataclass
-class _ObjectOptions(ReadOptions):
-    @property
-    def schema(self) -> Schema:
-        return _Objects()
 
 
 class Written(NamedTuple):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from engine.data.conversation_files import ConversationOptions, ConversationSchema
-from engine.data.encodings import detect_encoding
-from engine.data.reading import read_records
 from engine.data.records import kind_of, names_in
-from engine.data.sources import list_files, probe
+from engine.data.sources import list_files
+from evals.records import read_values
 from model.chat import Message
 from model.errors import InputError
 
@@ -109,21 +106,16 @@ def read_entries(path: Path | str, is_table: bool = False) -> Iterator[Entry]:
     Raises:
         InputError: a file cannot be read, or a record is broken.
     """
-    listed = list_files([path]).files
-    for file in listed:
-        if is_table:
-            file = replace(file, format="csv", encoding=detect_encoding(file.path, file.compression))
-        else:
-            file = probe(file, _AnyOptions())
+    files = list_files([path]).files
+    for file in files:
         lines: Counter[int] = Counter()
-        for record in read_records(file, _AnySchema()):
-            where = f"{file.path}:{record.line}"
-            if record.text is None:
-                raise InputError(f"{where}: {record.reason}. Mend the record, or fetch the file again.")
-            lines[record.line] += 1  # a line may hold several records, as that of a JSON list does
-            id = f"{file.name}:{record.line}" if len(listed) > 1 else str(record.line)
-            id = id if lines[record.line] == 1 else f"{id}.{lines[record.line]}"
-            yield Entry(id, where, json.loads(record.text))
+        for line, value, reason in read_values(replace(file, format="csv") if is_table else file, takes_any=True):
+            where = f"{file.path}:{line}"
+            if reason:
+                raise InputError(f"{where}: {reason}. Mend the record, or fetch the file again.")
+            lines[line] += 1  # a line may hold several records, as that of a JSON list does
+            id = f"{file.name}:{line}" if len(files) > 1 else str(line)
+            yield Entry(id if lines[line] == 1 else f"{id}.{lines[line]}", where, value)
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
@@ -133,23 +125,3 @@ def texts_in(value: Any) -> tuple[str, ...]:
     if isinstance(value, list):
         return tuple(dict.fromkeys(text for part in value for text in texts_in(part)))
     return ()
-
-
-class _AnySchema(ConversationSchema):
-    """A record's text is the record, in JSON."""
-
-    advice: ClassVar[str] = "Mend the record, or fetch the file again."
-
-    def __init__(self) -> None:
-        super().__init__({}, None, False)
-
-    def text(self, value: Any) -> str:
-        return json.dumps(value, default=str)  # a date, in Parquet
-
-
-class _AnyOptions(ConversationOptions):
-    """Files of records with any fields."""
-
-    @property
-    def schema(self) -> ConversationSchema:
-        return _AnySchema()
