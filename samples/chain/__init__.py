@@ -1,0 +1,1 @@
+"""The whole regime on the bundled sample: its stages, what they left, and whether that is as it should be."""

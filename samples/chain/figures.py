@@ -1,0 +1,83 @@
+"""The figures of a chain, from what its stages have left, and whether they lie where they should."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+BANDS = Path(__file__).parent / "bands.yaml"
+MODELS = ("pretrain", "sft", "rejection", "ppo")
+# Column of the table: task of the evaluation, and its metric.
+COLUMNS = {
+    "choice": ("choice", "accuracy"),
+    "questions right": ("questions", "correct"),
+    "true reward": ("questions", "true_reward"),
+    "entity F1": ("entities", "micro_f1"),
+    "dialogue ROUGE-L": ("dialogue", "rouge_l"),
+    "dialogue BLEU-4": ("dialogue", "bleu_4"),
+    "stigma": ("attitudes", "stigma"),
+}
+
+
+class Figure(NamedTuple):
+    """A number with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def figures(root: Path) -> dict[str, Figure]:
+    """By name: `pretrain.loss` and `sft.loss`, held out, in nats a token; `rm.accuracy`; `<model>.<column>`."""
+    found = {f"{name}.loss": Figure(_last_held_out(root / "ckpt" / name)) for name in ("pretrain", "sft")}
+    report = json.loads((root / "ckpt" / "rm" / "report.json").read_text(encoding="utf-8"))
+    found["rm.accuracy"] = Figure(*report["accuracy"])
+    sections = _evaluation(root)
+    for column, (task, metric) in COLUMNS.items():
+        for entry in sections[task]["entries"]:
+            one = next(one for one in entry["metrics"] if one["name"] == metric)
+            found[f"{entry['model']}.{column}"] = Figure(one["value"], one["low"], one["high"])
+    return found
+
+
+def answers(root: Path, task: str = "qa", count: int = 5) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """(question, the answer that is there, each model's answer) of questions spread over the task, the same for all."""
+    said: dict[str, dict[str, Any]] = {}
+    for model in MODELS:
+        lines = (root / "ckpt" / "evaluation" / model / task / "predictions.jsonl").read_text(encoding="utf-8")
+        said[model] = {one["id"]: one for one in map(json.loads, lines.splitlines())}
+    ids = list(said[MODELS[-1]])
+    for place in range(count):
+        id = ids[place * len(ids) // count]
+        last = said[MODELS[-1]][id]
+        yield last["shown"], last["gold"], {model: said[model][id]["answer"] for model in MODELS}
+
+
+def out_of_place(found: Mapping[str, Figure], bands: Path = BANDS) -> list[str]:
+    """A sentence for every figure that does not lie in its band, and for every order that does not hold."""
+    wanted = yaml.safe_load(bands.read_text(encoding="utf-8"))
+    sentences = []
+    for name, (low, high) in wanted["bands"].items():
+        if not low <= found[name].value <= high:
+            sentences.append(f"{name} is {found[name].value:.4g}; it should lie between {low} and {high}.")
+    for worse, better, column in wanted["orders"]:
+        first, second = found[f"{worse}.{column}"], found[f"{better}.{column}"]
+        if first.high is None or second.low is None or second.low <= first.high:
+            sentences.append(
+                f"{column}: {better} ({second.value:.4g}) should be above {worse} ({first.value:.4g}), intervals apart."
+            )
+    return sentences
+
+
+def _last_held_out(run: Path) -> float:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]
+
+
+def _evaluation(root: Path) -> dict[str, Any]:
+    report = json.loads((root / "ckpt" / "evaluation" / "report.json").read_text(encoding="utf-8"))
+    return {section["label"]: section for section in report["sections"]}
