@@ -262,4 +262,6 @@ def _checked(question: Question) -> Question:
         raise RecordError(f"its answer is {question.answer!r}, but one option should be right")
     if not question.text.strip():
         raise RecordError("its question is empty")
+    if empty := [letter for letter, option in zip(LETTERS, question.options, strict=False) if not option.strip()]:
+        raise RecordError(f"its option {empty[0]} is empty")
     return dataclasses.replace(question, answer=letters)

@@ -246,6 +246,15 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     assert ask(made(f"medqa={path}"), always()).counts == {"duplicates": 3}
 
 
+@pytest.mark.parametrize("protocol", ["ceval", "text"])
+def test_a_question_with_an_empty_option_is_not_asked_and_counted(tmp_path: Path, protocol: str) -> None:
+    empty = Sample("什么？", ("甲", "", "乙", "丙"), "A")
+    task = made(f"medqa={write_medqa(tmp_path / 'a.jsonl', (empty, *FIRST))},protocol={protocol}")
+    assert len(task.requests()) == len(FIRST) and all(all(one.options) for one in task.requests())  # type: ignore[union-attr]
+    result = ask(task, always())
+    assert result.counts["not_questions"] == 1 and "a.jsonl:1: its option B is empty" in result.notes[1]
+
+
 REFUSALS = {
     "medqa={medqa},protocol=lm-eval": "protocol=lm-eval is for ceval and cmmlu only. Choose another protocol.",
     "ceval={ceval},protocol=paper,shots=2": "protocol=paper shows no exemplars. Leave out shots.",

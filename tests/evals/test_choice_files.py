@@ -115,6 +115,20 @@ def test_records_that_are_no_questions_are_left_out_and_named(tmp_path: Path) ->
     assert bank.refused[0] == f"{path}:2: \"answer_idx\" is 'F', none of its options"
 
 
+@pytest.mark.parametrize("dataset", ["cmmlu", "medqa"])
+def test_a_question_with_an_empty_option_before_others_is_left_out_and_named(tmp_path: Path, dataset: str) -> None:
+    if dataset == "cmmlu":
+        path = write_cmmlu(tmp_path) / "test" / "anatomy.csv"
+        path.write_text(path.read_text().replace("肝,脑,心", " ,脑,心"))
+        bank = read_cmmlu(tmp_path, ["anatomy"], "test", False)
+    else:
+        path = write_medqa(tmp_path / "a.jsonl", SECOND)
+        path.write_text(path.read_text().replace('"B": "肝"', '"B": null'))
+        bank = read_medqa(path)
+    assert contents(bank.questions) == [*SECOND[1:]]
+    assert [reason.partition(": ")[2] for reason in bank.refused] == ["its option B is empty"]
+
+
 def test_a_question_with_one_right_option_has_no_two(tmp_path: Path) -> None:
     path = tmp_path / "test" / "anatomy.csv"
     path.parent.mkdir()
