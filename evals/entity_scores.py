@@ -75,17 +75,23 @@ def claim(said: Collection[Pair], text: FoldedText) -> set[Span]:
     all of them. A mention that is nowhere in the text is one span without a place, which is wrong.
     """
     places = {mention: text.find(mention) for _, mention in said}
-    taken = {place for found in places.values() for place in found}
+    free = _outermost({place for found in places.values() for place in found})
     claimed: set[Span] = set()
     for at, (kind, mention) in enumerate(sorted(said)):
-        own = [place for place in places[mention] if not any(_is_inside(place, other) for other in taken)]
+        own = [place for place in places[mention] if place in free]
         nowhere = [(-1 - at, -1 - at)]
         claimed.update((kind, *place) for place in own or places[mention] or nowhere)
     return claimed
 
 
-def _is_inside(place: tuple[int, int], other: tuple[int, int]) -> bool:
-    return other[0] <= place[0] and place[1] <= other[1] and place != other
+def _outermost(places: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those that lie inside no other: from left to right, the longer first, those that reach beyond all before."""
+    found, reach = set[tuple[int, int]](), 0
+    for start, end in sorted(places, key=lambda place: (place[0], -place[1])):
+        if end > reach:
+            found.add((start, end))
+            reach = end
+    return found
 
 
 def _matched(said: Collection[T], gold: Collection[T], fits: Callable[[T, T], bool]) -> Counts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,28 @@ def test_a_place_inside_a_longer_mention_is_not_meant_if_there_is_another() -> N
     text = "偏头痛与头痛"
     assert said_of(text, ("病", "偏头痛"), ("症", "头痛")) == {("病", 0, 3), ("症", 4, 6)}
     assert said_of(text, ("症", "头痛")) == {("症", 1, 3), ("症", 4, 6)}
+
+
+@given(MENTIONS, st.text("甲乙", max_size=12))
+def test_places_are_those_that_lie_in_no_other_or_all_where_every_one_does(said: set, text: str) -> None:
+    found = {mention: FoldedText(text).find(mention) for _, mention in said}
+    every = [place for places in found.values() for place in places]
+    expected = set()
+    for kind, mention in said:
+        inside = [any(a <= b[0] and b[1] <= c and (a, c) != b for a, c in every) for b in found[mention]]
+        expected |= {(kind, *b) for b, is_in in zip(found[mention], inside, strict=True) if all(inside) or not is_in}
+    claimed = claim(said, FoldedText(text))
+    assert {span for span in claimed if span[1] >= 0} == expected
+    nowhere = [span for span in claimed if span[1] < 0]
+    assert len(nowhere) == sum(not found[mention] for _, mention in said)
+
+
+def test_an_answer_that_repeats_a_character_is_placed_in_a_long_text() -> None:
+    text, said = FoldedText("甲" * 3000), {("病", "甲" * length) for length in range(1, 60)}
+    began = time.process_time()
+    claimed = claim(said, text)
+    assert len(claimed) == sum(3000 - length + 1 for length in range(1, 60))
+    assert time.process_time() - began < 10  # every place against every other: minutes
 
 
 def test_a_mention_that_stands_only_inside_another_is_nested() -> None:
