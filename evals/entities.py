@@ -31,7 +31,7 @@ from evals.task import Answer, Answered, Item, Prompt, Request, Response, Result
 from model.errors import InputError
 
 MAX_NEW_TOKENS = 512
-"""Of an answer. Few notes of these datasets need more; those that do are counted as truncated."""
+"""Of an answer. Few notes of these datasets need more; answers that do are counted."""
 
 SIGNATURE = "set of (type, mention)|nfkc, case and spaces folded|relaxed: one contains the other, largest matching"
 SIGNATURE += "|spans: every place, free ones first|version:1"
@@ -140,7 +140,7 @@ class EntityTask:
         by_type = {name: strict(_of(name, said), _of(name, gold)) for name in self._names}
         right = write(text, self._names, self.wording)
         item = Item(asked.id, parts, shown(asked.prompt), response.text, right, texts=(text.text,))
-        return _Scored(item, by_type, _count(parsed, response))
+        return _Scored(item, by_type, _count(parsed))
 
 
 class _Asked(NamedTuple):
@@ -261,14 +261,12 @@ def _of(name: str, found: set[Pair]) -> set[Pair]:
     return {pair for pair in found if pair[0] == name}
 
 
-def _count(parsed: Parsed, response: Answered) -> dict[str, int]:
+def _count(parsed: Parsed) -> dict[str, int]:
+    """What `evals.evaluation.conclude` does not count for every task."""
     return {
         "unreadable": int(parsed.is_unreadable),
-        "truncated": int(response.end_reason == "length"),
         "not_in_text": parsed.invented,
         "unknown_types": parsed.unknown_types,
         "repeated": parsed.repeated,
         "prose_lines": parsed.prose,
-        "dropped_turns": response.dropped,
-        "cut_tokens": response.cut,
     }

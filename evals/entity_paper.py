@@ -11,7 +11,6 @@ from any other file prompts and gold are written in the wording "words" of `enti
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +71,7 @@ class PaperTask:
         ]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        items, counts = [], Counter({"truncated": 0, "dropped_turns": 0, "cut_tokens": 0})
+        items = []
         for record in self.records:
             response = responses[str(record.number)]
             assert isinstance(response, Answered)
@@ -80,11 +79,8 @@ class PaperTask:
             parts = {"paper_f1": found.f1, "paper_precision": found.precision, "paper_recall": found.recall}
             prompt = shown(self._prompt(record))
             items.append(Item(str(record.number), parts, prompt, response.text, record.output, texts=(record.prompt,)))
-            counts["truncated"] += response.end_reason == "length"
-            counts["dropped_turns"] += response.dropped
-            counts["cut_tokens"] += response.cut
         metrics = tuple(self._metric(items, name) for name in ("paper_f1", "paper_precision", "paper_recall"))
-        return Result(metrics, tuple(items), counts=dict(counts), notes=NOTES)
+        return Result(metrics, tuple(items), notes=NOTES)
 
     def _prompt(self, record: Written) -> Prompt:
         if self.prompting == "plain":

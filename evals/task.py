@@ -150,7 +150,7 @@ class Result:
     metrics: the first is the one that a table shows if it shows one.
     groups: by subject, type of entity, subscale: the metrics there.
     baselines: what is known without a model, such as the accuracy of always answering A: (name, metric's name, value).
-    counts: what went wrong and what was left out, by name: unparsed, truncated, dropped_exemplars, ...
+    counts: what went wrong and what was left out, by name: unparsed, unreadable, dropped_exemplars, ...
     notes: sentences that a reader of the number must know.
     """
 

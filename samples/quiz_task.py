@@ -64,24 +64,17 @@ class QuizTask:
         ]
 
     def result(self, responses: Mapping[str, Response]) -> Result:
-        items, answers = [], []
+        items = []
         for question in self.questions:
             own = [responses[_id(question, number)] for number in range(self.answers)]
-            given = [response for response in own if isinstance(response, Answered)]
-            items.append(self._item(question, given))
-            answers += given
+            items.append(self._item(question, [response for response in own if isinstance(response, Answered)]))
         groups = {kind: [item for item in items if item.group == kind] for kind in KINDS}
         return Result(
             self._metrics(items),
             tuple(items),
             {kind: self._metrics(own) for kind, own in groups.items() if own},
             (("a department or drug named at random", "correct", self._chance()),),
-            {
-                "truncated": sum(answer.end_reason == "length" for answer in answers),
-                "dropped_turns": sum(answer.dropped for answer in answers),
-                "cut_tokens": sum(answer.cut for answer in answers),
-            },
-            (
+            notes=(
                 "The true reward is a rule over the bundled facts, for texts made of the bundled phrases; it is no "
                 "judge of medical advice. Reward models of the bundled comparisons have learnt from it.",
             ),

@@ -13,6 +13,7 @@ import pytest
 
 from evals.entities import BUILDERS
 from evals.entity_files import LAYOUTS
+from evals.evaluation import conclude
 from evals.suite import BuildContext, parse_spec
 from evals.task import Answer, Answered, Metric, Result, Task
 from model.chat import Message
@@ -247,11 +248,12 @@ def test_a_folder_brings_its_own_exemplars(tmp_path: Path) -> None:
     assert len(requests) == 5 and len(requests[0].prompt) == 3
 
 
-def test_what_was_cut_dropped_and_not_finished_is_counted(tmp_path: Path) -> None:
-    task = build(f"entities={sample(tmp_path)}")
-    responses = {request.id: Answered("疾病：肺炎", "length", 4, dropped=2, cut=3) for request in task.requests()}
-    counts = task.result(responses).counts
-    assert (counts["truncated"], counts["dropped_turns"], counts["cut_tokens"]) == (5, 10, 15)
+@pytest.mark.parametrize("protocol", ["default", "paper"])
+def test_what_was_cut_dropped_and_not_finished_is_counted_once(protocol: str, tmp_path: Path) -> None:
+    task = build(f"ccks2019={sample(tmp_path, 'ccks2019')},protocol={protocol}")
+    responses = {request.id: Answered("无", "length", 4, dropped=2, cut=3) for request in task.requests()}
+    counts = {name: count for name, count in conclude(task, responses).counts.items() if count}
+    assert counts == {"answers_without_end": 5, "prompts_without_oldest_turns": 5, "prompts_cut": 5}
 
 
 def test_a_limit_draws_texts_and_leaves_their_names(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from evals.evaluation import conclude
 from evals.suite import BuildContext, TaskSpec
-from evals.task import Answer, Item, Metric, Result
+from evals.task import Answer, Answered, Item, Metric, Result
 from model.errors import InputError
 from samples.dialogues import Dialogue
 from samples.knowledge import Knowledge
@@ -66,6 +67,12 @@ def test_an_item_is_a_question_with_all_of_its_answers() -> None:
     item: Item = result.items[0]
     assert item.parts["safe"][1] == 3.0 and item.answer.count("我不知道") == 3
     assert metric(result, "tokens").value == len("我不知道") + 1
+
+
+def test_answers_without_an_end_are_counted_once() -> None:
+    task = quiz(answers="2", limit=3)
+    result = conclude(task, {request.id: Answered("请", "length", 1, dropped=1, cut=0) for request in task.requests()})
+    assert result.counts == {"answers_without_end": 6, "prompts_without_oldest_turns": 6}
 
 
 def test_a_model_without_a_template_sees_the_question_as_documents_write_it() -> None:
