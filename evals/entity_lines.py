@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from evals.entity_mentions import TRIMMED, divide, says_none
+from evals.entity_mentions import TRIMMED, divide, says_none, says_none_of
 from evals.entity_text import FoldedText, fold
 from evals.entity_types import TypeNames
 
@@ -43,14 +43,16 @@ def read_lines(answer: str, text: FoldedText, types: TypeNames) -> Lines:
     entities: list[tuple[str, str]] = []
     nothing, prose, heading = False, 0, ""
     for line, rest, (label, value) in zip(marked, bare, labelled, strict=True):
+        said = value if label else rest
+        stands_there = fold(said.strip(TRIMMED)) in text
         if label and not value:
             heading = label
-        elif says_none(value if label else rest):
+        elif says_none(said) or (says_none_of(said, types) and not (stands_there and (label or heading))):
             nothing = True
         elif label:
             heading = ""
             entities += ((label, part) for part in _parts(value, text, is_alone=labels.count(label) == 1))
-        elif heading and (rest != line or fold(rest.strip(TRIMMED)) in text):
+        elif heading and (rest != line or stands_there):
             entities += ((heading, part) for part in _parts(rest, text, is_alone=False))
         elif strangers := _strangers(rest, text):
             entities += strangers

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from evals.entity_text import fold
+from evals.entity_types import TypeNames
 
 NOTHING = "无"
 """What is answered where there is nothing to name."""
@@ -18,16 +19,24 @@ TRIMMED = " \t\u3000*`_。．.;；,，、!！?？:："
 _SEPARATORS = "、，,；;"
 _QUOTES = {"“": "”", "「": "」", "『": "』", '"': '"'}
 _BRACKETS = {"(": ")", "（": "）", "[": "]", "【": "】"}
-_NONE = re.compile(
+_THERE_IS_NO = (
     r"(?:文本|原文|文中|病历|该|本|其|中|均|都|暂|里)*(?:无|没有|未|不存在|不包含|不含|不涉及)"
     r"(?:找到|发现|提到|提及|涉及|识别到|抽取到|出现|包含|见)?(?:任何|相关|相应|上述|指定|这些|可抽取|符合要求|类型|类别|的)*"
-    r"(?:实体|内容|信息)?|none|null|nil|n/a|空"
 )
+_NONE = re.compile(rf"{_THERE_IS_NO}(?:实体|内容|信息)?|none|null|nil|n/a|空")
+_NONE_OF = re.compile(rf"{_THERE_IS_NO}(.+)")
+_AND = re.compile("[、,/和与及或]")
 
 
 def says_none(text: str) -> bool:
     """Whether a piece of an answer says that there is nothing: 无, 未提及, 没有相关实体, none, ..."""
     return _NONE.fullmatch(fold(text.strip(TRIMMED + "()（）[]"))) is not None
+
+
+def says_none_of(text: str, types: TypeNames) -> bool:
+    """Whether it says so of some types: 没有药物, 未提及疾病和症状."""
+    found = _NONE_OF.fullmatch(fold(text.strip(TRIMMED + "()（）[]")))
+    return found is not None and (types.find(found[1]) is not None or all(map(types.find, _AND.split(found[1]))))
 
 
 def quote(mention: str) -> str:

@@ -74,6 +74,14 @@ def test_the_same_entities_are_read_from(answer: str) -> None:
         "{}",
         "[]",
         '{"症状": [], "药物": "无"}',
+        "药物：没有",
+        "没有药物",
+        "没有药物。\n未提及症状",
+        "文中没有药物和症状",
+        "1. 无相关疾病、症状",
+        "未发现任何药物实体",
+        "药物：没有药物",
+        "药物：\n- 没有药物",
     ],
 )
 def test_an_answer_that_says_there_is_nothing_is_no_failure(answer: str) -> None:
@@ -176,6 +184,15 @@ def test_any_answer_can_be_read(answer: str) -> None:
 )
 def test_any_json_can_be_read(value: object) -> None:
     read(json.dumps(value, ensure_ascii=False))
+
+
+def test_a_denied_type_is_nothing_and_a_denied_finding_is_not() -> None:
+    assert read("没有药物\n症状：发热")[:2] == ((FEVER,), True)
+    assert read("没有发热").is_unreadable and read("无药物过敏").is_unreadable  # a finding is no type
+    assert read("症状：没有药物过敏").entities == (("症状", "没有药物过敏"),)
+    for answer in ("症状：无症状", "症状：\n- 无症状", "症状：\n无症状"):  # the text has it
+        assert read(answer, "感染后无症状。").entities == (("症状", "无症状"),)
+    assert read("无症状", "感染后无症状。")[:2] == ((), True)
 
 
 def test_says_none_is_not_taken_for_a_mention_that_begins_so() -> None:
