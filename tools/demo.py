@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.launch import EXIT_GATE
-from samples.chain.figures import figures, out_of_place
+from samples.chain.figures import figures, gains, out_of_place
 from samples.chain.page import write_page
 from samples.chain.stages import STAGES, Ledger, run_stages
 from samples.chain.table import aligned, rows, times
@@ -34,7 +34,7 @@ def main() -> int:
     print("\n".join(ranking(ROOT / "ckpt" / "evaluation" / "report.json")))
     print("\n" + "\n".join(times(STAGES, ledger.read())))
     print(f"{write_page(ROOT, STAGES, found).relative_to(ROOT)}: the figures, the curves, and every model's answers")
-    wrong = out_of_place(found)
+    wrong = out_of_place(found, gains(ROOT))
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     if wrong:

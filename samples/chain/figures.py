@@ -57,19 +57,33 @@ def answers(root: Path, task: str = "qa", count: int = 5) -> Iterator[tuple[str,
         yield last["shown"], last["gold"], {model: said[model][id]["answer"] for model in MODELS}
 
 
-def out_of_place(found: Mapping[str, Figure], bands: Path = BANDS) -> list[str]:
-    """A sentence for every figure that does not lie in its band, and for every order that does not hold."""
+def gains(root: Path) -> dict[tuple[str, str, str], Figure]:
+    """(worse, better, column) -> how far the second is above the first, item by item, with its 95 % interval."""
+    found = {}
+    sections = _evaluation(root)
+    for column, (task, metric) in COLUMNS.items():
+        for one in sections[task]["comparisons"]:
+            value, low, high = (one["difference"][name] for name in ("value", "low", "high"))
+            if one["metric"] == metric:
+                found[one["a"], one["b"], column] = Figure(-value, -high, -low)
+                found[one["b"], one["a"], column] = Figure(value, low, high)
+    return found
+
+
+def out_of_place(
+    found: Mapping[str, Figure], gained: Mapping[tuple[str, str, str], Figure], bands: Path = BANDS
+) -> list[str]:
+    """A sentence for every figure that does not lie in its band, and for every gain that is not surely one."""
     wanted = yaml.safe_load(bands.read_text(encoding="utf-8"))
     sentences = []
     for name, (low, high) in wanted["bands"].items():
         if not low <= found[name].value <= high:
             sentences.append(f"{name} is {found[name].value:.4g}; it should lie between {low} and {high}.")
-    for worse, better, column in wanted["orders"]:
-        first, second = found[f"{worse}.{column}"], found[f"{better}.{column}"]
-        if first.high is None or second.low is None or second.low <= first.high:
-            sentences.append(
-                f"{column}: {better} ({second.value:.4g}) should be above {worse} ({first.value:.4g}), intervals apart."
-            )
+    for worse, better, column in wanted["gains"]:
+        gain = gained[worse, better, column]
+        if gain.low is None or gain.low <= 0:
+            span = f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+            sentences.append(f"{column}: {better} is {span} from {worse}; it should surely be above it.")
     return sentences
 
 

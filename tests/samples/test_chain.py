@@ -1,5 +1,6 @@
 """The demo's chain: what is done stays done, what is killed goes on, and figures out of place are named."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from samples.chain.figures import COLUMNS, MODELS, Figure, figures, out_of_place
+from samples.chain.figures import COLUMNS, MODELS, Figure, figures, gains, out_of_place
 from samples.chain.page import write_page
 from samples.chain.stages import STAGES, Done, Ledger, Stage, run_stages
 from samples.chain.table import aligned, rows, times
@@ -122,7 +123,20 @@ def left(tmp_path: Path) -> Path:
             one = {"name": metric, "value": value, "low": value - 0.02, "high": value + 0.02}
             sections.setdefault(task, {}).setdefault(model, []).append(one)
     report = [
-        {"label": task, "entries": [{"model": model, "metrics": metrics} for model, metrics in by_model.items()]}
+        {
+            "label": task,
+            "entries": [{"model": model, "metrics": metrics} for model, metrics in by_model.items()],
+            "comparisons": [
+                {
+                    "metric": first["name"],
+                    "a": a,
+                    "b": b,
+                    "difference": {"value": first["value"] - second["value"], "low": -0.9, "high": -0.05},  # type: ignore[operator]
+                }
+                for a, b in itertools.combinations(MODELS, 2)
+                for first, second in zip(by_model[a], by_model[b], strict=True)
+            ],
+        }
         for task, by_model in sections.items()
     ]
     for model in MODELS:
@@ -138,7 +152,10 @@ def test_figures_are_those_that_the_stages_left(left: Path) -> None:
     found = figures(left)
     assert found["sft.loss"] == Figure(0.68) and found["rm.accuracy"] == Figure(0.83, 0.80, 0.86)
     assert found["ppo.true reward"].value == 0.9 and found["sft.entity F1"].low == pytest.approx(0.54)
-    assert out_of_place(found) == []
+    gained = gains(left)
+    assert gained["sft", "ppo", "true reward"] == pytest.approx(Figure(0.1, 0.05, 0.9))
+    assert gained["ppo", "sft", "true reward"] == pytest.approx(Figure(-0.1, -0.9, -0.05))
+    assert out_of_place(found, gained) == []
 
 
 @pytest.mark.parametrize(
@@ -146,12 +163,26 @@ def test_figures_are_those_that_the_stages_left(left: Path) -> None:
     [
         ("sft.loss", Figure(1.2), "sft.loss is 1.2; it should lie between"),
         ("rm.accuracy", Figure(0.5), "rm.accuracy is 0.5"),
-        ("ppo.true reward", Figure(0.83, 0.815, 0.85), "true reward: ppo (0.83) should be above sft (0.8)"),
-        ("sft.entity F1", Figure(0.5, 0.1, 0.9), "entity F1: sft (0.5) should be above pretrain"),
     ],
 )
-def test_a_figure_out_of_its_band_or_order_is_named(left: Path, name: str, figure: Figure, said: str) -> None:
-    (sentence,) = out_of_place({**figures(left), name: figure})
+def test_a_figure_out_of_its_band_is_named(left: Path, name: str, figure: Figure, said: str) -> None:
+    (sentence,) = out_of_place({**figures(left), name: figure}, gains(left))
+    assert sentence.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("who", "figure", "said"),
+    [
+        (
+            ("sft", "ppo", "true reward"),
+            Figure(0.03, -0.01, 0.07),
+            "true reward: ppo is +0.030 (-0.010 to",
+        ),
+        (("pretrain", "sft", "entity F1"), Figure(-0.2, -0.3, -0.1), "entity F1: sft is -0.200"),
+    ],
+)
+def test_a_gain_that_is_not_sure_is_named(left: Path, who: tuple[str, str, str], figure: Figure, said: str) -> None:
+    (sentence,) = out_of_place(figures(left), {**gains(left), who: figure})
     assert sentence.startswith(said)
 
 
