@@ -1,6 +1,6 @@
 """A task of multiple choice: its requests, and what the responses to them are worth.
 
-    accuracy        of all questions alike, with Wilson's interval
+    accuracy        of all questions alike, with Wilson's interval by the questions that differ
     subject_mean    the mean of the subjects' accuracies, as C-Eval, CMMLU and CMB report it
     acc_norm        of lm-evaluation-harness: by log-likelihood per character; of letters, which have one, the accuracy
     text_accuracy   of answers in words, by the options' texts that they mention, whatever the letter
@@ -125,6 +125,9 @@ class ChoiceTask:
             parts[FAILURES] = float(not taken.letters), 1.0
         prompt = asked.prompt
         shown = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
+        if not self.writer.wording.option:  # none is listed in it: then those whose likelihoods are compared
+            listed = zip(question.letters, question.options, strict=True)
+            shown += "\n" + "".join(f"\n{letter} {option}" for letter, option in listed)
         texts = question.text, *question.options
         return Item(question.id, parts, shown, taken.said, question.answer, question.subject, texts)
 
@@ -182,7 +185,7 @@ class _Taken(NamedTuple):
 
 def _share(name: str, items: Sequence[Item], better: Literal["higher", "lower"] = "higher") -> Metric:
     value = sum(item.parts[name][0] for item in items) / len(items)
-    return Metric(name, value, *wilson_interval(value, len(items)), len(items), better=better)
+    return Metric(name, value, *wilson_interval(value, len({item.shown for item in items})), len(items), better=better)
 
 
 def _by_subject(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -19,7 +19,7 @@ from engine.chatting import SamplingConfig
 from engine.files import digest_files
 from evals.entity_answers import Parsed, parse
 from evals.entity_files import LAYOUTS, Annotated, Layout, Reading, read_annotated
-from evals.entity_metrics import FAILURES, Part, measure
+from evals.entity_metrics import FAILURES, measure
 from evals.entity_paper import build_paper
 from evals.entity_prompts import PLAIN_STOP, WORDINGS, Wording, ask, choose_exemplars, shown, write
 from evals.entity_records import find_file, holds_written
@@ -83,7 +83,7 @@ class EntityTask:
         for one in scored:
             counts.update(one.counts)
         items = tuple(one.item for one in scored)
-        metrics, groups = measure([item.parts for item in items], [one.by_type for one in scored], self.seed)
+        metrics, groups = measure(items, [one.by_type for one in scored], self.seed)
         if not self.has_spans:
             return Result(metrics, items, groups, counts=dict(counts))
         best = self.span_f1_of_the_right_answer()
@@ -126,7 +126,7 @@ class EntityTask:
         parsed = parse(response.text, folded, self._labels)
         said, gold = pairs(parsed.entities), _pairs_of(text)
         exact = strict(said, gold)
-        parts: dict[str, Part] = {
+        parts: dict[str, tuple[float, float]] = {
             "micro_f1": exact.f1,
             "precision": exact.precision,
             "recall": exact.recall,

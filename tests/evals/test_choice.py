@@ -246,6 +246,25 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     assert ask(made(f"medqa={path}"), always()).counts == {"duplicates": 3}
 
 
+@pytest.mark.parametrize("protocol", ["ceval", "gen", "text"])
+def test_a_question_that_is_asked_ten_times_tells_no_more_than_once(tmp_path: Path, protocol: str) -> None:
+    intervals = []
+    for times in (1, 10):
+        path = write_medqa(tmp_path / "a.jsonl", FIRST * times)
+        result = ask(made(f"medqa={path},protocol={protocol}"), always(3, "D"))
+        assert {one.n for one in result.metrics} == {len(FIRST) * times}
+        intervals.append([(one.name, one.value, one.low, one.high) for one in result.metrics])
+    assert intervals[0] == intervals[1] and intervals[0][0][1:] == (0.25, *wilson_interval(0.25, len(FIRST)))
+
+
+def test_questions_of_one_text_with_other_options_are_two(tmp_path: Path) -> None:
+    same = tuple(sample._replace(text="下列正确的是") for sample in FIRST)
+    task = made(f"medqa={write_medqa(tmp_path / 'a.jsonl', same)},protocol=text")
+    result = ask(task, always(3))
+    assert (result.metrics[0].low, result.metrics[0].high) == wilson_interval(0.25, len(FIRST))
+    assert result.items[0].shown == "问题：下列正确的是\n答案：\n\nA 30-50 次\nB 60-100 次\nC 110-130 次\nD 140-160 次"
+
+
 @pytest.mark.parametrize("protocol", ["ceval", "text"])
 def test_a_question_with_an_empty_option_is_not_asked_and_counted(tmp_path: Path, protocol: str) -> None:
     empty = Sample("什么？", ("甲", "", "乙", "丙"), "A")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from evals.task import Answer, Answered, Metric, Result, Task
 from model.chat import Message
 from model.errors import InputError
 from tests.evals.entity_samples import MORE, NOTES, write_sample
-from tests.evals.stubs import always, ask, guessing, knowing, text_of
+from tests.evals.stubs import Stub, always, ask, guessing, knowing, text_of
 
 DATASETS = tuple(LAYOUTS)
 FORMS = ("lines", "short", "json")
@@ -74,6 +75,20 @@ def test_an_empty_answer_is_a_failure_and_an_explicit_nothing_is_none(tmp_path: 
     for text, share in (("", 1.0), ("不知道", 1.0), ("无", 0.0), ("疾病：肺炎", 0.0)):
         result = ask(task, always(text=text))
         assert values(result)["parse_failures"] == share and result.counts["unreadable"] == 5 * share
+
+
+def test_a_text_that_stands_in_the_file_ten_times_tells_no_more_than_once(tmp_path: Path) -> None:
+    def of(times: int) -> dict[str, Metric]:
+        task = build(f"entities={sample(tmp_path, notes=[note for note in NOTES for _ in range(times)])}")
+        right = {item.shown: item.gold for item in ask(task, always(text="")).items[: 2 * times]}
+        half = Stub(lambda asked: [], lambda asked: right.get(text_of(asked.prompt), "疾病：肺炎"))
+        result = ask(task, half)
+        return {metric.name: metric for metric in (*result.metrics, *result.groups["症状"])}
+
+    once, often = of(1), of(10)
+    for name, metric in once.items():
+        assert dataclasses.astuple(often[name])[:4] == pytest.approx((name, metric.value, metric.low, metric.high))
+    assert 0 < once["micro_f1"].value < 1 and once["micro_f1"].n == 5 and often["micro_f1"].n == 50
 
 
 def test_a_letter_is_no_entity(tmp_path: Path) -> None:
