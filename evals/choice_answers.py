@@ -9,7 +9,8 @@
     7  only one option's text is mentioned                            应为肺炎
 
 Half and full width are one. A letter names an option if no Latin letter or digit touches it, so DNA and B12 name none.
-What is denied names nothing: 不选 A, A、B都不对, 错误的是A, 排除肺炎; nor does A或B, which leaves it open.
+What is denied names nothing: 不选 A, A、B都不对, 错误的是A, 排除肺炎; nor does A或B, which leaves it open. Where the
+question asks for what is wrong (下列说法错误的是), 错误的是A and A错误 are its answer.
 """
 
 from __future__ import annotations
@@ -40,14 +41,28 @@ _NOT = re.compile(
 _IS_NOT = re.compile(rf"{_CLOSE}{_WRONG}")
 # Of an option's text, which may itself go on with 不.
 _TEXT_IS_NOT = re.compile(rf"{_CLOSE}(?:也|都|均|是|为)*(?:错|不对|不是|不正确|不符|有误|除外|可?排除)")
+# A question for the option that is wrong, and how an answer to one speaks of it.
+_BAD = "(?:错误?|有误|不(?:正确|对|恰当|妥|准确))"
+_ASKS_WRONG = re.compile(rf"{_BAD}|不(?:属于|包括|包含|符合|支持|是|宜|应)[^。?;]{{0,12}}是|除外|例外")
+_WRONG_ONE = rf"{_BAD}(?:的|之处)?(?:说法|描述|叙述|选项|答案|一项)?(?:是|为|:)+\s*{_OPEN}"
+_IS_WRONG_ONE = rf"{_CLOSE}\s*(?:选?项)?(?:的?(?:说法|描述|叙述))?(?:是|为)?{_BAD}的?"
 
 
-def find_letters(said: str, options: Sequence[str]) -> str:
-    """The letters of the options that an answer names, in order; "" where none can be found."""
+def find_letters(said: str, options: Sequence[str], question: str = "") -> str:
+    """The letters of the options that an answer names, in order; "" where none can be found.
+
+    Args:
+        question: what was asked; it may ask for what is wrong.
+    """
     text = unicodedata.normalize("NFKC", said).strip()
     if not text:
         return ""
     one = f"[{LETTERS[: len(options)]}]"
+    if _ASKS_WRONG.search(unicodedata.normalize("NFKC", question)):
+        text = re.sub(rf"{_WRONG_ONE}(?={one}(?![A-Za-z0-9]))", "答案是", text)
+        text = re.sub(
+            rf"(?<![A-Za-z0-9])(?<![A-Z][、,和与及])({one}){_IS_WRONG_ONE}(?=$|[\s。.,;!])", r"答案是\1。", text
+        )
     unit = rf"(?<![A-Za-z0-9])(?:{one}(?![A-Za-z0-9])|{one}{{2,}}(?![A-Za-z0-9])(?:{_AFTER_RUN}))"
     run = rf"(?P<run>{unit}(?:{_BETWEEN}{unit})*(?!{_BETWEEN}{unit}))"  # whole, whatever must follow it
     named = f"{_OPEN}{run}{_CLOSE}"

@@ -103,7 +103,7 @@ class ChoiceTask:
 
     def _take(self, question: Question, response: Response) -> _Taken:
         if isinstance(response, Answered):
-            letters = find_letters(response.text, question.options)
+            letters = find_letters(response.text, question.options, question.text)
             said = response.text if response.text.strip() == letters else f"{response.text}\n→ {letters or 'none'}"
             return _Taken(letters, said, find_texts(response.text, question.options))
         assert isinstance(response, Chosen)

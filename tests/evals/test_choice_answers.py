@@ -104,6 +104,29 @@ def test_letters_are_read_off_answers_as_a_reader_would(kind: str) -> None:
     assert {said: find_letters(said, OPTIONS) for said in CASES[kind]} == CASES[kind]
 
 
+@pytest.mark.parametrize(
+    ("said", "letters"),
+    [
+        ("错误的是A", "A"),
+        ("不正确的说法是：B。因为其余都对", "B"),
+        ("C选项错误。", "C"),
+        ("D的说法是不正确的", "D"),
+        ("A正确，B正确，C错误，D正确", "C"),
+        ("答案：B", "B"),
+        ("A、B都不对", ""),  # says of two that they are wrong, where one is asked for
+        ("不选A", ""),
+    ],
+)
+def test_where_the_wrong_one_is_asked_for_the_wrong_one_is_named(said: str, letters: str) -> None:
+    assert find_letters(said, OPTIONS, "关于该病，下列说法错误的是（ ）。") == letters
+
+
+def test_where_the_right_one_is_asked_for_the_wrong_one_is_not_it() -> None:
+    question = "患者不能进食，其致病菌是（ ）。"
+    assert find_letters("错误的是A", OPTIONS, question) == ""
+    assert find_letters("A错误，B正确。", OPTIONS, question) == "B"
+
+
 def test_only_letters_of_options_count() -> None:
     assert find_letters("E", (*OPTIONS, "以上都不是")) == "E"
     assert find_letters("答案是E", OPTIONS) == ""
