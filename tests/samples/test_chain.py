@@ -199,10 +199,6 @@ def test_a_stage_over_its_budget_is_said() -> None:
     assert f"Over its budget: {STAGES[-1].name}" in times(STAGES, late)[1]
 
 
-def test_all_budgets_together_are_nine_minutes() -> None:
-    assert sum(stage.budget for stage in STAGES) <= 540
-
-
 def test_the_page_needs_nothing_else_and_says_what_it_was_given(left: Path) -> None:
     class Outside(HTMLParser):
         sources: ClassVar[list[str]] = []
