@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from engine.chatting import ChatModel, Prompt, SamplingConfig
-from engine.files import digest_files, explain, write_durably
+from engine.files import claim, digest_files, explain, write_durably
 from engine.launch import speak
 from engine.live_line import LiveLine, duration
 from engine.prompts import PromptRecord, read_prompts
@@ -258,14 +257,11 @@ def _claimed(output: Path) -> Iterator[BinaryIO]:
         raise InputError(f"--output {output} is no file that could be gone on with. Choose another.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output {output}: another process is writing it. Wait for it, or choose another."
-            ) from None
-        except OSError:
-            speak(f"{output}: its filesystem offers no locks. Let no two processes write it at the same time.")
+        claim(
+            file,
+            f"--output {output}: another process is writing it. Wait for it, or choose another.",
+            f"{output}: its filesystem offers no locks. Let no two processes write it at the same time.",
+        )
         yield file
 
 

@@ -16,6 +16,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+from model.errors import InputError
 
 DELETED = ".deleted"
 """Suffix of a directory on its way out; whoever tidies up may finish the job."""
@@ -107,6 +110,23 @@ def locked(path: Path) -> Iterator[None]:
                 raise
             _say_unlocked(path.parent)
         yield
+
+
+def claim(file: IO[Any], busy: str, unlocked: str) -> None:
+    """Take an open file's lock for this process, at once or not at all; it ends with the file.
+
+    Args:
+        busy: what to say where another process has it.
+        unlocked: what to say where the filesystem offers no locks; the work then goes on without.
+    Raises:
+        InputError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(busy) from None
+    except OSError:
+        print(unlocked, file=sys.stderr, flush=True)
 
 
 @functools.cache

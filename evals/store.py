@@ -12,7 +12,6 @@ one is written over.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -20,8 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_durably
-from engine.launch import speak
+from engine.files import claim, write_durably
 from evals.task import Answered, Chosen, Response, Result, Scored
 from model.errors import InputError
 
@@ -51,14 +49,11 @@ class Store:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.folder}: another process is evaluating into it. Wait for it, or choose another --out."
-                ) from None
-            except OSError:
-                speak(f"{self.folder}: its filesystem offers no locks. Let no two commands write it at the same time.")
+            claim(
+                file,
+                f"{self.folder}: another process is evaluating into it. Wait for it, or choose another --out.",
+                f"{self.folder}: its filesystem offers no locks. Let no two commands write it at the same time.",
+            )
             yield
 
     def begin(self, settings: Mapping[str, Any]) -> None:

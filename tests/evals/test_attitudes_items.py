@@ -43,7 +43,9 @@ def test_a_file_may_say_what_the_key_says(tmp_path: Path) -> None:
     items = keyed()
     items[1] |= {"subscale": "Benevolence", "agreeing_is_stigma": False}
     items[3] |= {"subscale": "community mental-health ideology"}
-    read_scale(str(write(tmp_path / "items.json", {"items": items})), CAMI)
+    said = read_scale(str(write(tmp_path / "items.json", {"items": items})), CAMI)
+    unsaid = read_scale(str(write(tmp_path / "unsaid.json", {"items": keyed()})), CAMI)
+    assert said.items == unsaid.items
 
 
 @pytest.mark.parametrize(("name", "key"), [("cami", CAMI), ("mica4", MICA4)])

@@ -183,7 +183,8 @@ def test_any_answer_can_be_read(answer: str) -> None:
     )
 )
 def test_any_json_can_be_read(value: object) -> None:
-    read(json.dumps(value, ensure_ascii=False))
+    found = read(json.dumps(value, ensure_ascii=False))
+    assert all(mention for _, mention in found.entities)
 
 
 def test_a_denied_type_is_nothing_and_a_denied_finding_is_not() -> None:
