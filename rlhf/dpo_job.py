@@ -2,65 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from engine.building import Base, find_trained, make_run_directory, publisher
+from engine.building import find_trained, publisher
 from engine.data.groups import PreferenceSet
-from engine.data.loader import require_a_step
 from engine.data.ranked_batch import RankedBatch
-from engine.data.ranked_loader import RankedLoader, evaluation_ranked_batches, ranked_packs_per_epoch, require_room
-from engine.dry_run import look_at_preferences, planned_world
-from engine.guard import Guard
-from engine.job import (
-    STORED,
-    JobConfig,
-    StepShape,
-    TrainConfig,
-    begin_anew,
-    describe_run,
-    make_model,
-    plan_alone,
-    plan_report,
-    rate_of,
-    rate_report,
-    resolve_precision,
-    resolve_recipe,
-    resolve_shape,
-)
+from engine.job import STORED, TrainConfig, begin_anew, make_model, resolve_precision
 from engine.launch import speak
-from engine.loop import EvalConfig, Run, train
-from engine.mesh import Runtime, start, stop
-from engine.optim import AdamW, OptimConfig
-from engine.preferences import (
-    PreferenceDataConfig,
-    describe_preferences,
-    open_held_out_preferences,
-    open_preferences,
-)
+from engine.mesh import start, stop
+from engine.optim import OptimConfig
 from engine.schedule import ScheduleConfig
-from engine.sft import ChatConfig, read_chat_base
 from engine.shard import Precision
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
 from model.heads import CausalLM
+from rlhf.comparison_job import (
+    ComparisonConfig,
+    Comparisons,
+    open_comparisons,
+    plan_on_comparisons,
+    train_on_comparisons,
+)
 from rlhf.dpo import SHOWN, DpoLossConfig, dpo_objective
 from rlhf.reference import reference_key, reference_logprobs
-from rlhf.reward_job import show_group
 
 LEARNING_RATE = 5e-7
 """What 7B to 70B took (Ivison et al. 2023, Tunstall et al. 2023): the log-ratio of a whole answer moves fast."""
 
 
 @dataclass
-class DpoConfig(JobConfig):
+class DpoConfig(ComparisonConfig):
     """Improve a fine-tuned model by comparisons of answers, without a reward model."""
 
     model: str = "ckpt/sft"
@@ -75,9 +51,6 @@ class DpoConfig(JobConfig):
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(kind="linear", warmup_ratio=0.1, final_ratio=0.0)
     )
-    eval: EvalConfig = field(default_factory=lambda: EvalConfig(fraction=0.05))
-    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
 
 
 def dpo(config: DpoConfig) -> None:
@@ -91,131 +64,63 @@ def dpo(config: DpoConfig) -> None:
     directory = Path(config.out)
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
-        return dry_run(config, base)
+        remark = ", which are read once more for the reference"
+        return plan_on_comparisons(config, base, LEARNING_RATE, head="lm", loss="logprob", remark=remark)
     runtime = start(config.parallel)
-    context = resolve_shape(config.train, base.config, runtime.world).context
-    with runtime.main_first():
-        if runtime.is_main:
-            make_run_directory(directory)
-        tokenizer, template, model_config = read_chat_base(base, config.tokenizer, config.chat)
-        comparisons = open_preferences(config.data, template, tokenizer, context, directory)
-        shape = resolve_shape(config.train, base.config, runtime.world, comparisons.most_tokens)
-        comparisons, held_out = open_held_out_preferences(
-            comparisons, config.eval.fraction, config.eval.data, config.data, template, tokenizer, context, directory
-        )
-        require_room(held_out or comparisons, shape.tokens_per_pack)
-        require_a_step(comparisons, shape.tokens_per_step)
-    model_config = model_config.with_context(context)
-    packs = ranked_packs_per_epoch(comparisons, config.seed, shape.tokens_per_pack)
-    recipe = _resolve(config, shape, packs)
-    assert recipe.train.steps is not None
+    comparisons = open_comparisons(config, base, LEARNING_RATE, runtime)
     if runtime.is_main:
-        speak(describe_preferences(comparisons, held_out))
-        describe_run(recipe, model_config, shape, runtime, "an answer with its prompt at most")
-        speak(f"The chat template is {template.name}. A prompt's answers, compared tokens marked:")
-        speak(show_group(comparisons, tokenizer))
+        comparisons.describe()
 
     precision = resolve_precision(config.train, runtime)
-    model = make_model(CausalLM, model_config, config, base, precision, runtime)
+    model = make_model(CausalLM, comparisons.model, config, base, precision, runtime)
     if config.resume == "never":
         begin_anew(directory, runtime)
-
-    def fresh_loader(cursor: dict[str, Any] | None) -> RankedLoader:
-        sizes = (shape.tokens_per_pack, context, shape.packs_per_step)
-        return RankedLoader(comparisons, config.seed, *sizes, runtime.rank, runtime.world, cursor)
-
-    def held_out_batches() -> Iterator[RankedBatch]:
-        assert held_out is not None
-        place = (runtime.rank, runtime.world, config.eval.max_tokens)
-        return evaluation_ranked_batches(held_out, shape.tokens_per_pack, context, *place)
-
-    reference = _References(model, recipe, shape, precision, runtime)
-    known = reference.of_training(comparisons, fresh_loader, packs)
-    held_out_known = reference.of_all(held_out, held_out_batches) if held_out else None
-    train(
-        Run(
-            directory=directory,
-            runtime=runtime,
-            model=model,
-            objective=dpo_objective(config.dpo, known),
-            held_out_objective=None if held_out_known is None else dpo_objective(config.dpo, held_out_known),
-            optimizer=AdamW(model, recipe.optim),
-            guard=Guard(config.guard, runtime.device),
-            fresh_loader=fresh_loader,
-            held_out=held_out_batches if held_out else None,
-            learning_rate=rate_of(recipe),
-            steps=recipe.train.steps,
-            flops_per_token=model_config.flops_per_token(context),
-            identity={
-                "stage": "dpo",
-                **{f"dpo.{name}": value for name, value in vars(config.dpo).items()},
-                "tokenizer": tokenizer.fingerprint,
-                "template": f"{template.name} ({template.fingerprint[:8]})",
-                "model": config.model,
-                **dataclasses.asdict(shape),
-            },
-            publish=publisher(model, model_config, template.store(tokenizer), "dpo", STORED[precision]),
-            counts="prompts",
-            shown=SHOWN,
-        ),
-        checkpoint=config.checkpoint,
-        evaluation=config.eval,
-        log=config.log,
-        timeout_seconds=60 * config.parallel.timeout_minutes,
-        recipe=recipe,
+    reference = _References(model, config, comparisons, precision)
+    known = reference.of_training()
+    held_out_known = reference.of_held_out() if comparisons.held_out else None
+    template = comparisons.template.store(comparisons.tokenizer)
+    train_on_comparisons(
+        comparisons,
+        model,
+        dpo_objective(config.dpo, known),
+        held_out_objective=None if held_out_known is None else dpo_objective(config.dpo, held_out_known),
+        identity={
+            "stage": "dpo",
+            **{f"dpo.{name}": value for name, value in vars(config.dpo).items()},
+            "model": config.model,
+        },
+        publish=publisher(model, comparisons.model, template, "dpo", STORED[precision]),
+        shown=SHOWN,
     )
     speak(f"Done: {directory} is a model directory.")
     stop()
 
 
-def dry_run(config: DpoConfig, base: Base) -> None:
-    """Print the memory plan, the schedule and the answers to one prompt to stdout."""
-    if base.directory is None and config.tokenizer is None:
-        return plan_alone(config, base.config, loss="logprob")
-    world = planned_world(config.plan)
-    context = resolve_shape(config.train, base.config, world).context
-    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
-    look, largest = look_at_preferences(config.data, template, tokenizer, context)
-    shape = resolve_shape(config.train, base.config, world, largest)
-    print(plan_report(config, model, shape, loss="logprob"))
-    print(f"data: about {look.tokens:,} tokens, which are read once more for the reference")
-    print(rate_report(_resolve(config, shape, math.ceil(look.tokens / shape.tokens_per_pack)), shape))
-    print(f"the answers to one prompt as {template.name} writes them, after their grades; what is compared is marked:")
-    print(look.sample)
-
-
-def _resolve(config: DpoConfig, shape: StepShape, packs: int) -> DpoConfig:
-    steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
-    return resolve_recipe(config, shape, steps, LEARNING_RATE)
-
-
 class _References:
     """Log-probabilities by the model as it is before its first step, kept in OUT/reference."""
 
-    def __init__(
-        self, model: nn.Module, recipe: DpoConfig, shape: StepShape, precision: Precision, runtime: Runtime
-    ) -> None:
-        self._model, self._recipe, self._shape = model, recipe, shape
-        self._precision, self._runtime = precision, runtime
+    def __init__(self, model: nn.Module, config: DpoConfig, comparisons: Comparisons, precision: Precision) -> None:
+        self._model, self._config, self._comparisons = model, config, comparisons
+        self._shape, self._precision, self._runtime = comparisons.shape, precision, comparisons.runtime
 
-    def of_training(
-        self, comparisons: PreferenceSet, fresh_loader: Callable[[None], RankedLoader], packs: int
-    ) -> Tensor:
+    def of_training(self) -> Tensor:
         """Of what training reads: fp32 [sequences]. That is what the first epoch has, unless weights leave some of it
         to later ones."""
-        count = self._recipe.train.steps
+        comparisons = self._comparisons
+        count = comparisons.recipe.train.steps
         assert count is not None
-        if not any(0 < weight < 1 for weight in comparisons.weights):
-            count = min(count, -(-packs // self._shape.packs_per_step))
-        with closing(fresh_loader(None)) as loader:
+        if not any(0 < weight < 1 for weight in comparisons.train.weights):
+            count = min(count, -(-comparisons.packs // self._shape.packs_per_step))
+        with closing(comparisons.loader(None)) as loader:
             steps = iter(loader.next_step, None)
-            return self._read("train", comparisons, steps, count, self._shape.packs_per_step)
+            return self._read("train", comparisons.train, steps, count, self._shape.packs_per_step)
 
-    def of_all(self, held_out: PreferenceSet, batches: Callable[[], Iterator[RankedBatch]]) -> Tensor:
+    def of_held_out(self) -> Tensor:
         """Of all that is looked at: fp32 [sequences]."""
-        steps = [[batch] for batch in batches()]
-        division = (self._recipe.eval.max_tokens, self._runtime.world)
-        return self._read("held-out", held_out, iter(steps), len(steps), *division)
+        assert self._comparisons.held_out is not None
+        steps = [[batch] for batch in self._comparisons.held_out_batches()]
+        division = (self._config.eval.max_tokens, self._runtime.world)
+        return self._read("held-out", self._comparisons.held_out, iter(steps), len(steps), *division)
 
     def _read(
         self, name: str, data: PreferenceSet, steps: Iterator[list[RankedBatch]], count: int, *division: int
@@ -224,10 +129,10 @@ class _References:
         Args:
             division: what decides which sequences are in the first n steps; what is kept is counted in steps.
         """
-        recipe, path = self._recipe, Path(self._recipe.out) / "reference" / f"{name}.safetensors"
-        facts = (data.fingerprint, recipe.seed, self._shape.tokens_per_pack, self._precision, recipe.dpo.per_token)
-        key = reference_key(Path(recipe.model), *facts, *division)
-        patience = 60 * recipe.parallel.timeout_minutes
+        config, path = self._config, Path(self._config.out) / "reference" / f"{name}.safetensors"
+        facts = (data.fingerprint, config.seed, self._shape.tokens_per_pack, self._precision, config.dpo.per_token)
+        key = reference_key(Path(config.model), *facts, *division)
+        patience = 60 * config.parallel.timeout_minutes
         with Watchdog(patience, self._runtime.name) as dog, StopSignals() as signals:
             return reference_logprobs(
                 self._model,
@@ -239,5 +144,5 @@ class _References:
                 self._runtime,
                 dog,
                 signals,
-                recipe.dpo.per_token,
+                config.dpo.per_token,
             )

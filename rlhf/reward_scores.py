@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from engine.conversations import ConversationDataConfig, open_conversations
 from engine.data.corpus import Corpus
 from engine.data.groups import PreferenceSet
 from engine.data.loader import evaluation_batches
-from engine.data.ranked_batch import RankedBatch
 from engine.data.ranked_loader import evaluation_ranked_batches
 from engine.job import StepShape
 from engine.launch import speak
@@ -54,7 +53,7 @@ class HeldOut:
         comparisons: held-out ones, or None.
         answers: conversations to normalise by; None for the best answers of the comparisons.
         end_ids: what ends an answer; one that was cut to the context is not scored.
-        max_tokens: read at each look at the loss, and of the conversations.
+        max_tokens: of the conversations that are read.
     Raises:
         InputError: fewer than two answers to normalise by.
     Attributes:
@@ -83,11 +82,6 @@ class HeldOut:
                 f"{count} held-out prompts give no mean and deviation to normalise scores by. Raise --eval.fraction, "
                 "or give --normalise.data conversations."
             )
-
-    def batches(self) -> Iterator[RankedBatch]:
-        """This rank's share of the comparisons, for a look at the loss."""
-        assert self._comparisons is not None
-        return evaluation_ranked_batches(self._comparisons, *self._reading, self._max_tokens)
 
     def normalised(self, config: ModelConfig) -> ModelConfig:
         """The configuration with mean and deviation of the model as it is now. A collective.

@@ -18,6 +18,7 @@ import rlhf.reference
 from engine.data.groups import PreferenceSet
 from engine.data.ranked_batch import RankedBatch
 from engine.data.ranked_loader import evaluation_ranked_batches
+from engine.job import TrainConfig
 from engine.launch import StoppedError
 from engine.loggers import LogConfig, read_rows
 from engine.loop import CheckpointConfig, EvalConfig
@@ -34,7 +35,6 @@ from model.tokenizer import Tokenizer
 from rlhf.dpo import DpoLossConfig, sequence_logprobs
 from rlhf.dpo_job import DpoConfig, dpo
 from rlhf.reference import reference_key, reference_logprobs
-from rlhf.reward_job import TrainConfig
 from tests.engine.random_kills import check_that_kills_leave_no_trace
 from tests.ranks import start_ranks
 from tests.rlhf.planted import write_comparisons
