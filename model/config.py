@@ -151,6 +151,18 @@ class ModelConfig:
         return 6 * self.num_matmul_parameters + (6 if causal else 12) * self.num_heads * self.head_dim * attention
 
 
+def projections(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """The matrices of a block by the name of their module, and what is stacked in each: Hugging Face's name of every
+    projection and its rows."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "qkv_proj": {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
+        "o_proj": {"o_proj": config.hidden_size},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+        "down_proj": {"down_proj": config.hidden_size},
+    }
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order of named_parameters(): of `CausalLM(config)`, or of
     `ScalarModel(config)` where its head is score.

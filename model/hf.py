@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import Head, ModelConfig, parameter_shapes
+from model.config import Head, ModelConfig, parameter_shapes, projections
 from model.errors import InputError
 from model.hf_config import config_from_hf, config_to_hf
 from model.weight_files import SAFETENSORS, SAFETENSORS_INDEX, TensorStore, read_json, write_safetensors
@@ -51,16 +51,12 @@ def load_config(directory: Path | str, head: Head | None = None) -> ModelConfig:
 
 def hf_parameters(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """For each of our parameters, in order: names and shapes of the tensors that a directory holds for it."""
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    fused = {
-        "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
-        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
-    }
+    stacked = projections(config)
     parameters = {}
     for name, shape in parameter_shapes(config).items():
         module = name.split(".")[-2]
         parameters[name] = [
-            (name.replace(module, part), (rows, *shape[1:])) for part, rows in fused.get(module, {}).items()
+            (name.replace(module, part), (rows, *shape[1:])) for part, rows in stacked.get(module, {}).items()
         ] or [(name, shape)]
     return parameters
 

@@ -19,10 +19,13 @@ def initial_value(
     Norm weights are 1, biases 0, matrices normal with standard deviation `initializer_range`; those that write
     to the residual stream (o_proj, down_proj) have it divided by sqrt(2 L), so that the stream's variance does
     not grow with depth (Radford et al. 2019, section 2.3). A reward head of width d has deviation 1 / sqrt(d + 1), so
-    that first scores are near 1 in size (Stiennon et al. 2020, in its code). The draw is made on the CPU, whatever the
-    device, because generators differ between devices.
+    that first scores are near 1 in size (Stiennon et al. 2020, in its code). Of an adapter, A is uniform within
+    1 / sqrt(in) (Kaiming's with a = sqrt(5), as peft draws it) and B is 0, so that it begins as nothing. The draw is
+    made on the CPU, whatever the device, because generators differ between devices.
     """
     kind = name.rsplit(".", 2)[-2:]
+    if kind[-1] == "lora_b":
+        return torch.zeros(shape, device=device)
     if len(shape) == 1:
         return (torch.zeros if kind[-1] == "bias" else torch.ones)(shape, device=device)
     std = config.initializer_range
@@ -32,4 +35,6 @@ def initial_value(
         std = 1 / math.sqrt(config.hidden_size + 1)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    if kind[-1] == "lora_a":
+        return torch.empty(shape).uniform_(-1, 1, generator=generator).div_(math.sqrt(shape[1])).to(device)
     return torch.randn(shape, generator=generator).mul_(std).to(device)

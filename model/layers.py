@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.dropout import dropout
 from kernels.linear import linear
+from kernels.low_rank import low_rank_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 
 
+@dataclass
+class LowRank:
+    """What a low-rank term is, beside its matrices.
+
+    sizes: rows of each projection that is stacked in the weight.
+    present: which of them have an adapter.
+    scale: of the product.
+    dropout: share of the inputs that the adapters do not see where gradients are computed.
+    seed: of the dropout of this forward pass: int64 scalar, on the CPU.
+    is_on: whether the term is added.
+    """
+
+    sizes: tuple[int, ...]
+    present: tuple[bool, ...]
+    scale: float
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    is_on: bool = True
+
+
 class Linear(nn.Module):
-    """y = x weight^T + bias. Every matrix of a block goes through here, so a low-rank term has one place to enter."""
+    """y = x weight^T + bias, and where there are adapters scale (x A^T) B^T for each projection stacked in the weight.
+
+    lora_a: [n r, in], the A of the n projections that have an adapter, stacked.
+    lora_b: [rows of those projections, r], their B, stacked.
+    """
 
     bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.low_rank: LowRank | None = None
+
+    def add_low_rank(self, rank: int, term: LowRank) -> None:
+        """Add adapters of this rank, empty, in the weight's dtype and on its device."""
+        rows = sum(size for size, is_present in zip(term.sizes, term.present, strict=True) if is_present)
+        self.lora_a = nn.Parameter(self.weight.new_empty(sum(term.present) * rank, self.weight.shape[1]))
+        self.lora_b = nn.Parameter(self.weight.new_empty(rows, rank))
+        self.low_rank = term
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
-        return linear(x, self.weight, self.bias)
+        term = self.low_rank
+        if term is None or not term.is_on:
+            return linear(x, self.weight, self.bias)
+        dropped = None
+        if term.dropout > 0 and torch.is_grad_enabled():
+            assert term.seed is not None
+            dropped = dropout(x, term.dropout, term.seed)
+        return low_rank_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            term.scale,
+            term.sizes,
+            present=term.present,
+            dropped=dropped,
+        )
 
 
 class Embedding(nn.Module):
