@@ -13,8 +13,6 @@ from rlhf.ppo_config import PpoConfig
 from rlhf.rejection_config import RejectionConfig
 from rlhf.scores import names_function
 
-GIB = 2**30
-
 
 def plan_ppo(config: PpoConfig, policy: ModelConfig, shape: StepShape) -> RolesPlan:
     """Plan the phases of an iteration.
@@ -32,7 +30,7 @@ def plan_ppo(config: PpoConfig, policy: ModelConfig, shape: StepShape) -> RolesP
             step=planned_step(config, replace(shape, packs_per_step=packs)),
             rows=config.rollout.rows,
             answers=answers,
-            cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
+            cache_bytes=config.rollout.cache_bytes,
             keeps_generator=config.rollout.keep,
             reads_pretraining=config.ptx.coef > 0,
         )
@@ -50,7 +48,7 @@ def plan_rejection(config: RejectionConfig, policy: ModelConfig, shape: StepShap
             step=planned_step(config, shape),
             rows=config.rollout.rows,
             answers=config.rollout.chunk,
-            cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
+            cache_bytes=config.rollout.cache_bytes,
             keeps_generator=True,
         )
     )

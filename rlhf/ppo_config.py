@@ -7,13 +7,13 @@ from typing import Literal
 
 from engine.config import check_range
 from engine.guard import GuardConfig
-from engine.job import JobConfig, TrainConfig
+from engine.job import TrainConfig
 from engine.loggers import LogConfig
-from engine.loop import CheckpointConfig, EvalConfig
+from engine.loop import CheckpointConfig
 from engine.optim import OptimConfig
 from engine.schedule import ScheduleConfig
-from engine.sft import ChatConfig
 from model.errors import InputError
+from rlhf.sampling_config import HeldOutPromptsConfig, SamplingConfig, SamplingJobConfig
 
 Advantage = Literal["gae", "group", "rloo"]
 
@@ -39,29 +39,11 @@ class RewardConfig:
 
 
 @dataclass
-class PromptDataConfig:
-    """Where prompts come from: any file of questions, conversations or preferences."""
-
-    paths: list[str] = field(default_factory=list)
-    """files, directories or glob patterns; a conversation's last answer is left out"""
-    keys: dict[str, str] = field(default_factory=dict)
-    """what fields mean where the schema is not known by itself: user=ask; see docs/data.md"""
-    system: str | None = None
-    """system message of prompts that have none"""
-
-
-@dataclass
-class PpoEvalConfig(EvalConfig):
+class PpoEvalConfig(HeldOutPromptsConfig):
     """Held-out prompts: which, how many, how often."""
 
     every: int = 20
     """iterations between looks at held-out prompts; 0 looks only before and at the end"""
-    fraction: float = 0.01
-    """share of prompts held out, chosen by their hash"""
-    data: list[str] = field(default_factory=list)
-    """held-out prompt files; instead of a share of the prompts"""
-    max_tokens: int = 131_072
-    """room for answers at each look: so many tokens over rollout.max_new_tokens is the number of prompts"""
 
 
 @dataclass
@@ -80,7 +62,7 @@ class PpoLogConfig(LogConfig):
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(SamplingConfig):
     """What is sampled in an iteration. Nothing is ever filtered: ratios would be wrong."""
 
     prompts: int = 512
@@ -89,12 +71,6 @@ class RolloutConfig:
     """answers a prompt; group and rloo need 2 or more"""
     temperature: float = 1.0
     """of sampling, and of every log-probability that is trained on"""
-    max_new_tokens: int = 1024
-    """longest answer"""
-    rows: int = 64
-    """answers that a process decodes at once"""
-    cache_gib: float | None = None
-    """memory of a process for keys and values; by default a share of what is free"""
     keep: bool = False
     """keep the generator's weights and cache between rollouts, instead of freeing them for the update"""
     offload_moments: bool = False
@@ -102,13 +78,8 @@ class RolloutConfig:
 
     def check(self) -> None:
         """Raises InputError where a number makes no sense."""
-        check_range("rollout", self, 1, "prompts", "samples", "max_new_tokens", "rows")
-        check_range("rollout", self, 0.001, "cache_gib")
-        if not 0.01 <= self.temperature <= 100:
-            raise InputError(
-                f"--rollout.temperature is {self.temperature}. Use a value from 0.01 to 100; likeliest tokens alone "
-                "teach nothing."
-            )
+        super().check()
+        check_range("rollout", self, 1, "prompts")
 
 
 @dataclass
@@ -282,7 +253,7 @@ class PpoTrainConfig(TrainConfig):
 
 
 @dataclass
-class PpoConfig(JobConfig):
+class PpoConfig(SamplingJobConfig):
     """Improve a fine-tuned model by its own answers, judged by a reward model or a function."""
 
     model: str = "ckpt/sft"
@@ -302,8 +273,6 @@ class PpoConfig(JobConfig):
     eval: PpoEvalConfig = field(default_factory=PpoEvalConfig)
     log: PpoLogConfig = field(default_factory=PpoLogConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    data: PromptDataConfig = field(default_factory=PromptDataConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     ppo: AlgorithmConfig = field(default_factory=AlgorithmConfig)

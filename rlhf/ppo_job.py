@@ -25,23 +25,17 @@ from engine.job import (
 from engine.launch import speak
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
-from engine.sft import read_chat_base
-from model.chat import ChatTemplate
 from model.config import ModelConfig
 from model.errors import InputError
-from model.tokenizer import Tokenizer
 from rlhf.learner import Learner
 from rlhf.memory import plan_ppo
 from rlhf.ppo import ppo
 from rlhf.ppo_config import PpoConfig
-from rlhf.prompts import Prompts, PromptStream, open_split_prompts
-from rlhf.reward_model import RewardModel, open_reward_model
+from rlhf.prompts import PromptStream
 from rlhf.roles import make_roles
-from rlhf.rollout import Rollout
-from rlhf.scores import names_function, open_scorer
+from rlhf.sampling_job import SamplingJob, open_sampling
+from rlhf.scores import open_scorer
 from rlhf.session import Session
-
-GIB = 2**30
 
 
 def train_ppo(config: PpoConfig) -> None:
@@ -61,32 +55,17 @@ def train_ppo(config: PpoConfig) -> None:
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer, template, model_config, reward = read_bases(config, base)
-        prompts, held_out = open_split_prompts(
-            config.data, config.eval, config.rollout.max_new_tokens, template, tokenizer, shape.context, directory
-        )
-        texts = _open_texts(config, template, tokenizer, shape, directory)
-    model_config = model_config.with_context(shape.context)
-    recipe = resolve(config, shape, len(prompts))
+        job = open_sampling(config, base, config.reward.source, shape, directory)
+        texts = _open_texts(config, job)
+    recipe = resolve(config, shape, len(job.prompts))
     if runtime.is_main:
-        speak(describe_ppo(recipe, model_config, template, len(prompts), len(held_out), runtime.world))
-        speak(f"A prompt:\n{show_prompt(prompts, tokenizer)}")
+        speak(describe_ppo(recipe, job, runtime.world))
+        speak(f"A prompt:\n{job.first_prompt()}")
 
     precision = resolve_precision(config.train, runtime)
-    capacity = shape.tokens_per_pack
-    rollout = Rollout(
-        model_config,
-        tokenizer,
-        template.end_ids(tokenizer),
-        seed=config.seed,
-        dtype=STORED[precision],
-        context=shape.context,
-        rows=config.rollout.rows,
-        cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
-        keep=config.rollout.keep,
-    )
-    scorer = open_scorer(config.reward, reward, shape.context, capacity, recipe, precision, runtime)
-    roles = make_roles(recipe, base, model_config, tokenizer, template, reward, precision, runtime)
+    rollout = job.rollout(precision, config.rollout.keep)
+    scorer = open_scorer(config.reward, job.reward, shape.context, shape.tokens_per_pack, recipe, precision, runtime)
+    roles = make_roles(recipe, base, job.model, job.tokenizer, job.template, job.reward, precision, runtime)
     is_cut = config.ptx.kind == "texts"
     learner = Learner(
         config=recipe,
@@ -94,25 +73,23 @@ def train_ppo(config: PpoConfig) -> None:
         roles=roles,
         rollout=rollout,
         scorer=scorer,
-        held_out=held_out.first(max(1, config.eval.max_tokens // config.rollout.max_new_tokens)),
-        fresh_prompts=functools.partial(PromptStream, prompts, config.seed),
+        held_out=job.held_out.first(max(1, config.eval.max_tokens // config.rollout.max_new_tokens)),
+        fresh_prompts=functools.partial(PromptStream, job.prompts, config.seed),
         fresh_texts=None if texts is None else loader_maker(texts, shape, config.seed, runtime, is_cut),
     )
     if config.resume == "never":
         begin_anew(directory, runtime)
     identity = {
         "stage": "ppo",
-        "tokenizer": tokenizer.fingerprint,
-        "template": f"{template.name} ({template.fingerprint[:8]})",
+        **job.facts,
         "ppo.advantage": config.ppo.advantage,
         "rollout.temperature": config.rollout.temperature,
-        "context": shape.context,
         "seed": config.seed,
         "model": config.model,
         "kl.reference": config.kl.reference,
         "reward.source": config.reward.source,
     }
-    publish = publisher(roles.policy.model, model_config, template.store(tokenizer), "ppo", STORED[precision])
+    publish = publisher(roles.policy.model, job.model, job.template.store(job.tokenizer), "ppo", STORED[precision])
     ppo(learner, Session(learner, recipe, identity, publish))
     speak(f"Done: {directory} is a model directory.")
     stop()
@@ -127,15 +104,10 @@ def dry_run(config: PpoConfig, base: Base) -> None:
     if base.directory is None and config.tokenizer is None:
         print(f"{config.model} is a preset: with --tokenizer, iterations and a prompt are shown, too.")
         return
-    tokenizer, template, model, _ = read_bases(config, base)
     with TemporaryDirectory() as beside:
-        longest = config.rollout.max_new_tokens
-        prompts, held_out = open_split_prompts(
-            config.data, config.eval, longest, template, tokenizer, shape.context, Path(beside)
-        )
-        recipe = resolve(config, shape, len(prompts))
-        print(describe_ppo(recipe, model, template, len(prompts), len(held_out), planned_world(config.plan)))
-        print(f"a prompt:\n{show_prompt(prompts, tokenizer)}")
+        job = open_sampling(config, base, config.reward.source, shape, Path(beside))
+        print(describe_ppo(resolve(config, shape, len(job.prompts)), job, planned_world(config.plan)))
+        print(f"a prompt:\n{job.first_prompt()}")
 
 
 def ppo_shape(config: PpoConfig, model: ModelConfig, world: int) -> StepShape:
@@ -156,18 +128,6 @@ def ppo_shape(config: PpoConfig, model: ModelConfig, world: int) -> StepShape:
     return dataclasses.replace(shape, packs_per_step=texts // pack)
 
 
-def read_bases(config: PpoConfig, base: Base) -> tuple[Tokenizer, ChatTemplate, ModelConfig, RewardModel | None]:
-    """Tokenizer, template, the policy's configuration, and the reward model if scores are one's.
-
-    Raises:
-        InputError: they do not go together.
-    """
-    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
-    is_function = names_function(config.reward.source)
-    reward = None if is_function else open_reward_model(config.reward.source, tokenizer, template, model.vocab_size)
-    return tokenizer, template, model, reward
-
-
 def resolve(config: PpoConfig, shape: StepShape, prompts: int) -> PpoConfig:
     """The recipe with every default filled in."""
     steps = math.ceil(config.train.epochs * prompts / config.rollout.prompts)
@@ -180,33 +140,26 @@ def resolve(config: PpoConfig, shape: StepShape, prompts: int) -> PpoConfig:
     return dataclasses.replace(config, train=train)
 
 
-def _open_texts(
-    config: PpoConfig, template: ChatTemplate, tokenizer: Tokenizer, shape: StepShape, directory: Path
-) -> Corpus | None:
+def _open_texts(config: PpoConfig, job: SamplingJob) -> Corpus | None:
     """What the policy goes on reading (PPO-ptx), if anything."""
-    ptx = config.ptx
+    ptx, directory = config.ptx, Path(config.out)
     if not ptx.coef:
         return None
     if ptx.kind == "texts":
-        return open_data(DataConfig(paths=ptx.paths), tokenizer, directory)
-    return open_conversations(ConversationDataConfig(paths=ptx.paths), template, tokenizer, shape.context, directory)
+        return open_data(DataConfig(paths=ptx.paths), job.tokenizer, directory)
+    conversations = ConversationDataConfig(paths=ptx.paths)
+    return open_conversations(conversations, job.template, job.tokenizer, job.shape.context, directory)
 
 
-def describe_ppo(
-    recipe: PpoConfig, model: ModelConfig, template: ChatTemplate, prompts: int, held_out: int, world: int
-) -> str:
+def describe_ppo(recipe: PpoConfig, job: SamplingJob, world: int) -> str:
     """What is about to happen, in a few lines."""
     rollout, algorithm = recipe.rollout, recipe.ppo
     return (
-        f"{model.num_parameters:,} parameters; {recipe.train.steps:,} iterations of {rollout.prompts:,} prompts, "
+        f"{job.model.num_parameters:,} parameters; {recipe.train.steps:,} iterations of {rollout.prompts:,} prompts, "
         f"{rollout.samples} answer{'s' if rollout.samples > 1 else ''} each of at most {rollout.max_new_tokens:,} "
         f"tokens, on {world} process{'es' if world > 1 else ''}.\n"
         f"Advantage {algorithm.advantage}, {algorithm.epochs} x {algorithm.minibatches} steps an iteration; peak "
         f"learning rate {recipe.optim.lr:.2e}; KL x {recipe.kl.coef:g} in the {recipe.kl.place}.\n"
-        f"{prompts:,} prompts to train on, {held_out:,} held out. The chat template is {template.name}."
+        f"{len(job.prompts):,} prompts to train on, {len(job.held_out):,} held out. The chat template is "
+        f"{job.template.name}."
     )
-
-
-def show_prompt(prompts: Prompts, tokenizer: Tokenizer) -> str:
-    """The first prompt as the policy reads it."""
-    return tokenizer.decode(prompts.prompt(0).ids)

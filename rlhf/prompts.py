@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.data.permutation import Permutation
-from engine.loop import EvalConfig
 from engine.stored_prompts import Prompt, Prompts, open_prompts
-from model.chat import ChatTemplate
 from model.errors import InputError
-from model.tokenizer import Tokenizer
-from rlhf.ppo_config import PromptDataConfig
 
-__all__ = ["Prompt", "PromptStream", "Prompts", "open_prompts", "open_split_prompts"]
-
-
-def open_split_prompts(
-    data: PromptDataConfig,
-    evaluation: EvalConfig,
-    max_new_tokens: int,
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    context: int,
-    directory: Path,
-) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and held-out ones, of which none begin with the same question; see `open_prompts`.
-
-    Raises:
-        InputError: no prompt, or all of them are held out.
-    """
-
-    def read(paths: list[str]) -> Prompts:
-        return open_prompts(paths, data.keys, template, tokenizer, context, max_new_tokens, directory, data.system)
-
-    prompts = read(data.paths)
-    if evaluation.data:
-        held_out = read(evaluation.data)
-        prompts = prompts.without(held_out)
-    else:
-        prompts, held_out = prompts.split(evaluation.fraction)
-    if not len(prompts):
-        raise InputError(
-            f"All prompts are held out by {', '.join(evaluation.data) or 'their hash'}. Give --eval.data other files."
-        )
-    return prompts, held_out
+__all__ = ["Prompt", "PromptStream", "Prompts", "open_prompts"]
 
 
 class PromptStream:

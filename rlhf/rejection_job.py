@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine.agreement import ControlGroup
@@ -13,24 +13,19 @@ from engine.building import Base, find_trained, make_run_directory
 from engine.config import to_yaml
 from engine.dry_run import planned_device, planned_world
 from engine.files import write_durably
-from engine.job import STORED, begin_anew, plan_alone, plan_report, resolve_precision, resolve_shape
+from engine.job import begin_anew, plan_alone, plan_report, resolve_precision, resolve_shape
 from engine.launch import speak
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
-from engine.sft import read_chat_base
 from model.errors import InputError
 from rlhf.draws import Draws
 from rlhf.memory import plan_rejection
 from rlhf.ppo_config import RewardConfig
-from rlhf.prompts import open_split_prompts
 from rlhf.rejection import Rounds
 from rlhf.rejection_config import RejectionConfig
 from rlhf.rejection_report import describe_gain
-from rlhf.reward_model import open_reward_model
-from rlhf.rollout import Rollout
-from rlhf.scores import names_function, open_scorer
-
-GIB = 2**30
+from rlhf.sampling_job import SamplingJob, open_sampling
+from rlhf.scores import open_scorer
 
 
 def rejection(config: RejectionConfig) -> None:
@@ -50,45 +45,23 @@ def rejection(config: RejectionConfig) -> None:
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
-        is_function = names_function(config.reward)
-        reward = None if is_function else open_reward_model(config.reward, tokenizer, template, model.vocab_size)
-        prompts, held_out = open_split_prompts(
-            config.data, config.eval, config.rollout.max_new_tokens, template, tokenizer, shape.context, directory
-        )
-    model = model.with_context(shape.context)
-    train = dataclasses.replace(config.train, context=shape.context)
-    recipe = dataclasses.replace(config, train=train)
+        job = open_sampling(config, base, config.reward, shape, directory)
+    recipe = dataclasses.replace(config, train=dataclasses.replace(config.train, context=shape.context))
     if runtime.is_main:
-        speak(describe(recipe, model.num_parameters, len(prompts), len(held_out), runtime.world))
+        speak(describe(recipe, job, runtime.world))
     precision = resolve_precision(config.train, runtime)
     judged_by = RewardConfig(config.reward, clip=0.0, missing_end_penalty=0.0, offload=True)
-    scorer = open_scorer(judged_by, reward, shape.context, shape.tokens_per_pack, recipe, precision, runtime)
-    rollout = Rollout(
-        model,
-        tokenizer,
-        template.end_ids(tokenizer),
-        seed=config.seed,
-        dtype=STORED[precision],
-        context=shape.context,
-        rows=config.rollout.rows,
-        cache_bytes=None if config.rollout.cache_gib is None else int(config.rollout.cache_gib * GIB),
-        keep=True,
-    )
+    scorer = open_scorer(judged_by, job.reward, shape.context, shape.tokens_per_pack, recipe, precision, runtime)
+    rollout = job.rollout(precision, keep=True)
     if config.resume == "never":
         begin_anew(directory, runtime)
     ranks = ControlGroup()
-    facts = {
-        "tokenizer": tokenizer.fingerprint,
-        "template": f"{template.name} ({template.fingerprint[:8]})",
-        "context": shape.context,
-        "prompts": prompts.fingerprint,
-        "held_out": held_out.fingerprint,
-    }
+    facts = {**job.facts, "prompts": job.prompts.fingerprint, "held_out": job.held_out.fingerprint}
     ranks.first(f"begin in {directory}", lambda: _keep_identity(recipe, facts))
-    rounds = Rounds(recipe, runtime, ranks, tokenizer, template, shape.context, prompts, held_out, rollout, scorer)
+    texts = (job.tokenizer, job.template, shape.context, job.prompts, job.held_out)
+    rounds = Rounds(recipe, runtime, ranks, *texts, rollout, scorer)
     rounds.run()
-    if runtime.is_main and len(held_out):
+    if runtime.is_main and len(job.held_out):
         before, after = (Draws(rounds.folder(number) / "held_out.jsonl") for number in (0, config.rounds))
         print(describe_gain(before, after))
     speak(f"Done: {directory} is a model directory.")
@@ -103,24 +76,21 @@ def dry_run(config: RejectionConfig, base: Base) -> None:
     print("fine-tuning")
     if base.directory is None and config.tokenizer is None:
         return plan_alone(config, base.config)
-    tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
-    with tempfile.TemporaryDirectory() as beside:
-        prompts, held_out = open_split_prompts(
-            config.data, config.eval, config.rollout.max_new_tokens, template, tokenizer, shape.context, Path(beside)
-        )
-        print(plan_report(config, model, shape))
-        print(describe(config, model.num_parameters, len(prompts), len(held_out), planned_world(config.plan)))
-        print(f"a prompt as {template.name} writes it:\n{tokenizer.decode(prompts.prompt(0).ids)}")
+    with TemporaryDirectory() as beside:
+        job = open_sampling(config, base, None, shape, Path(beside))
+        print(plan_report(config, job.model, shape))
+        print(describe(config, job, planned_world(config.plan)))
+        print(f"a prompt as {job.template.name} writes it:\n{job.first_prompt()}")
 
 
-def describe(config: RejectionConfig, parameters: int, prompts: int, held_out: int, world: int) -> str:
+def describe(config: RejectionConfig, job: SamplingJob, world: int) -> str:
     """What is about to happen, in a few lines."""
-    rollout, chosen = config.rollout, config.select
+    rollout, chosen, prompts = config.rollout, config.select, len(job.prompts)
     asked = min(prompts, rollout.prompts or prompts)
     count = f"{chosen.keep:.0%}" if chosen.by == "fraction" else f"{chosen.keep:,.0f}"
     whose = "all answers" if chosen.by == "top" else "each prompt's answers"
     return (
-        f"{parameters:,} parameters; {prompts:,} prompts to train on, {held_out:,} held out.\n"
+        f"{job.model.num_parameters:,} parameters; {prompts:,} prompts to train on, {len(job.held_out):,} held out.\n"
         f"{config.rounds} round{'s' if config.rounds > 1 else ''} of {asked:,} prompts x {rollout.samples} answers of "
         f"at most {rollout.max_new_tokens:,} tokens on {world} process{'es' if world > 1 else ''}; kept: the best "
         f"{count} of {whose}{' of all rounds so far' if chosen.earlier_rounds and config.rounds > 1 else ''}."

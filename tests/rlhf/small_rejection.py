@@ -12,8 +12,8 @@ from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig, EvalConfig
 from engine.optim import OptimConfig
 from engine.sft import SftConfig, SftTrainConfig, sft
-from rlhf.ppo_config import PromptDataConfig
 from rlhf.rejection_config import DrawConfig, HeldOutConfig, RejectionConfig
+from rlhf.sampling_config import PromptDataConfig
 from rlhf.scores import Answer
 from tests.rlhf.small_reward import write_small_sft
 from tests.small_base import ADVICE, SUBJECTS

@@ -52,7 +52,7 @@ def test_the_estimator_has_the_right_gradient_where_it_stands() -> None:
         ("--ppo.advantage group", "--ppo.advantage group compares answers to one prompt, but --rollout.samples is 1"),
         ("--ppo.advantage rloo", "--ppo.advantage rloo compares answers to one prompt, but --rollout.samples is 1"),
         ("--rollout.top_p 0.9", "--rollout.top_p is not an option"),
-        ("--rollout.temperature 0", "likeliest tokens alone teach nothing"),
+        ("--rollout.temperature 0", "likeliest tokens alone are the same answer every time"),
         ("--kl.place loss --kl.estimator k1", "pulls nowhere in the loss"),
         ("--kl.coef 0 --kl.target 6", "--kl.target steers a coefficient that is 0 and stays 0"),
         ("--kl.coef -1", "--kl.coef is -1.0. Use 0 or more."),

@@ -17,12 +17,12 @@ from rlhf.ppo_config import (
     PpoLogConfig,
     PpoTrainConfig,
     PretrainingMixConfig,
-    PromptDataConfig,
     RewardConfig,
     RolloutConfig,
     ValueConfig,
 )
 from rlhf.ppo_job import train_ppo
+from rlhf.sampling_config import PromptDataConfig
 from tests.engine.random_kills import check_that_kills_leave_no_trace
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 from tests.small_base import write_small_conversations, write_small_data
