@@ -16,7 +16,8 @@ for its sum and for dx. dx, rounded to the dtype of the products, gathers in a b
 there, and only then is multiplied, dhidden = dx weight and dweight += dx^T hidden, because adding to dweight, in fp32,
 moves 8 V d bytes a group. All tokens are one group wherever its dx takes no more room than such a sum would (in bf16,
 up to 2 d tokens): then no sum is needed, and one product writes dweight. Beside the results there are never more than
-4 V d bytes, the workspace, and a copy of hidden.
+4 V d bytes, the workspace, and a copy of hidden. Of a frozen weight there is no dweight: 4 T V d operations, each
+chunk's dx is multiplied at once, and the workspace is all there is.
 
 Traffic beside the products, b bytes a number: T V (8 + b) for dx, and 10 V d for dweight where there are groups,
 8 V d more for each beyond the first; the backward 2 (T + V) d b.
@@ -119,13 +120,17 @@ def _scaled_kernel(x_ptr, factor_ptr, y_ptr, numbers, BLOCK: tl.constexpr):
     tl.store(y_ptr + place, x * tl.load(factor_ptr), mask=place < numbers)
 
 
-def token_groups(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
+def token_groups(
+    tokens: int, vocabulary: int, width: int, dtype: torch.dtype, budget: int, with_dweight: bool = True
+) -> tuple[int, int]:
     """(tokens whose dx is gathered before it is multiplied, tokens whose logits exist at once).
 
     In one group, the buffers take at most 4 V d bytes and the budget; in several, beside a sum of that size, the
-    budget alone: a third of it for logits, the rest for dx.
+    budget alone: a third of it for logits, the rest for dx. Without dweight a group is a chunk.
     """
     row = padded(vocabulary)
+    if not with_dweight:
+        return (most(budget, (FP32 + dtype.itemsize) * row),) * 2
     spare = FP32 * vocabulary * width + budget - dtype.itemsize * tokens * row
     if spare >= budget // 3:
         return tokens, most(min(spare, budget), FP32 * row)
@@ -134,21 +139,29 @@ def token_groups(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, b
 
 
 def _linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, with_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    with_grad: bool,
+    with_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, width), vocabulary = hidden.shape, len(weight)
     dtype, device = hidden.dtype, hidden.device
     group, chunk = tokens, most(workspace(device), FP32 * padded(vocabulary))
     if with_grad:
-        group, chunk = token_groups(tokens, vocabulary, width, dtype, workspace(device))
+        group, chunk = token_groups(tokens, vocabulary, width, dtype, workspace(device), with_dweight)
+    if with_dweight:
         hidden = without_ignored(hidden, targets)
     groups = runs(tokens, group)
     group = groups[0].stop
     logits = buffer(runs(group, chunk)[0].stop, vocabulary, torch.float32, device)
     dlogits = buffer(group, vocabulary, dtype, device) if with_grad else None
-    total = torch.empty(weight.shape, dtype=torch.float32, device=device) if with_grad and len(groups) > 1 else None
+    is_sum = with_dweight and len(groups) > 1
+    total = torch.empty(weight.shape, dtype=torch.float32, device=device) if is_sum else None
     nll, z = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(2))
-    dhidden, dweight = (x.new_empty(x.shape if with_grad else (0, 0)) for x in (hidden, weight))
+    dhidden, dweight = _results(hidden, weight, with_grad, with_dweight)
     of_rows = targets.contiguous(), None if weights is None else weights.contiguous(), nll, z
     options = row_options(vocabulary, torch.float32) | {"IGNORE": IGNORE}
 
@@ -164,6 +177,7 @@ def _linear_cross_entropy_triton(
             launch(_linear_cross_entropy_kernel, (len(x),), *arguments, *strides, z_loss, **options)
         if dx is not None:
             multiply(dx, weight, out=dhidden[rows])
+        if dx is not None and with_dweight:
             multiply(dx.t(), hidden[rows], out=dweight if total is None else total, add=rows.start > 0)
     if total is not None:
         dweight.copy_(total)
@@ -171,7 +185,13 @@ def _linear_cross_entropy_triton(
 
 
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, with_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    with_grad: bool,
+    with_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = counted_rows(targets)
     picked, targets, weights = pick(rows, hidden, targets, weights)
@@ -194,18 +214,26 @@ def _linear_cross_entropy(
             dx = x.exp_().mul_(row_scale.unsqueeze(1))
             dx.scatter_add_(1, labels[part], -scale[part].unsqueeze(1))
             dpicked[part] = products.dhidden(dx)
+        if with_dweight:
             dweight = products.add_dweight(dweight, dx, picked[part])
 
     if dweight is None:
-        dweight = weight.new_zeros(weight.shape if with_grad else (0, 0))
+        dweight = weight.new_zeros(weight.shape if with_dweight else (0, 0))
     dhidden = put_back(rows, dpicked.to(hidden.dtype), hidden) if with_grad else dpicked.to(hidden.dtype)
     return (scale * nll).sum(), z_loss * (scale * lse.square()).sum(), dhidden, dweight.to(weight.dtype)
 
 
-def _fake(hidden, weight, targets, weights, z_loss, with_grad):
+def _results(hidden: Tensor, weight: Tensor, with_grad: bool, with_dweight: bool) -> tuple[Tensor, Tensor]:
+    """Room for dhidden and dweight; of one that is not wanted, a tensor of nothing."""
+    wanted = (hidden, with_grad), (weight, with_dweight)
+    dhidden, dweight = (x.new_empty(x.shape if is_wanted else (0, 0)) for x, is_wanted in wanted)
+    return dhidden, dweight
+
+
+def _fake(hidden, weight, targets, weights, z_loss, with_grad, with_dweight):
     wide = accumulation_dtype(hidden.dtype)
     sums = hidden.new_empty((), dtype=wide), hidden.new_empty((), dtype=wide)
-    return *sums, *(x.new_empty(x.shape if with_grad else (0, 0)) for x in (hidden, weight))
+    return *sums, *_results(hidden, weight, with_grad, with_dweight)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -235,8 +263,10 @@ def _autograd(ctx, dnll, dz, *_):
         is_one = (dnll == dz) | dnll.isnan()  # NaN is for the guard to see, not an error
         torch._assert_async(is_one, "nll_sum and z_sum need one upstream gradient: call backward on their sum")
     if dnll is None:
-        return (None,) * 6
-    return _scaled_op(dhidden, dnll), _scaled_op(dweight, dnll), None, None, None, None
+        return (None,) * 7
+    needed = zip((dhidden, dweight), ctx.needs_input_grad[:2], strict=True)
+    scaled = (_scaled_op(x, dnll) if is_needed else None for x, is_needed in needed)
+    return *scaled, None, None, None, None, None
 
 
 _scaled_op = register_op(
@@ -247,7 +277,7 @@ _scaled_op = register_op(
 )
 _linear_cross_entropy_op = register_op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? weights, float z_loss,"
-    " bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool with_grad, bool with_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy,
     _fake,
     triton=_linear_cross_entropy_triton,
@@ -263,7 +293,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [T, d], any float dtype; logits and sums in fp32 (fp64 for fp64).
-        weight: [V, d], dtype of hidden. Its gradient is summed over tokens in fp32.
+        weight: [V, d], dtype of hidden. Its gradient is summed over tokens in fp32; frozen, it gets none.
         targets: int64 [T], or IGNORE (-100), which adds nothing and has no gradient.
         weights: fp32 [T], a constant factor for each token, or None for 1.
         z_loss: coefficient of the squared log-sum-exp.
@@ -279,5 +309,6 @@ def linear_cross_entropy(
         raise ValueError(f"weights {tuple(weights.shape)} for targets {tuple(targets.shape)}")
     if use_reference():
         return linear_cross_entropy_reference(hidden, weight, targets, weights, z_loss)
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_cross_entropy_op(hidden, weight, targets, weights, z_loss, with_grad)[:2]
+    with_dweight = torch.is_grad_enabled() and weight.requires_grad
+    with_grad = with_dweight or (torch.is_grad_enabled() and hidden.requires_grad)
+    return _linear_cross_entropy_op(hidden, weight, targets, weights, z_loss, with_grad, with_dweight)[:2]

@@ -14,7 +14,8 @@ On a GPU the forward takes the logits of a chunk of tokens, fp32, and reads each
 vocabulary slice by slice: with lse known, a slice needs no other. dx of a slice and all tokens, rounded to the dtype
 of the products, gathers from smaller chunks of logits, and then gives the slice of dweight in one product, without a
 sum over chunks, and a term of dhidden, which is summed in fp32. Beside the results there are never more than the
-workspace and, per number of hidden, a copy and 4 bytes.
+workspace and, per number of hidden, a copy and 4 bytes. Of a frozen weight there is no dweight: the backward takes 4
+T V d operations, a chunk of tokens at a time with its whole vocabulary, and no sum.
 
 Traffic beside the products, b bytes a number: forward 4 T V, backward T V (4 + b) and 8 T d a slice.
 """
@@ -164,8 +165,13 @@ def _linear_logprob_fwd_triton(
     return results
 
 
-def vocabulary_slices(tokens: int, vocabulary: int, dtype: torch.dtype, budget: int) -> tuple[int, int]:
-    """(columns of a slice, tokens whose logits exist at once): a third of the budget for logits, the rest for dx."""
+def vocabulary_slices(
+    tokens: int, vocabulary: int, dtype: torch.dtype, budget: int, with_dweight: bool = True
+) -> tuple[int, int]:
+    """(columns of a slice, tokens whose logits exist at once): a third of the budget for logits, the rest for dx.
+    Without dweight there is one slice, and dx exists for a chunk of tokens."""
+    if not with_dweight:
+        return vocabulary, most(budget, (FP32 + dtype.itemsize) * padded(vocabulary))
     columns = min(vocabulary, most(budget * 2 // 3, dtype.itemsize * max(1, tokens)))
     return columns, most(budget // 3, FP32 * padded(columns))
 
@@ -181,19 +187,21 @@ def _linear_logprob_bwd_triton(
     entropy: Tensor,
     peak: Tensor,
     log_sum: Tensor,
+    with_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     (tokens, vocabulary), (dtype, device) = (len(hidden), len(weight)), (hidden.dtype, hidden.device)
-    largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, workspace(device))
+    largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, workspace(device), with_dweight)
     slices, parts = runs(vocabulary, largest), runs(tokens, chunk)
     of_rows = [
         None if of_row is None else of_row.contiguous()
         for of_row in (dlogprob, dentropy, dlse, targets, temperature, entropy, peak, log_sum)
     ]
     logits = buffer(parts[0].stop, slices[0].stop, torch.float32, device)
-    dlogits = buffer(tokens, slices[0].stop, dtype, device)
-    dhidden, dweight = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    dlogits = buffer(tokens if with_dweight else parts[0].stop, slices[0].stop, dtype, device)
+    dhidden, dweight = _gradients(hidden, weight, with_dweight)
     total = dhidden if len(slices) == 1 else torch.empty(hidden.shape, dtype=torch.float32, device=device)
-    hidden = without_ignored(hidden, targets)
+    if with_dweight:
+        hidden = without_ignored(hidden, targets)
 
     for piece in slices:
         width = piece.stop - piece.start
@@ -201,15 +209,19 @@ def _linear_logprob_bwd_triton(
         columns = padded(width)
         options = tile_options(columns)
         for part in parts:
-            x, dx = logits[: part.stop - part.start, :width], dlogits[part, :width]
+            x = logits[: part.stop - part.start, :width]
+            dx = dlogits[part if with_dweight else slice(len(x)), :width]
             multiply(hidden[part], weight[piece].t(), out=x)
             rows = (None if of_row is None else of_row[part] for of_row in of_rows)
             arguments = x, dx, *rows, piece.start, columns, x.stride(0), dx.stride(0)
             grid = (len(x) * cdiv(columns, options["BLOCK"]),)
             launch(_linear_logprob_bwd_kernel, grid, *arguments, IGNORE=IGNORE, **options)
-        dx = dlogits[:, :width]
-        multiply(dx.t(), hidden, out=dweight[piece])
-        multiply(dx, weight[piece], out=total, add=piece.start > 0)
+            if not with_dweight:
+                multiply(dx, weight, out=dhidden[part])
+        if with_dweight:
+            dx = dlogits[:, :width]
+            multiply(dx.t(), hidden, out=dweight[piece])
+            multiply(dx, weight[piece], out=total, add=piece.start > 0)
     return dhidden if total is dhidden else dhidden.copy_(total), dweight
 
 
@@ -245,6 +257,7 @@ def _linear_logprob_bwd(
     entropy: Tensor,
     peak: Tensor,
     log_sum: Tensor,
+    with_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = counted_rows(targets)
     counted = targets != IGNORE
@@ -272,9 +285,17 @@ def _linear_logprob_bwd(
         if temperature is not None:
             dx.div_(temperature[part].unsqueeze(1))
         dpicked[part] = products.dhidden(dx)
-        dweight = products.add_dweight(dweight, dx, picked[part])
-    dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+        if with_dweight:
+            dweight = products.add_dweight(dweight, dx, picked[part])
+    if dweight is None:
+        dweight = weight.new_zeros(weight.shape if with_dweight else (0, 0))
+    dweight = dweight.to(weight.dtype)
     return put_back(rows, dpicked.to(hidden.dtype), hidden), dweight
+
+
+def _gradients(hidden: Tensor, weight: Tensor, with_dweight: bool) -> tuple[Tensor, Tensor]:
+    """Room for dhidden and dweight; where that is not wanted, a tensor of nothing."""
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if with_dweight else (0, 0))
 
 
 def _fake_fwd(hidden, weight, targets, temperature, with_entropy):
@@ -291,7 +312,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _autograd(ctx, dlogprob, dentropy, dlse, *_):
     dentropy = dentropy if ctx.with_entropy else None
-    return *_linear_logprob_bwd_op(dlogprob, dentropy, dlse, *ctx.saved_tensors), None, None, None
+    with_dweight = ctx.needs_input_grad[1]
+    dhidden, dweight = _linear_logprob_bwd_op(dlogprob, dentropy, dlse, *ctx.saved_tensors, with_dweight)
+    return dhidden, dweight if with_dweight else None, None, None, None
 
 
 _linear_logprob_op = register_op(
@@ -305,9 +328,10 @@ _linear_logprob_op = register_op(
 )
 _linear_logprob_bwd_op = register_op(
     "linear_logprob_bwd(Tensor? dlogprob, Tensor? dentropy, Tensor? dlse, Tensor hidden, Tensor weight,"
-    " Tensor targets, Tensor? temperature, Tensor entropy, Tensor peak, Tensor log_sum) -> (Tensor, Tensor)",
+    " Tensor targets, Tensor? temperature, Tensor entropy, Tensor peak, Tensor log_sum, bool with_dweight)"
+    " -> (Tensor, Tensor)",
     _linear_logprob_bwd,
-    lambda dlogprob, dentropy, dlse, hidden, weight, *_: tuple(x.new_empty(x.shape) for x in (hidden, weight)),
+    lambda dlogprob, dentropy, dlse, hidden, weight, *rest: _gradients(hidden, weight, rest[-1]),
     triton=_linear_logprob_bwd_triton,
 )
 
@@ -323,7 +347,7 @@ def linear_logprob(
 
     Args:
         hidden: [T, d], any float dtype; logits in fp32 (fp64 for fp64).
-        weight: [V, d], dtype of hidden. Its gradient is summed over tokens in fp32.
+        weight: [V, d], dtype of hidden. Its gradient is summed over tokens in fp32; frozen, it gets none.
         targets: int64 [T]. Where IGNORE (-100), all three results are 0 and have no gradient.
         temperature: divides the logits; a positive number or fp32 [T]. A constant: it gets no gradient.
         with_entropy: whether the entropy is wanted.

@@ -306,9 +306,9 @@ def held_by_faces(config: ModelConfig, setup: Setup, faces: tuple[Face, Face, Fa
     """Of the cross-entropy, of the log-probabilities and of their backward."""
     cross_entropy, logprob, logprob_bwd = faces
     return [
-        held_by_head(cross_entropy, config, setup, 0.0, True),
+        held_by_head(cross_entropy, config, setup, 0.0, True, True),
         held_by_head(logprob, config, setup, True),
-        held_by_head(logprob_bwd, config, setup, given=6),
+        held_by_head(logprob_bwd, config, setup, True, given=6),
     ]
 
 

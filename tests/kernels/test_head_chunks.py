@@ -152,21 +152,23 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def held_by_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype, with_grad: bool = True) -> int:
+def held_by_cross_entropy(
+    shape: tuple[int, int, int], dtype: torch.dtype, with_grad: bool = True, with_dweight: bool = True
+) -> int:
     T, d, V = shape
     face = linear_cross_entropy_module._linear_cross_entropy_triton
     head = meta(T, d, dtype=dtype), meta(V, d, dtype=dtype), meta(T, dtype=torch.int64)
-    return bytes_beside_results(face, *head, None, 0.0, with_grad)
+    return bytes_beside_results(face, *head, None, 0.0, with_grad, with_dweight)
 
 
-def held_by_logprob(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+def held_by_logprob(shape: tuple[int, int, int], dtype: torch.dtype, with_dweight: bool = True) -> tuple[int, int]:
     """In the forward and in the backward."""
     T, d, V = shape
     head = meta(T, d, dtype=dtype), meta(V, d, dtype=dtype), meta(T, dtype=torch.int64)
     rows = [meta(T, dtype=FP32) for _ in range(6)]
     forward = bytes_beside_results(linear_logprob_module._linear_logprob_fwd_triton, *head, None, True)
     backward = linear_logprob_module._linear_logprob_bwd_triton
-    return forward, bytes_beside_results(backward, *rows[:3], *head, None, *rows[3:])
+    return forward, bytes_beside_results(backward, *rows[:3], *head, None, *rows[3:], with_dweight)
 
 
 @shapes
@@ -176,10 +178,44 @@ def test_memory_keeps_to_the_formula(shape: tuple[int, int, int], dtype: torch.d
     workspace, of_rows = vocabulary.WORKSPACE["cuda"], 9 * T  # two numbers a row, and whether it counts
     copy = dtype.itemsize * T * d
     assert held_by_cross_entropy(shape, dtype) <= 4 * V * d + workspace + copy + of_rows
-    assert held_by_cross_entropy(shape, dtype, with_grad=False) <= workspace + of_rows
+    assert held_by_cross_entropy(shape, dtype, with_grad=False, with_dweight=False) <= workspace + of_rows
     forward, backward = held_by_logprob(shape, dtype)
     assert forward <= workspace + of_rows
     assert backward <= workspace + copy + 4 * T * d + of_rows
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_of_a_frozen_weight_the_workspace_is_all_there_is(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    limit = vocabulary.WORKSPACE["cuda"] + 9 * shape[0]
+    assert held_by_cross_entropy(shape, dtype, with_dweight=False) <= limit
+    assert max(held_by_logprob(shape, dtype, with_dweight=False)) <= limit
+
+
+@each_face
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7])
+def test_a_frozen_weight_gets_no_gradient_and_hidden_states_the_same(
+    rows_at_once: int, face: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight = head(7, 4, 101)
+    targets = labels(7, 101)
+    monkeypatch.setitem(vocabulary.WORKSPACE, DEVICE, rows_at_once * vocabulary.padded(101) * 8)
+    asked = {"targets": targets, "temperature": random(7, seed=8).abs() + 0.5, "with_entropy": True}
+    for ours, reference in (
+        loss_and_reference(targets=targets, weights=random(7, seed=8), z_loss=0.1),
+        (partial(linear_logprob, **asked), partial(linear_logprob_reference, **asked)),
+    ):
+        frozen = partial(on_frozen, reference, weight)
+        assert_faithful(partial(on_frozen, ours, weight), frozen, [hidden])
+    *_, of_loss = linear_cross_entropy_module._linear_cross_entropy_op(hidden, weight, targets, None, 0.0, True, False)
+    rows = [random(7, seed=seed) for seed in range(3)]
+    sums = None, random(7), random(7), random(7).exp()
+    *_, of_logprob = linear_logprob_module._linear_logprob_bwd_op(*rows, hidden, weight, targets, *sums, False)
+    assert of_loss.numel() == of_logprob.numel() == 0
+
+
+def on_frozen(op: Callable[..., Any], weight: Tensor, hidden: Tensor) -> Any:
+    return op(hidden, weight.to(hidden.dtype))
 
 
 @pytest.mark.parametrize("vocab", [39424, 151936])

@@ -48,7 +48,7 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
             lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), leaf(8, 2, 16, seed=2), CU, CU, 8, 8, 0.25, None, None),
         ),
         ("linear_logprob", lambda: (leaf(8, 16), leaf(7, 16, seed=1), TARGETS, None, True)),
-        ("linear_cross_entropy", lambda: (leaf(8, 16), leaf(7, 16, seed=1), TARGETS, None, 0.0, True)),
+        ("linear_cross_entropy", lambda: (leaf(8, 16), leaf(7, 16, seed=1), TARGETS, None, 0.0, True, True)),
     ],
 )
 def test_an_op_keeps_its_word_to_the_dispatcher(name: str, arguments) -> None:

@@ -216,7 +216,8 @@ def test_evaluation_makes_no_gradient(face: str) -> None:
         nll, _ = linear_cross_entropy(hidden, weight, labels(6, 9))
     assert not nll.requires_grad
     assert torch.equal(nll, linear_cross_entropy(hidden, weight, labels(6, 9))[0])
-    results = torch.ops.chimed.linear_cross_entropy(hidden.detach(), weight.detach(), labels(6, 9), None, 0.0, False)
+    inputs = hidden.detach(), weight.detach(), labels(6, 9), None, 0.0
+    results = torch.ops.chimed.linear_cross_entropy(*inputs, False, False)
     assert results[2].numel() == 0 and results[3].numel() == 0
 
 
@@ -247,7 +248,7 @@ def test_the_entropy_of_equal_logits_is_the_log_of_their_number(face: str) -> No
 def test_every_face_keeps_its_word_to_the_dispatcher(op: str, face: str) -> None:
     hidden, weight = (x.requires_grad_() for x in head(8, 16, 7))
     targets = labels(8, 7)
-    of_op = (heat_of(8, "per token"), True) if op == "linear_logprob" else (None, 0.0, True)
+    of_op = (heat_of(8, "per token"), True) if op == "linear_logprob" else (None, 0.0, True, True)
     arguments = hidden, weight, targets, *of_op
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(getattr(torch.ops.chimed, op).default, arguments, test_utils=checks)
