@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from engine.config import check_range
 from engine.data.conversation_files import ConversationOptions
@@ -24,6 +25,7 @@ from model.tokenizer import Tokenizer
 
 # Reasons that are said; all of them are in rejects.jsonl.
 _REASONS = 3
+C = TypeVar("C", bound=Corpus)
 
 
 @dataclass
@@ -75,11 +77,25 @@ def open_held_out_conversations(
     Raises:
         InputError: as `open_conversations`; or nothing is left to train on.
     """
+    held_out = None
     if paths:
         held_out = _open(paths, [], config, ChatEncoder(template, tokenizer, context), directory, "--eval.data")
+    return hold_out(train, fraction, paths, held_out, "conversations")
+
+
+def hold_out(train: C, fraction: float, paths: Sequence[str], held_out: C | None, unit: str) -> tuple[C, C | None]:
+    """What to train on and what is held out, of which none begin with the same question.
+
+    Args:
+        held_out: what the files of `paths` hold; None to split a fraction of the first questions off.
+        unit: what documents are called.
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    if held_out is not None:
         rest, overlap = train.without(held_out)
         if overlap:
-            speak(f"{overlap:,} training conversations begin with a held-out question; they are not trained on.")
+            speak(f"{overlap:,} training {unit} begin with a held-out question; they are not trained on.")
         if not rest.num_documents:
             raise InputError(
                 f"All training questions are held out by {', '.join(paths)}. Give --eval.data other files."
@@ -87,7 +103,7 @@ def open_held_out_conversations(
         return rest, held_out
     rest, held_out = train.split(fraction)
     if fraction and not held_out.num_documents:
-        speak("All conversations begin with the same question, so none is held out.")
+        speak(f"All {unit} begin with the same question, so none is held out.")
     return rest, held_out if held_out.num_documents else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import check_range
+from engine.conversations import hold_out
 from engine.data.groups import PreferenceSet as PreferenceSet
 from engine.data.groups import open_groups
 from engine.data.preference_files import PreferenceOptions
@@ -76,20 +77,10 @@ def open_held_out_preferences(
     Raises:
         InputError: as `open_preferences`; or nothing is left to train on.
     """
+    held_out = None
     if paths:
         held_out = _open(paths, [], config, template, tokenizer, context, directory, "--eval.data")
-        rest, overlap = train.without(held_out)
-        if overlap:
-            speak(f"{overlap:,} training prompts begin with a held-out question; they are not trained on.")
-        if not rest.num_groups:
-            raise InputError(
-                f"All training questions are held out by {', '.join(paths)}. Give --eval.data other files."
-            )
-        return rest, held_out
-    rest, held_out = train.split(fraction)
-    if fraction and not held_out.num_groups:
-        speak("All prompts begin with the same question, so none is held out.")
-    return rest, held_out if held_out.num_groups else None
+    return hold_out(train, fraction, paths, held_out, "prompts")
 
 
 def describe_preferences(train: PreferenceSet, held_out: PreferenceSet | None) -> str:

@@ -3,67 +3,44 @@
 from __future__ import annotations
 
 import json
-import re
-import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from engine.data.check_files import FilesReport, leave_out, read_files
 from engine.data.corpus import Store, open_corpus
 from engine.data.encoders import TextTokenizer
 from engine.data.prepare import Progress
-from engine.data.reading import read_records
-from engine.data.report import counts, histogram, keys, unless_zero
+from engine.data.report import histogram, keys, unless_zero
 from engine.data.shards import is_prepared, text_hash
-from engine.data.sources import ReadOptions, list_files, malformed, probe, settle
+from engine.data.sources import ReadOptions, settle
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-_EXAMPLES = 5
 _SAMPLE_CHARACTERS = 200
 _SCAN = 1 << 20
 
 
 @dataclass
-class Report:
+class Report(FilesReport):
     """Facts about a corpus; duplicates are counted in documents, and so is everything else but characters and tokens.
 
-    files, encodings, formats: files of each kind.
     lengths: of each document, in tokens if there is a tokenizer, else in characters: [documents].
     tokens: with bos and eos as they are stored; None without a tokenizer.
     short: dropped for too few characters. divided: longer than the longest that is stored in one piece.
-    reasons: of rejects, with numbers left out; examples: some of them, as "file:line: reason".
-    held_out, overlap: documents of the held-out files, and how many of their texts are also here; None without.
     sample: beginning of a document, after a round through the tokenizer where there is one.
     """
 
-    files: int = 0
-    ignored_files: int = 0
-    encodings: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
     documents: int = 0
     characters: int = 0
-    tokens: int | None = None
     duplicates: int = 0
     short: int = 0
     divided: int = 0
-    rejected: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    held_out: int | None = None
-    overlap: int | None = None
     sample: str = ""
-
-    def reject(self, file: str, line: int, reason: str) -> None:
-        self.rejected += 1
-        self.reasons[re.sub(r"\d+", "N", reason)] += 1
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{file}:{line}: {reason}")
 
 
 def check(
@@ -117,7 +94,7 @@ def _check_prepared(paths: Sequence[str], verify: bool) -> tuple[Report, np.ndar
         for line in _json_lines(prepared.directory / "files.jsonl"):
             files[line["file"]] = line["encoding"], line["format"]
         for line in _json_lines(prepared.directory / "rejects.jsonl"):
-            report.reject(line["file"], line["line"], line["reason"])
+            report.fault(f"{line['file']}:{line['line']}", line["reason"])
     report.files = len(files)
     report.encodings.update(encoding for encoding, _ in files.values())
     report.formats.update(kind for _, kind in files.values())
@@ -143,31 +120,20 @@ def _check_raw(
     options: ReadOptions,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Report, np.ndarray]:
-    listing = list_files(paths)
-    report = Report(files=len(listing.files), ignored_files=listing.ignored, tokens=None if tokenizer is None else 0)
+    report = Report(tokens=None if tokenizer is None else 0)
     hashes, lengths = bytearray(), array("I")
-    began, done = time.monotonic(), 0
-    for listed in listing.files:
-        file = probe(listed, options)
-        report.encodings[file.encoding or "utf-8"] += 1
-        report.formats[file.format] += 1
-        for record in read_records(file, options.schema):
-            record = settle(record, options)
-            if record.text is None:
-                if options.on_error == "fail":
-                    raise malformed(file.path, record.line, record.reason)
-                report.reject(file.path, record.line, record.reason)
-            elif options.is_short(record):
-                report.short += 1
-            else:
-                report.documents += 1
-                report.characters += len(record.text)
-                report.divided += record.is_first and not record.is_last
-                hashes += text_hash(record.text)
-                lengths.append(_length(record.text, report, tokenizer))
-        done += file.size
-        if progress is not None:
-            progress(Progress(done, listing.size, 0, report.documents, report.tokens or 0, time.monotonic() - began))
+    for file, record in read_files(paths, options, report, progress):
+        record = settle(record, options)
+        if record.text is None:
+            leave_out(report, options, file, record.line, record.reason)
+        elif options.is_short(record):
+            report.short += 1
+        else:
+            report.documents += 1
+            report.characters += len(record.text)
+            report.divided += record.is_first and not record.is_last
+            hashes += text_hash(record.text)
+            lengths.append(_length(record.text, report, tokenizer))
     report.lengths = np.array(lengths, np.int64)
     found = np.frombuffer(bytes(hashes), "<u8").reshape(-1, 2)
     report.duplicates = len(found) - len(np.unique(keys(found)))
@@ -201,12 +167,7 @@ def render(report: Report) -> str:
     """The report as a page of text."""
     unit = "characters" if report.tokens is None else "tokens"
     rows = [
-        (
-            "files",
-            f"{report.files:,} ({counts(report.formats)})"
-            + unless_zero(report.ignored_files, "of other kinds ignored"),
-        ),
-        ("encodings", counts(report.encodings)),
+        *report.file_rows(),
         ("documents", f"{report.documents:,}" + unless_zero(report.divided, "stored in several pieces")),
         ("characters", f"{report.characters:,}"),
     ]
@@ -215,9 +176,7 @@ def render(report: Report) -> str:
     rows += [
         ("duplicates", f"{report.duplicates:,} documents repeat an earlier one and are trained on once"),
         ("too short", f"{report.short:,}"),
-        ("rejected", f"{report.rejected:,}"),
-        *(("", f"{count:,} x {reason}") for reason, count in report.reasons.most_common(_EXAMPLES)),
-        *(("", f"e.g. {example}") for example in report.examples[:_EXAMPLES]),
+        *report.fault_rows("rejected"),
     ]
     if report.held_out is not None:
         rows.append(("held out", f"{report.held_out:,} documents, {report.overlap:,} of them also to be trained on"))

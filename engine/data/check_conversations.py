@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,21 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.data.check_files import FilesReport, leave_out, read_files
 from engine.data.conversation_files import ConversationOptions
 from engine.data.conversations import conversation_hash, load
 from engine.data.corpus import open_corpus
 from engine.data.encoders import fit_each
 from engine.data.prepare import Progress
-from engine.data.reading import read_records
-from engine.data.report import counts, histogram, keys, unless_zero
+from engine.data.report import by_size, counts, histogram, keys
 from engine.data.shards import is_prepared, prepared_parts, read_manifest
-from engine.data.sources import ReadOptions, list_files, malformed, probe
+from engine.data.sources import ReadOptions, list_files, probe
 from engine.preview import show_ids
 from model.chat import ChatTemplate, ConversationError, Encoded, Message
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-_EXAMPLES = 3  # places named for each fault
 _BATCH = 256
 _MOST_TURNS = 8  # answers a conversation; more are counted together
 _SAMPLE_TOKENS = 400
@@ -43,33 +40,25 @@ class Counting(NamedTuple):
 
 
 @dataclass
-class ConversationReport:
+class ConversationReport(FilesReport):
     """Facts about conversations. Every count is of conversations where nothing else is said.
 
-    files, encodings, formats: files of each kind. schemas: what records were recognised as.
+    schemas: what records were recognised as.
     answers: of the conversations, by how many each has.
     characters: of all contents. tokens, trained: under the template, before anything is shortened; tokens is None
         without one.
-    faults: records that are left out, by reason with numbers left out of it; places: of some, as "file:line: reason".
     unanswered: kept without their last question, which has no answer.
     duplicates: repeat an earlier one. repeated: begin with an earlier one's question and go on in another way.
     shortened, dropped_turns, cut: what the context costs.
     lengths: of each conversation, in tokens or else in characters.
-    held_out, overlap: held-out conversations, and how many of them begin with a question that is also here.
+    overlap: held-out conversations that begin with a question that is also here.
     samples: conversations as they are trained on.
     """
 
-    files: int = 0
-    ignored_files: int = 0
-    encodings: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
     schemas: Counter[str] = field(default_factory=Counter)
     answers: Counter[int] = field(default_factory=Counter)
     characters: int = 0
-    tokens: int | None = None
     trained: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
     unanswered: int = 0
     duplicates: int = 0
     repeated: int = 0
@@ -77,27 +66,11 @@ class ConversationReport:
     dropped_turns: int = 0
     cut: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    held_out: int | None = None
-    overlap: int | None = None
     samples: list[str] = field(default_factory=list)
 
     @property
     def conversations(self) -> int:
         return self.answers.total()
-
-    def fault(self, place: str, reason: str) -> None:
-        kind = _kind(reason)
-        self.faults[kind] += 1
-        self.see(kind, f"{place}: {reason}")
-
-    def see(self, kind: str, place: str) -> None:
-        places = self.places.setdefault(kind, [])
-        if len(places) < _EXAMPLES:
-            places.append(place)
-
-
-def _kind(reason: str) -> str:
-    return re.sub(r"\d+", "N", reason)
 
 
 def are_conversations(paths: Sequence[str], options: ConversationOptions, texts: ReadOptions) -> bool:
@@ -164,34 +137,21 @@ def _read(
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[_Found]:
     """Conversations that end with an answer; what else the files hold goes into the report."""
-    listing = list_files(paths)
-    report.files, report.ignored_files = len(listing.files), listing.ignored
-    began, done = time.monotonic(), 0
-    for listed in listing.files:
-        file = probe(listed, options)
-        report.encodings[file.encoding or "utf-8"] += 1
-        report.formats[file.format] += 1
-        for record in read_records(file, options.schema):
-            place, reason = f"{file.path}:{record.line}", record.reason
-            if record.text is not None:
-                messages, schema = load(record.text)
-                report.schemas[schema] += 1
-                is_answered = messages[-1].role == "assistant"
-                messages = messages if is_answered else messages[:-1]
-                if any(message.role == "assistant" for message in messages):
-                    if not is_answered:
-                        report.unanswered += 1
-                        report.see(_UNANSWERED, place)
-                    yield _Found(place, messages)
-                    continue
-                reason = "it holds no answer"
-            if options.on_error == "fail":
-                raise malformed(file.path, record.line, reason)
-            report.fault(place, reason)
-        done += file.size
-        if progress is not None:
-            tokens, seconds = report.tokens or 0, time.monotonic() - began
-            progress(Progress(done, listing.size, 0, report.conversations, tokens, seconds))
+    for file, record in read_files(paths, options, report, progress):
+        place, reason = f"{file}:{record.line}", record.reason
+        if record.text is not None:
+            messages, schema = load(record.text)
+            report.schemas[schema] += 1
+            is_answered = messages[-1].role == "assistant"
+            messages = messages if is_answered else messages[:-1]
+            if any(message.role == "assistant" for message in messages):
+                if not is_answered:
+                    report.unanswered += 1
+                    report.see(_UNANSWERED, place)
+                yield _Found(place, messages)
+                continue
+            reason = "it holds no answer"
+        leave_out(report, options, file, record.line, reason)
 
 
 class _Tally:
@@ -280,16 +240,12 @@ def _questions_of(paths: Sequence[str], options: ConversationOptions) -> np.ndar
 
 def render_conversations(report: ConversationReport, context: int | None = None) -> str:
     """The report as a page of text."""
+    answers = sum(number * count for number, count in report.answers.items())
     rows = [
-        (
-            "files",
-            f"{report.files:,} ({counts(report.formats)})"
-            + unless_zero(report.ignored_files, "of other kinds ignored"),
-        ),
-        ("encodings", counts(report.encodings)),
+        *report.file_rows(),
         ("recognised", counts(report.schemas)),
         ("conversations", f"{report.conversations:,}"),
-        ("answers", _answers(report.answers)),
+        ("answers", f"{answers:,}{by_size(report.answers, _MOST_TURNS, 'answers a conversation')}"),
         ("characters", f"{report.characters:,}"),
     ]
     if report.tokens is not None:
@@ -306,9 +262,7 @@ def render_conversations(report: ConversationReport, context: int | None = None)
         ]
     rows.append(("unanswered", f"{report.unanswered:,} whose last question has no answer and is left out"))
     rows += [("", f"e.g. {place}") for place in report.places.get(_UNANSWERED, [])]
-    rows.append(("rejected", f"{report.faults.total():,}"))
-    for kind, count in report.faults.most_common():
-        rows += [("", f"{count:,} x {kind}"), *(("", f"  e.g. {place}") for place in report.places[kind])]
+    rows += report.fault_rows("rejected")
     if report.held_out is not None:
         rows.append(("held out", f"{report.held_out:,}, {report.overlap:,} of them with a question to be trained on"))
     lines = [f"{name:<15}{value}" for name, value in rows]
@@ -317,12 +271,3 @@ def render_conversations(report: ConversationReport, context: int | None = None)
     for sample in report.samples:
         lines += ["", f"Trained tokens are marked in {sample}"]
     return "\n".join(lines)
-
-
-def _answers(answers: Counter[int]) -> str:
-    """ "700 (1: 600, 2: 30, 8+: 2 by answers a conversation)"."""
-    total = sum(number * count for number, count in answers.items())
-    few = [f"{number}: {answers[number]:,}" for number in sorted(answers) if number < _MOST_TURNS]
-    many = sum(count for number, count in answers.items() if number >= _MOST_TURNS)
-    each = ", ".join([*few, *([f"{_MOST_TURNS}+: {many:,}"] if many else [])])
-    return f"{total:,}" + (f" ({each} by answers a conversation)" if each else "")

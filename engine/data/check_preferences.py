@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +14,18 @@ import numpy as np
 
 from engine.data.candidates import join
 from engine.data.check_conversations import Counting
+from engine.data.check_files import FilesReport, leave_out, read_files
 from engine.data.preference_files import PreferenceOptions, read_comparisons
 from engine.data.preferences import Comparison, load, spread
 from engine.data.prepare import Progress
 from engine.data.ranked_encoder import RankedEncoder, comparison_hash, digest, unpack
-from engine.data.reading import read_records
 from engine.data.records import Record
-from engine.data.report import counts, histogram, unless_zero, without_numbers
+from engine.data.report import by_size, counts, histogram
 from engine.data.shards import TRAINED, is_prepared
-from engine.data.sources import list_files, malformed, probe
+from engine.data.sources import list_files
 from engine.preview import show_ids
 from model.errors import InputError
 
-_EXAMPLES = 3  # places named for each fault
 _BATCH = 256
 _MOST_ANSWERS = 10  # of a prompt; more are counted together
 _SAMPLE_TOKENS = 200
@@ -37,28 +35,24 @@ _UNLIMITED = 1 << 30
 
 
 @dataclass
-class PreferenceReport:
+class PreferenceReport(FilesReport):
     """Facts about comparisons.
 
-    files, encodings, formats: files of each kind. schemas: what records were recognised as.
+    schemas: what records were recognised as.
     prompts: how many have how many answers that are compared with each other.
     lengths: of each answer with its prompt, in tokens or else in characters; most: of all answers to one prompt.
     pairs: of answers with different grades; longer: of how many the longer answer is the better, equal lengths counting
         half: what "longer wins" gets right.
     graded: records whose grades are more than an order.
-    faults: records and questions that are left out, by reason with numbers left out of it; places: of some.
+    faults: questions that are left out, too.
     duplicates: comparisons and candidates that repeat an earlier one. repeated: prompts that begin with the question of
         an earlier one. contradicted: pairs that another record has the other way round.
     beyond_most: answers beyond `max_responses`.
     shortened, dropped_turns: records that the context costs turns.
-    held_out, overlap: held-out records, and how many of them begin with a question that is also here.
+    overlap: held-out records that begin with a question that is also here.
     sample: one comparison.
     """
 
-    files: int = 0
-    ignored_files: int = 0
-    encodings: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
     schemas: Counter[str] = field(default_factory=Counter)
     prompts: Counter[int] = field(default_factory=Counter)
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -66,24 +60,13 @@ class PreferenceReport:
     pairs: int = 0
     longer: float = 0.0
     graded: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
     duplicates: int = 0
     repeated: int = 0
     contradicted: int = 0
     beyond_most: int = 0
     shortened: int = 0
     dropped_turns: int = 0
-    held_out: int | None = None
-    overlap: int | None = None
     sample: str = ""
-
-    def fault(self, place: str, reason: str) -> None:
-        kind = without_numbers(reason)
-        self.faults[kind] += 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < _EXAMPLES:
-            places.append(f"{place}: {reason}")
 
 
 def are_preferences(paths: Sequence[str], options: PreferenceOptions) -> bool:
@@ -155,27 +138,14 @@ def _read(
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[_Found]:
     """Comparisons and candidates; what else the files hold goes into the report."""
-    listing = list_files(paths)
-    report.files, report.ignored_files = len(listing.files), listing.ignored
-    began, done, read = time.monotonic(), 0, 0
-    for listed in listing.files:
-        file = probe(listed, options)
-        report.encodings[file.encoding or "utf-8"] += 1
-        report.formats[file.format] += 1
-        for record in read_records(file, options.schema):
-            if record.text is not None:
-                comparison = load(record.text)
-                read += 1
-                report.schemas[comparison.schema] += 1
-                report.graded += comparison.has_margins
-                yield _Found(file.path, record, comparison)
-                continue
-            if options.on_error == "fail":
-                raise malformed(file.path, record.line, record.reason)
-            report.fault(f"{file.path}:{record.line}", record.reason)
-        done += file.size
-        if progress is not None:
-            progress(Progress(done, listing.size, 0, read, 0, time.monotonic() - began))
+    for file, record in read_files(paths, options, report, progress):
+        if record.text is None:
+            leave_out(report, options, file, record.line, record.reason)
+            continue
+        comparison = load(record.text)
+        report.schemas[comparison.schema] += 1
+        report.graded += comparison.has_margins
+        yield _Found(file, record, comparison)
 
 
 class _Tally:
@@ -331,15 +301,11 @@ def render_preferences(report: PreferenceReport, context: int | None, unit: str)
         unit: of lengths, tokens or characters.
     """
     prompts, answers = report.prompts.total(), sum(size * count for size, count in report.prompts.items())
+    sizes = by_size(report.prompts, _MOST_ANSWERS, "answers a prompt")
     rows = [
-        (
-            "files",
-            f"{report.files:,} ({counts(report.formats)})"
-            + unless_zero(report.ignored_files, "of other kinds ignored"),
-        ),
-        ("encodings", counts(report.encodings)),
+        *report.file_rows(),
         ("recognised", counts(report.schemas)),
-        ("prompts", f"{prompts:,} with {answers:,} answers{_sizes(report.prompts)}"),
+        ("prompts", f"{prompts:,} with {answers:,} answers{sizes}"),
         ("pairs", f"{report.pairs:,} of answers with different grades"),
         ("longer wins", f"{report.longer / max(1, report.pairs):.1%} of them" if report.pairs else "of none"),
         ("graded", f"{report.graded:,} records have grades, the others an order alone"),
@@ -352,9 +318,7 @@ def render_preferences(report: PreferenceReport, context: int | None, unit: str)
         rows.append(
             ("shortened", f"{report.shortened:,} lose {report.dropped_turns:,} oldest turns at {context:,} tokens")
         )
-    rows.append(("left out", f"{report.faults.total():,}"))
-    for kind, count in report.faults.most_common():
-        rows += [("", f"{count:,} x {kind}"), *(("", f"  e.g. {place}") for place in report.places[kind])]
+    rows += report.fault_rows("left out")
     if report.held_out is not None:
         rows.append(("held out", f"{report.held_out:,} records, {report.overlap:,} with a question to be trained on"))
     lines = [f"{name:<15}{value}" for name, value in rows]
@@ -363,11 +327,3 @@ def render_preferences(report: PreferenceReport, context: int | None, unit: str)
     if report.sample:
         lines += ["", f"One record, {report.sample}"]
     return "\n".join(lines)
-
-
-def _sizes(prompts: Counter[int]) -> str:
-    """ " (2: 600, 9: 30, 10+: 2 by answers a prompt)"."""
-    few = [f"{size}: {prompts[size]:,}" for size in sorted(prompts) if size < _MOST_ANSWERS]
-    many = sum(count for size, count in prompts.items() if size >= _MOST_ANSWERS)
-    each = ", ".join([*few, *([f"{_MOST_ANSWERS}+: {many:,}"] if many else [])])
-    return f" ({each} by answers a prompt)" if each else ""

@@ -11,7 +11,7 @@ from engine.data.conversations import KEYS, Recognised, dump, load, recognise
 from engine.data.encodings import Encoding
 from engine.data.reading import read_records
 from engine.data.records import Document, Record, RecordError, SourceFile
-from engine.data.sources import list_files, malformed, only, probe, refusal, unix_newlines
+from engine.data.sources import FileOptions, list_files, malformed, only, probe, refusal, unix_newlines
 from model.chat import ConversationError, Message
 from model.errors import InputError
 
@@ -145,11 +145,16 @@ def read_conversations(
     Raises:
         InputError: as `list_files` and `probe`; with on_error "fail" also for a record that is no conversation.
     """
-    options = options or ConversationOptions()
+    for text in read_usable(paths, options or ConversationOptions()):
+        yield load(text).messages
+
+
+def read_usable(paths: Sequence[str | os.PathLike[str]], options: FileOptions) -> Iterator[str]:
+    """The text of each record that has one. Raises InputError as `read_conversations`."""
     for listed in list_files(paths).files:
         file = probe(listed, options)
         for record in read_records(file, options.schema):
             if record.text is not None:
-                yield load(record.text).messages
+                yield record.text
             elif options.on_error == "fail":
                 raise malformed(file.path, record.line, record.reason)

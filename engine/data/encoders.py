@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -94,25 +94,36 @@ class TextEncoder(Encoder):
             yield Stored(np.array(whole, self.dtype), len(text), text_hash(text), counts)
 
 
-class ChatEncoder(Encoder):
-    """Conversations under a template, shortened to a context; ids that are trained carry the flag TRAINED."""
+class TemplateEncoder(Encoder):
+    """Conversations as a template writes them, within a context; ids that are trained carry the flag TRAINED."""
 
     tokenizer: Tokenizer
+    source: ClassVar[str]
+    """what is encoded"""
+    kind: ClassVar[str] = "conversations"
+    """what a shard holds then"""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, context: int, *decisive: Any) -> None:
+        """`decisive`: what else decides ids."""
         assert tokenizer.vocab_size < TRAINED
         self.tokenizer = tokenizer
         self.dtype = np.dtype("<u4")
         self._template = template
         self._context = context
-        decisive = ["conversations", tokenizer.fingerprint, template.fingerprint, context]
-        self.fingerprint = blake2b(json.dumps(decisive).encode(), digest_size=16).hexdigest()
+        facts = [self.source, tokenizer.fingerprint, template.fingerprint, context, *decisive]
+        self.fingerprint = blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         self.facts = {
-            "kind": "conversations",
+            "kind": self.kind,
             "encoder": self.fingerprint,
             "template": template.fingerprint,
             "context": context,
         }
+
+
+class ChatEncoder(TemplateEncoder):
+    """Raw conversations, shortened to the context."""
+
+    source = "conversations"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
         conversations = [load(record.text or "").messages for record in records]

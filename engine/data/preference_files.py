@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from engine.config import check_range
-from engine.data.conversation_files import check_texts
+from engine.data.conversation_files import check_texts, read_usable
 from engine.data.encodings import Encoding
 from engine.data.preferences import KEYS, Comparison, dump, is_number, load, recognise_comparison
-from engine.data.reading import read_records
 from engine.data.records import Document, Record, RecordError, SourceFile
-from engine.data.sources import list_files, malformed, only, probe, refusal, unix_newlines
+from engine.data.sources import only, refusal, unix_newlines
 from model.chat import ConversationError, Message
 from model.errors import InputError
 
@@ -152,11 +151,4 @@ def read_comparisons(
     Raises:
         InputError: as `list_files` and `probe`; with on_error "fail" also for a record that is no comparison.
     """
-    options = options or PreferenceOptions()
-    for listed in list_files(paths).files:
-        file = probe(listed, options)
-        for record in read_records(file, options.schema):
-            if record.text is not None:
-                yield load(record.text)
-            elif options.on_error == "fail":
-                raise malformed(file.path, record.line, record.reason)
+    return map(load, read_usable(paths, options or PreferenceOptions()))

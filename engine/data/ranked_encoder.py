@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.conversations import question_hash
-from engine.data.encoders import Encoder, Stored, fit_each
+from engine.data.encoders import Stored, TemplateEncoder, fit_each
 from engine.data.preferences import Comparison, load, spread
 from engine.data.records import Record
 from engine.data.shards import TRAINED
@@ -49,26 +49,14 @@ def unpack(cells: np.ndarray) -> Answers:
     return Answers(np.split(cells[HEAD + FACTS * count :], ends[:-1]), facts[:, 1].copy().view("<f4"))
 
 
-class RankedEncoder(Encoder):
+class RankedEncoder(TemplateEncoder):
     """Comparisons under a template, at most `max_responses` answers each, shortened to a context together."""
 
-    tokenizer: Tokenizer
+    source = kind = "preferences"
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, context: int, max_responses: int) -> None:
-        assert tokenizer.vocab_size < TRAINED
-        self.tokenizer = tokenizer
-        self.dtype = np.dtype("<u4")
-        self._template = template
-        self._context = context
+        super().__init__(template, tokenizer, context, max_responses)
         self._max_responses = max_responses
-        decisive = ["preferences", tokenizer.fingerprint, template.fingerprint, context, max_responses]
-        self.fingerprint = blake2b(json.dumps(decisive).encode(), digest_size=16).hexdigest()
-        self.facts = {
-            "kind": "preferences",
-            "encoder": self.fingerprint,
-            "template": template.fingerprint,
-            "context": context,
-        }
 
     def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
         found = [load(record.text or "") for record in records]

@@ -39,6 +39,14 @@ def unless_zero(count: int, what: str) -> str:
     return f", {count:,} {what}" if count else ""
 
 
+def by_size(numbers: Counter[int], most: int, what: str) -> str:
+    """ " (1: 600, 2: 30, 8+: 2 by answers a conversation)", all from `most` on together; "" where there are none."""
+    few = [f"{size}: {numbers[size]:,}" for size in sorted(numbers) if size < most]
+    many = sum(count for size, count in numbers.items() if size >= most)
+    each = ", ".join([*few, *([f"{most}+: {many:,}"] if many else [])])
+    return f" ({each} by {what})" if each else ""
+
+
 def histogram(lengths: np.ndarray, unit: str) -> list[str]:
     """A bar for each doubling of the length."""
     middle, high = np.percentile(lengths, [50, 95])

@@ -18,12 +18,10 @@ import numpy as np
 
 from engine.data.conversation_files import ConversationOptions, ConversationSchema
 from engine.data.conversations import question_hash
-from engine.data.encoders import Encoder, Stored
+from engine.data.encoders import Stored, TemplateEncoder
 from engine.data.records import Record, RecordError
 from engine.data.shards import TRAINED
 from engine.data.sources import only
-from model.chat import ChatTemplate
-from model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,11 @@ class SampledOptions(ConversationOptions):
         return only(SampledOptions, self)
 
 
-class SampledEncoder(Encoder):
-    """Stores a record's ids, prompt before answer; nothing but the answer is trained."""
+class SampledEncoder(TemplateEncoder):
+    """Stores a record's ids, prompt before answer; nothing but the answer is trained. The template is the one that the
+    prompts were written by."""
 
-    tokenizer: Tokenizer
-
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, context: int) -> None:
-        """`template`: the one that the prompts were written by."""
-        self.tokenizer = tokenizer
-        self.dtype = np.dtype("<u4")
-        self._context = context
-        decisive = ["sampled", tokenizer.fingerprint, template.fingerprint, context]
-        self.fingerprint = blake2b(json.dumps(decisive).encode(), digest_size=16).hexdigest()
-        self.facts = {
-            "kind": "conversations",
-            "encoder": self.fingerprint,
-            "template": template.fingerprint,
-            "context": context,
-        }
+    source = "sampled"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Stored]:
         for record in records:

@@ -35,17 +35,18 @@ def raw(tmp_path: Path) -> Path:
 
 def facts(report: Report) -> list[object]:
     names = ("files", "ignored_files", "encodings", "formats", "documents", "characters", "duplicates", "short")
-    return [getattr(report, name) for name in (*names, "rejected", "reasons", "examples", "divided")]
+    return [getattr(report, name) for name in (*names, "faults", "places", "divided")]
 
 
 def test_report_counts_what_is_there(raw: Path) -> None:
     report = check([str(raw)])
     assert (report.files, report.ignored_files, report.documents, report.duplicates) == (2, 1, 4, 1)
-    assert (report.short, report.rejected, report.divided) == (1, 1, 0)
+    assert (report.short, report.faults.total(), report.divided) == (1, 1, 0)
     assert report.encodings == {"utf-8": 1, "gbk": 1} and report.formats == {"json_lines": 1, "text": 1}
     assert report.characters == sum(map(len, TEXTS[:3])) + 17
     assert report.lengths.tolist() == [*map(len, TEXTS[:3]), 17] and report.tokens is None
-    assert report.examples == [f"{raw}/a.jsonl:2: broken JSON: Expecting value at character 9"]
+    kind, place = "broken JSON: Expecting value at character N", f"{raw}/a.jsonl:2"
+    assert report.places == {kind: [f"{place}: broken JSON: Expecting value at character 9"]}
     assert report.sample == TEXTS[0]
 
 
