@@ -23,7 +23,7 @@ EXTRAS = {
     "logs": ["tensorboard", "matplotlib"],
     "wandb": ["wandb"],
     "eval": ["sacrebleu", "rouge-score"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "peft", "types-PyYAML"],
 }
 
 setup(

@@ -29,11 +29,12 @@ from engine.manifest import SHARDS, DamagedFile, check_manifest, read_header, st
 from engine.publish import mark_complete, require_model
 from model.chat import ChatTemplate
 from model.config import ModelConfig, parameter_shapes
+from model.directories import read_json
 from model.errors import InputError
 from model.hf import hf_parameters, load_config, read_model, write_model
 from model.tokenizer import Tokenizer, has_tokenizer
 from model.tokenizer_resize import VOCABULARY_TENSORS, extend_rows
-from model.weight_files import DTYPE_NAMES, TensorStore, read_json
+from model.weight_files import DTYPE_NAMES, TensorStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GENERATION = "generation_config.json"

@@ -18,12 +18,13 @@ from engine.files import human_size
 from engine.publish import MODEL_COMPLETE, require_model
 from model.chat import ChatTemplate
 from model.config import ModelConfig
+from model.directories import read_json
 from model.errors import InputError
 from model.hf import read_model
 from model.hf_config import config_from_hf
 from model.kv_cache import PAGE, page_bytes
 from model.tokenizer import Tokenizer, has_tokenizer
-from model.weight_files import TensorStore, read_json
+from model.weight_files import TensorStore
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +15,13 @@ from engine.inspection import is_scorer
 from engine.publish import require_model
 from model.chat import ChatTemplate, resolve_template
 from model.config import ModelConfig
+from model.directories import is_adapter, lineage, read_json
 from model.errors import InputError
 from model.generate import Generator
 from model.hf import load_config
+from model.peft import open_adapter
 from model.tokenizer import Tokenizer, has_tokenizer
-from model.weight_files import TensorStore, read_json
+from model.weight_files import ADAPTER_FILES, MODEL_FILES, TensorStore
 
 # Of a file of weights, for its fingerprint: every run changes nearly all weights, so samples tell models apart.
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 256, 1 << 16
@@ -90,14 +93,31 @@ def fingerprint_model(directory: Path, config: ModelConfig, tokenizer: Tokenizer
     """128 bits in hex over the configuration, the tokenizer and samples of every file of weights: 16 MB of a large
     one, all of a small one."""
     digest = hashlib.sha256(f"{config} {tokenizer.fingerprint}".encode())
-    for path in TensorStore(directory).files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(_SAMPLED_BLOCKS):
-                file.seek(block * size // _SAMPLED_BLOCKS)
-                digest.update(file.read(_BLOCK_BYTES))
+    _add_weights(digest, directory)
     return digest.hexdigest()[:32]
+
+
+def fingerprint_weights(directory: Path) -> str:
+    """The same over the files of weights alone."""
+    digest = hashlib.sha256()
+    _add_weights(digest, directory)
+    return digest.hexdigest()[:32]
+
+
+def _add_weights(digest: Any, directory: Path) -> None:
+    """Samples of every file of weights; of an adapter's directory, of its base's files, too."""
+    for each in lineage(directory):
+        names = MODEL_FILES
+        if is_adapter(each):
+            names = ADAPTER_FILES
+            digest.update(f"{open_adapter(each).spec.scale}".encode())  # the one fact that no tensor shows
+        for path in TensorStore(each, names).files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                for block in range(_SAMPLED_BLOCKS):
+                    file.seek(block * size // _SAMPLED_BLOCKS)
+                    digest.update(file.read(_BLOCK_BYTES))
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -20,16 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
 from engine.files import sync_directory, sync_tree, write_durably
+from model.directories import is_adapter, lineage
 from model.errors import InputError
+from model.weight_files import WRITTEN
 
 MODEL_COMPLETE = "MODEL_COMPLETE"
 PUBLISHING = ".model-publishing"
 STATE = ("state", "rounds")
 """What a run that may go on has in its directory: its checkpoints, or the rounds of rejection sampling."""
 SCHEMA = 1
-
-# What an earlier publication with more shards may have left: index and shards are read by name.
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 
 def gather_full(
@@ -133,11 +132,16 @@ def require_model(directory: Path | str) -> Path:
     """Check that a model can be read from here, before anything is.
 
     Args:
-        directory: a run directory, or any Hugging Face model directory.
+        directory: a run directory, or any Hugging Face model directory; or an adapter's, whose base is checked, too.
     Raises:
         InputError: no such directory, no model in it, or one that is not (or no longer) whole.
     """
-    directory = Path(directory)
+    for each in lineage(directory):
+        _require_whole(each)
+    return Path(directory)
+
+
+def _require_whole(directory: Path) -> None:
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such model directory. Give a preset's name or an existing one.")
     marker = directory / MODEL_COMPLETE
@@ -146,9 +150,9 @@ def require_model(directory: Path | str) -> Path:
             raise InputError(
                 f"{directory}: this run has not finished writing its model. Resume it with the same command first."
             )
-        if not (directory / "config.json").is_file():
+        if not (directory / "config.json").is_file() and not is_adapter(directory):
             raise InputError(f"{directory} holds no config.json, so it is no model directory. Check the path.")
-        return directory
+        return
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
         schema, files = content["schema"], dict(content["files"])
@@ -162,7 +166,6 @@ def require_model(directory: Path | str) -> Path:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes where {size} were written"
             raise InputError(f"{path} {state}. Run the same command again to write the model anew.")
-    return directory
 
 
 def mark_complete(directory: Path, sizes: dict[str, int], step: int, stage: str) -> None:
@@ -185,7 +188,7 @@ def _swap_in(directory: Path, step: int, stage: str) -> None:
     sync_directory(directory)  # and the marker is off it before the first file changes
     for name in sizes:
         os.replace(beside / name, directory / name)
-    for pattern in WEIGHTS:
+    for pattern in WRITTEN:
         for stale in directory.glob(pattern):
             if stale.name not in sizes:
                 stale.unlink()

@@ -1,15 +1,14 @@
 """Hugging Face model directories: read into our parameters and written from them, one tensor at a time.
 
+A directory that holds an adapter (`model.peft`) is read as the model that its base and the adapter make.
+
 Our names are theirs, but that query, key and value projections are one tensor here, and gate and up projections
 another: they are joined when read and split when written, and nowhere else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor
 
 from model.config import Head, ModelConfig, parameter_shapes, projections
+from model.directories import ADAPTED_CONFIG, is_adapter, read_json
 from model.errors import InputError
 from model.hf_config import config_from_hf, config_to_hf
-from model.weight_files import SAFETENSORS, SAFETENSORS_INDEX, TensorStore, read_json, write_safetensors
+from model.lora import merged
+from model.peft import adapted_config, adapter_parameters, open_adapter
+from model.weight_files import SAFETENSORS, SAFETENSORS_INDEX, TensorStore, replacing, write_json, write_safetensors
 
 _EMBEDDING, _HEAD, _SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 
 
 def load_config(directory: Path | str, head: Head | None = None) -> ModelConfig:
@@ -37,8 +38,13 @@ def load_config(directory: Path | str, head: Head | None = None) -> ModelConfig:
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory. Download the model and give the directory's path.")
-    path = directory / "config.json"
-    config = config_from_hf(read_json(path), str(path))
+    if is_adapter(directory):
+        adapter, own = open_adapter(directory), directory / ADAPTED_CONFIG
+        config = config_from_hf(read_json(own), str(own)) if own.is_file() else load_config(adapter.base)
+        config = adapted_config(adapter, config)
+    else:
+        path = directory / "config.json"
+        config = config_from_hf(read_json(path), str(path))
     if head == "lm" and config.head == "score":
         raise InputError(f"{directory} is a reward model: it gives scores, not words. Give the model it was made from.")
     if head == "score" and config.head == "lm":
@@ -67,12 +73,15 @@ def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str
     Names and shapes of all tensors are checked against the configuration before the first is read.
 
     Returns:
-        (name, full CPU tensor in the dtype of the file), in the order of `parameter_shapes(config)`. A tensor
-        may be a map of its file: copy from it, do not write to it.
+        (name, full CPU tensor), in the order of `parameter_shapes(config)`: in the dtype of the file, or fp32 where an
+        adapter's product was added. A tensor may be a map of its file: copy from it, do not write to it.
     Raises:
-        InputError: missing or damaged files; missing, unknown or mis-shaped tensors.
+        InputError: missing or damaged files; missing, unknown or mis-shaped tensors; an adapter that does not fit its
+            base.
     """
     directory = Path(directory)
+    if is_adapter(directory):
+        return _read_adapted(directory, config)
     store = TensorStore(directory)
     parameters = hf_parameters(config)
     _check(store.shapes, {name: shape for parts in parameters.values() for name, shape in parts}, directory)
@@ -89,6 +98,36 @@ def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str
             yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     return values()
+
+
+def _read_adapted(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """`read_model` of an adapter's directory, a module of base and adapter at a time."""
+    adapter = open_adapter(directory)
+    base, shapes = load_config(adapter.base), parameter_shapes(config)
+    found, adapted = parameter_shapes(base), adapter_parameters(config, adapter.spec)
+    adapter.check(adapted)
+    for name, shape in shapes.items():
+        there = found.get(name) or found[_EMBEDDING]  # a head that was tied, and is not any more
+        if name not in adapted and there != shape:
+            raise InputError(
+                f"{adapter.base}: {name} has shape {list(there)}, but the adapter in {directory} wants {list(shape)}. "
+                "Write the directory of the model that it was trained on into base_model_name_or_path."
+            )
+    tensors = read_model(adapter.base, base)
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            a, b = (name.replace(".weight", f".lora_{matrix}") for matrix in "ab")
+            if name in adapted:
+                yield name, adapter.read(adapted[name])
+            elif a in adapted:
+                yield from ((name, tensor.float()), (a, adapter.read(adapted[a])), (b, adapter.read(adapted[b])))
+            elif name in shapes:  # a reward model has no use for the head of words
+                yield name, tensor
+        for name in shapes.keys() - found.keys():
+            yield name, adapter.read(adapted[name]) if name in adapted else next(read_model(adapter.base, base))[1]
+
+    return merged(values(), config, adapter.spec)
 
 
 def _check(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], directory: Path) -> None:
@@ -136,8 +175,7 @@ def write_model(
     """Write a directory that transformers and serving stacks open: weights, index, config.json, and
     generation_config.json where the model generates.
 
-    Everything is written and synced under temporary names first; then the old config.json goes, the new files
-    take their names, and config.json comes last. A directory without config.json is one that was interrupted.
+    It replaces what was there before as `model.weight_files.replacing` tells, config.json last.
 
     Args:
         tensors: (name, full tensor on any device), in the order of `parameter_shapes(config)`; one is held at a
@@ -147,33 +185,21 @@ def write_model(
     Raises:
         InputError: the directory cannot be written, or the disk is full.
     """
-    directory = Path(directory)
     parameters = hf_parameters(config)
     shards = _plan([part for parts in parameters.values() for part in parts], dtype.itemsize, max_shard_bytes)
     documents = _documents(config, dtype, shards)
-    files = [*shards, *documents]
     pieces = _split(tensors, parameters)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(directory), [*shards, *documents], "the model") as temporary:
         for file, entries in shards.items():
-            write_safetensors(_temporary(directory, file), entries, dtype, pieces)
+            write_safetensors(temporary(file), entries, dtype, pieces)
         assert next(pieces, None) is None, "more tensors than parameters"
         for file, content in documents.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            _temporary(directory, file).write_text(text, encoding="utf-8")
-        _swap(directory, files)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{directory}: cannot write the model ({reason}). Free space or choose another.") from error
-    finally:
-        for file in files:
-            with contextlib.suppress(OSError):
-                _temporary(directory, file).unlink(missing_ok=True)
+            write_json(temporary(file), content)
 
 
 def _documents(config: ModelConfig, dtype: torch.dtype, shards: dict[str, list]) -> dict[str, dict[str, Any]]:
     """The JSON files of a directory, config.json last."""
-    facts = config_to_hf(config, _DTYPES[dtype])
+    facts = config_to_hf(config, str(dtype).removeprefix("torch."))
     special = {name: facts[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     documents: dict[str, dict[str, Any]] = {"config.json": facts}
     if config.head == "lm":
@@ -184,24 +210,6 @@ def _documents(config: ModelConfig, dtype: torch.dtype, shards: dict[str, list])
     weight_map = {name: file for file, entries in shards.items() for name, _ in entries}
     index = {"metadata": {"total_size": config.num_parameters * dtype.itemsize}, "weight_map": weight_map}
     return {SAFETENSORS_INDEX: index, **documents}
-
-
-def _temporary(directory: Path, file: str) -> Path:
-    return directory / f".{file}.tmp"
-
-
-def _swap(directory: Path, files: list[str]) -> None:
-    """Put finished temporary files in the place of an older model, in order; every step is on disk before the next."""
-    for file in files:
-        _sync(_temporary(directory, file))
-    (directory / "config.json").unlink(missing_ok=True)
-    _sync(directory)
-    for stale in (SAFETENSORS, SAFETENSORS_INDEX, "model-*-of-*.safetensors"):
-        for path in directory.glob(stale):
-            path.unlink()
-    for file in files:
-        _temporary(directory, file).replace(directory / file)
-        _sync(directory)
 
 
 def _plan(
@@ -230,12 +238,3 @@ def _split(
         assert name == expected, f"{name} was given where {expected} was due"
         assert tensor is not None and parts is not None
         yield from tensor.split([shape[0] for _, shape in parts])
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

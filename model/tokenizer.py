@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
+from model.directories import lineage
 from model.errors import InputError
 from model.tokenizer_sentencepiece import SPACE, read_sentencepiece, to_tokenizers
 
@@ -70,7 +71,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read a Hugging Face model or tokenizer directory.
+        """Read a Hugging Face model or tokenizer directory; of an adapter without one, the directory it stands on.
 
         Raises:
             InputError: nothing there, a file is damaged, or its added tokens contradict its vocabulary.
@@ -78,6 +79,7 @@ class Tokenizer:
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory. Give one that holds tokenizer.json or tokenizer.model.")
+        directory = next(filter(_holds_tokenizer, lineage(directory)), directory)
         files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
         named = _json(files, "special_tokens_map.json", directory)
         config = {name: token for name, token in named.items() if name in _NAMED}
@@ -291,7 +293,11 @@ class Tokenizer:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a file that `Tokenizer.load` begins with."""
+    """Whether `Tokenizer.load` finds one: in the directory, or for an adapter in what it stands on."""
+    return any(map(_holds_tokenizer, lineage(directory)))
+
+
+def _holds_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 

@@ -1,11 +1,14 @@
-"""Tensors in files: safetensors and torch's .bin, whole or sharded, read one at a time; safetensors written so.
+"""Tensors in files: safetensors and torch's .bin, whole or sharded, read one at a time; safetensors written so, in the
+place of what a directory held before.
 
 Nothing here runs code from a file: .bin files are loaded with weights only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +19,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.directories import ADAPTED_CONFIG, ADAPTER_CONFIG, read_json
 from model.errors import InputError
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MODEL_FILES = (SAFETENSORS, "pytorch_model.bin")
+"""Where a model's weights are, the best first; an index beside them stands for shards."""
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where an adapter's are."""
+WRITTEN = (
+    *("config.json", "generation_config.json", SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors"),
+    *(ADAPTER_CONFIG, ADAPTED_CONFIG, ADAPTER_FILES[0]),
+)
+"""Names, or patterns, of files that tell which model a directory holds: what one leaves there, the next removes."""
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Of the weights that are written, as safetensors writes them."""
 
@@ -32,12 +44,16 @@ class TensorStore:
     files: where they are.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Raises InputError: no weights, a missing or damaged file, a tensor that the index promises in vain."""
+    def __init__(self, directory: Path, names: Sequence[str] = MODEL_FILES) -> None:
+        """Open the first of some files, or sets of shards, that is there.
+
+        Raises:
+            InputError: no weights, a missing or damaged file, a tensor that the index promises in vain.
+        """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        self.files, self._promised = _weight_files(directory)
+        self.files, self._promised = _weight_files(directory, names)
         for path in self.files:
             if not path.is_file():
                 raise InputError(f"{path}: this shard is listed in the index but missing. Download it again.")
@@ -87,10 +103,10 @@ class TensorStore:
             self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, read
 
 
-def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files to open, and the map from names to files that an index gives. Safetensors come before .bin."""
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (_BIN, _BIN_INDEX)):
-        path = directory / index
+def _weight_files(directory: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Files to open, and the map from names to files that an index gives."""
+    for single in names:
+        path = directory / f"{single}.index.json"
         if path.is_file():
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -101,23 +117,8 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         if (directory / single).is_file():
             return [directory / single], {}
     raise InputError(
-        f"{directory}: no weights here. Expected {SAFETENSORS} or {_BIN}, or the shards named by {SAFETENSORS_INDEX}."
+        f"{directory}: no weights here. Expected {' or '.join(names)}, or the shards named by {names[0]}.index.json."
     )
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises InputError: the file is missing, broken, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file. Give a Hugging Face model directory.") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}). Download or correct the file.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object. Download or correct the file.")
-    return content
 
 
 def write_safetensors(
@@ -145,3 +146,55 @@ def write_safetensors(
             values = tensor.detach().to("cpu", dtype).contiguous()
             file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
         assert file.tell() == 8 + len(text) + end, f"{path}: fewer tensors than entries"
+
+
+@contextlib.contextmanager
+def replacing(directory: Path, files: Sequence[str], what: str) -> Iterator[Callable[[str], Path]]:
+    """Put files in the place of those that a directory held before, and remove what is left of another model.
+
+    Within the context each file is written under a temporary path, which the function that is given finds by its name.
+    At the end all are synced; then the old `files[-1]` goes, the new files take their names, and `files[-1]` comes
+    last. A directory without it is one that was interrupted; one that failed before is as it was.
+
+    Args:
+        what: is written, for messages.
+    Raises:
+        InputError: the directory cannot be written, or the disk is full.
+    """
+
+    def temporary(file: str) -> Path:
+        return directory / f".{file}.tmp"
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in files:
+            _sync(temporary(file))
+        (directory / files[-1]).unlink(missing_ok=True)
+        _sync(directory)
+        for pattern in WRITTEN:
+            for stale in directory.glob(pattern):
+                stale.unlink()
+        for file in files:
+            temporary(file).replace(directory / file)
+            _sync(directory)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{directory}: cannot write {what} ({reason}). Free space or choose another.") from error
+    finally:
+        for file in files:
+            with contextlib.suppress(OSError):
+                temporary(file).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
