@@ -49,6 +49,22 @@ def head_work(tokens: int, width: int, vocabulary: int, b: int) -> Works:
     }
 
 
+def low_rank_work(tokens: int, width: int, out: int, adapted: Sequence[int], rank: int, b: int) -> Works:
+    """The frozen product each way, and two thin products of each adapter forward, four backward.
+
+    Args:
+        adapted: outputs of each part that has an adapter.
+    """
+    product, ranks = 2 * tokens * width * out, len(adapted) * rank
+    thin = 2 * tokens * (width * ranks + sum(adapted) * rank)
+    arrays, adapters = (tokens * (width + out) + width * out) * b, (width * ranks + sum(adapted) * rank) * b
+    return {
+        "forward": Work(arrays + adapters, product + thin),
+        # dy, x and the weights in, dx and the adapters' gradients out
+        "backward": Work(arrays + tokens * width * b + 2 * adapters, product + 2 * thin),
+    }
+
+
 def attention_work(lengths: Sequence[int], heads: int, kv_heads: int, width: int, b: int) -> Works:
     """Two products over the visible pairs forward, five backward: 4 and 10 operations a pair and entry of a head."""
     tokens = sum(lengths)

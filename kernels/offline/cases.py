@@ -23,6 +23,7 @@ from kernels.gae import gae
 from kernels.grad_norm import grad_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
+from kernels.low_rank import low_rank_linear
 from kernels.offline.audit import ON_TENSOR_CORES, Case
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary, split_rotary
@@ -42,8 +43,8 @@ def cases() -> Iterator[Case]:
     Those launch nothing new where kernels are not specialised for the number of rows, and are audited where they are.
     """
     ops = (
-        _norms, _head_norms, _rotary, _swiglu, _attention, _decoding, _cross_entropy, _heads_of_models, _updates,
-        _sampling, _advantages,
+        _norms, _head_norms, _rotary, _swiglu, _attention, _decoding, _cross_entropy, _heads_of_models, _low_rank,
+        _updates, _sampling, _advantages,
     )  # fmt: skip
     for of_op in ops:
         yield from of_op(0)
@@ -240,6 +241,47 @@ def _heads_of_models(less: int) -> Iterator[Case]:
             yield Case("linear_cross_entropy", shape, dtype, V, linear_cross_entropy, inputs)
             yield Case("linear_logprob", shape, dtype, V, linear_logprob, inputs, work=least)
             yield Case("linear_logprob", entropy, dtype, V, heated, inputs)
+
+
+def _low_rank(less: int) -> Iterator[Case]:
+    """Queries, keys and values, all with adapters or only queries and values; gate and up; one matrix."""
+    T, d = TOKENS - less, 4096
+
+    def arguments(sizes: tuple[int, ...], present: tuple[bool, ...], rank: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        out, rows = sum(sizes), sum(size for size, there in zip(sizes, present, strict=True) if there)
+        bias = _empty(out, dtype=dtype) if len(sizes) == 3 else None
+        a, b = (_empty(*shape, dtype=dtype, grad=True) for shape in ((sum(present) * rank, d), (rows, rank)))
+        x, weight = _empty(T, d, dtype=dtype, grad=True), _empty(out, d, dtype=dtype)
+        return x, weight, bias, a, b, 2.0, sizes, present
+
+    def case(
+        op: Callable[..., Any], sizes: tuple[int, ...], present: tuple[bool, ...], rank: int, dtype: torch.dtype
+    ) -> Case:
+        adapted = tuple(size for size, there in zip(sizes, present, strict=True) if there)
+        return Case(
+            "low_rank_linear",
+            f"T {T}, d {d}, {'+'.join(map(str, sizes))}, {len(adapted)} of rank {rank}",
+            dtype,
+            rank,
+            op,
+            partial(arguments, sizes, present, rank, dtype),
+            # A bias is read a few columns at a time, and rows of b begin anywhere.
+            wide_share=0 if rank % 8 else 0.25 if len(sizes) == 3 else 0.5,
+            products=ON_TENSOR_CORES if dtype != FP32 else None,
+            work=work.low_rank_work(T, d, sum(sizes), adapted, rank, 2) if rank == 16 and dtype == BF16 else None,
+        )
+
+    for dtype in DTYPES:
+        yield case(low_rank_linear, (4096, 1024, 1024), (True, True, True), 16, dtype)
+    for rank in (8, 32):
+        yield case(low_rank_linear, (4096, 1024, 1024), (True, False, True), rank, BF16)
+    for rank in (1, 4, 16, 32):
+        yield case(low_rank_linear, (13696, 13696), (True, True), rank, BF16)
+    for dtype in (BF16, FP32):
+        yield case(low_rank_linear, (4096,), (True,), 16, dtype)
+        yield case(low_rank_linear, (4096,), (True,), 32, dtype)
+        for rank in (64, 256):  # no kernel takes part in these gradients
+            yield case(torch.no_grad()(low_rank_linear), (4096,), (True,), rank, dtype)
 
 
 def _updates(less: int) -> Iterator[Case]:

@@ -18,6 +18,7 @@ from kernels.attention import attention
 from kernels.linear import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
+from kernels.low_rank import low_rank_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
@@ -41,6 +42,13 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
         ("add_rms_norm", lambda: (leaf(8, 16), leaf(8, 16, seed=2), leaf(16, seed=1), 1e-6)),
         ("swiglu", lambda: (leaf(8, 16),)),
         ("matmul_nt", lambda: (leaf(8, 16), leaf(5, 16, seed=1))),
+        (
+            "low_rank_linear",
+            lambda: (
+                *(leaf(8, 16), random(7, 16, seed=1), random(7, seed=2), leaf(4, 16, seed=3), leaf(5, 2, seed=4)),
+                *(0.5, [3, 2, 2], [True, False, True], leaf(8, 16, seed=5)),
+            ),
+        ),
         ("rotary", lambda: (leaf(8, 4, 16), leaf(8, 2, 16, seed=1), POSITIONS, TABLE, TABLE, False)),
         ("split_rotary", lambda: (leaf(8, 8, 16), 4, 2, POSITIONS, TABLE, TABLE)),
         (
@@ -65,6 +73,7 @@ def block(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
     heads = linear(y, weight).unflatten(1, (4, 16))
     q, k = rotary(heads, heads, POSITIONS, TABLE, TABLE)
     y = x + attention(q, k, heads, CU, CU, 8, 8).flatten(1)
+    y = low_rank_linear(y, weight.detach(), None, weight[:4], weight[:, :2], 0.5, (40, 24))
     y = torch.cat((swiglu(y), x[:, :32]), dim=1)
     nll, z = linear_cross_entropy(y, weight, TARGETS, z_loss=0.1)
     return nll + z + linear_logprob(y, weight, TARGETS, with_entropy=True)[0].sum()
