@@ -19,11 +19,9 @@ from __future__ import annotations
 import csv
 import sys
 import tempfile
-import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +29,20 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import Lap, append_record, machine, median_speed, now, race
+from engine.benchmark import Lap, median_speed, now, race
 from engine.launch import run, speak
 from evals.choice import build
 from evals.suite import BuildContext, TaskSpec
 from evals.task import Choose
 from model import scoring
-from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.config import ModelConfig
 from model.errors import InputError
 from model.generate import Generator
-from model.hf import read_model, write_model
-from model.init import initial_value
+from model.hf import read_model
 from model.shared_prefixes import plan_passes
-from tools.bench_generate import NEAR_TIE, SMALL
+from tools.racing import NEAR_TIE, OURS, RaceConfig, fastest, keep, require_shape, shape_of, write_lively_model
 
-OURS, PEER = "this engine", "transformers"
+PEER = "transformers"
 _LETTERS = "ABCD"
 # Prompts by which the peer's ways of attending are compared.
 _TRIED = 12
@@ -65,7 +62,7 @@ _OPTION_SPREAD = 0.7
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(RaceConfig):
     """Questions a second, against transformers."""
 
     data: str | None = None
@@ -80,24 +77,17 @@ class BenchConfig:
     """times that each answers all questions, in turn"""
     peer_attentions: list[str] = field(default_factory=lambda: ["sdpa", "eager"])
     """transformers' ways of attending that are tried: the fastest races"""
-    threads: int | None = None
-    """threads of torch on a CPU; by default torch's choice"""
     seed: int = 0
     """of weights, questions that are made up, and `limit`"""
-    out: str | None = None
-    """append the result to OUT.jsonl and its table to OUT.md"""
-    note: str = ""
-    """a remark to keep with the result"""
 
     def check(self) -> None:
-        if self.rounds < 1 or not self.peer_attentions:
-            raise InputError("--rounds and --peer_attentions need at least one. Give more.")
-        if self.model not in (None, "small", *PRESETS):
-            raise InputError(f"--model is {self.model!r}. Use small, {', '.join(PRESETS)}.")
+        super().check()
+        require_shape(self.model)
+        if not self.peer_attentions:
+            raise InputError("--peer_attentions needs at least one. Give one.")
 
     def shape(self, device: torch.device) -> ModelConfig:
-        name = self.model or ("7b" if device.type == "cuda" else "small")
-        return SMALL if name == "small" else PRESETS[name]
+        return shape_of(self.model, device, "7b")[1]
 
 
 def write_questions(directory: Path, seed: int) -> None:
@@ -187,7 +177,7 @@ class Peer:
             self._score(questions.prompts[:_TRIED])
             speeds[attention] = _TRIED / (now(device) - begin)
             speak(f"{PEER}, {attention}: {speeds[attention]:.2f} questions/s")
-        self.attention = max(speeds, key=lambda attention: speeds[attention])
+        self.attention = fastest(speeds)
         self._model.set_attn_implementation(self.attention)
 
     @torch.inference_mode()
@@ -219,22 +209,15 @@ def compare(questions: Questions, ours: torch.Tensor, theirs: torch.Tensor) -> t
 
 
 def main(config: BenchConfig) -> None:
-    config.check()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config.prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = config.shape(device)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         if config.data is None:
             write_questions(directory, config.seed)
         questions = Questions.read(Path(config.data or directory), config, shape)
-        # Three times the usual spread of weights: letters then differ enough for choices to be compared.
-        wide = ModelConfig(**{**vars(shape), "initializer_range": 0.06})
-        values = ((name, initial_value(wide, name, size, config.seed)) for name, size in parameter_shapes(wide).items())
-        write_model(directory, shape, values, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        write_lively_model(directory, shape, config.seed, device)
         peer = Peer(directory, questions, device, config.peer_attentions)
         ours = Ours(directory, shape, questions, device)
     ours.step()  # memory is touched
@@ -242,31 +225,8 @@ def main(config: BenchConfig) -> None:
     ties, others = compare(questions, ours.logprobs, peer.logprobs)
     if others and device.type == "cpu":
         raise AssertionError(f"choices differ where there is no near-tie: {', '.join(others)}")
-    record = _record(config, shape, device, questions, ours, peer, laps, ties, others)
-    for name, value in record.items():
-        if not isinstance(value, dict | list):
-            print(f"{name:<24}{value}")
-    if config.out:
-        append_record(Path(config.out), record, _heading(config, shape), _COLUMNS)
-
-
-def _record(
-    config: BenchConfig,
-    shape: ModelConfig,
-    device: torch.device,
-    questions: Questions,
-    ours: Ours,
-    peer: Peer,
-    laps: dict[str, list[Lap]],
-    ties: list[str],
-    others: list[str],
-) -> dict[str, Any]:
-    count, rounds = len(questions.names), zip(laps[OURS], laps[PEER], strict=True)
-    tokens = sum(map(len, questions.prompts))
-    return {
-        **machine(device),
-        "transformers": transformers.__version__,
-        "precision": "bf16" if device.type == "cuda" else "fp32",
+    count, tokens = len(questions.names), sum(map(len, questions.prompts))
+    record = {
         "parameters": f"{shape.num_parameters / 1e6:.1f} M",
         "questions": f"{count} {'made up' if config.data is None else 'of CMMLU'}",
         "tokens of prompts": tokens,
@@ -275,26 +235,22 @@ def _record(
         "our questions/s": f"{median_speed(laps[OURS]):.2f}",
         "peer's questions/s": f"{median_speed(laps[PEER]):.2f}",
         # The median round's: both answer in it, whatever else the machine does then.
-        "ratio": f"{np.median([own.speed / its.speed for own, its in rounds]):.2f}",
+        "ratio": f"{np.median([own.speed / its.speed for own, its in zip(laps[OURS], laps[PEER], strict=True)]):.2f}",
         "peer's attention": peer.attention,
         "equal choices": f"{count - len(ties) - len(others)} of {count}",
         "near-ties": ", ".join(ties),
         "other differences": ", ".join(others),
         "largest difference": f"{(ours.logprobs - peer.logprobs).abs().max():.1e}",
-        "rounds": config.rounds,
-        "note": config.note,
         "speeds": {name: [round(lap.speed, 3) for lap in laps[name]] for name in laps},
-        "config": asdict(config),
     }
+    title, command = (
+        "Multiple choice against question-by-question forward passes",
+        "python tools/bench_eval.py --data DIR",
+    )
+    keep(config, device, record, _COLUMNS, title, command, _told(config, shape))
 
 
 _COLUMNS = {
-    "Date": "date",
-    "Device": "device",
-    "Threads": "threads",
-    "torch": "torch",
-    "transformers": "transformers",
-    "Precision": "precision",
     "Questions": "questions",
     "Tokens of prompts": "tokens of prompts",
     "Computed by us": "tokens we compute",
@@ -304,14 +260,11 @@ _COLUMNS = {
     "Its attention": "peer's attention",
     "Equal choices": "equal choices",
     "Largest difference": "largest difference",
-    "Rounds": "rounds",
-    "Commit": "commit",
-    "Note": "note",
 }
 
 
-def _heading(config: BenchConfig, shape: ModelConfig) -> str:
-    text = (
+def _told(config: BenchConfig, shape: ModelConfig) -> str:
+    return (
         f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} key-value heads, feed-forward width {shape.intermediate_size} and vocabulary "
         f"{shape.vocab_size}, fresh weights, one token a character. Questions of CMMLU's seven medical subjects behind "
@@ -321,8 +274,6 @@ def _heading(config: BenchConfig, shape: ModelConfig) -> str:
         "medians of rounds taken in turn in one process. Largest difference: of two log-probabilities of a letter, in "
         "nats. The rounds and all options of every record are in the .jsonl file beside this page."
     )
-    command = f"    python tools/bench_eval.py --data DIR --out {config.out}"
-    return f"# Multiple choice against question-by-question forward passes\n\n{command}\n\n{textwrap.fill(text, 118)}"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,30 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import Lap, append_record, machine, median_speed, now, race
+from engine.benchmark import Lap, now, race
 from engine.launch import run, speak
 from kernels.bench.ceilings import measure_ceilings
 from kernels.bench.clock import CudaClock
-from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.config import ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.generate import Completion, Generator, Request
-from model.hf import read_model, write_model
-from model.init import initial_value
+from model.hf import read_model
 from model.kv_cache import PAGE, page_bytes
 from model.sampling import SamplingOptions
-
-OURS, PEER = "this engine", "transformers"
-# Logits that two right computations may order either way: rounding of sums over a thousand numbers, and to spare.
-NEAR_TIE = 1e-3
-
-SMALL = ModelConfig(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1376,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    max_position_embeddings=1024,
+from tools.racing import (
+    NEAR_TIE,
+    OURS,
+    RaceConfig,
+    fastest,
+    keep,
+    require_shape,
+    shape_of,
+    speeds_by_size,
+    tokens_a_second,
+    write_lively_model,
 )
+
+PEER = "transformers"
 
 
 @dataclass
@@ -87,7 +84,7 @@ class Load:
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(RaceConfig):
     """Tokens a second of generation, against transformers."""
 
     model: str | None = None
@@ -98,25 +95,16 @@ class BenchConfig:
     """prompts of one call of the peer, ascending: the fastest races"""
     peer_caches: list[str] = field(default_factory=lambda: ["dynamic", "static"])
     """the peer's kinds of cache, tried at its best batch size: the fastest races"""
-    threads: int | None = None
-    """threads of torch on a CPU; by default torch's choice"""
-    out: str | None = None
-    """append the result to OUT.jsonl and its table to OUT.md"""
-    note: str = ""
-    """a remark to keep with the result"""
     load: Load = field(default_factory=Load)
 
     def check(self) -> None:
-        if self.rounds < 1:
-            raise InputError(f"--rounds is {self.rounds}. Use at least 1.")
+        super().check()
+        require_shape(self.model)
         if not self.peer_batch_sizes or min(self.peer_batch_sizes) < 1 or not self.peer_caches:
             raise InputError("--peer_batch_sizes and --peer_caches need at least one entry, and sizes of at least 1.")
-        if self.model not in (None, "small", *PRESETS):
-            raise InputError(f"--model is {self.model!r}. Use small, {', '.join(PRESETS)}.")
 
     def shape(self, device: torch.device) -> ModelConfig:
-        name = self.model or ("7b" if device.type == "cuda" else "small")
-        shape = SMALL if name == "small" else PRESETS[name]
+        name, shape = shape_of(self.model, device, "7b")
         if 2 * self.load.longest > shape.max_position_embeddings:
             limit = shape.max_position_embeddings
             raise InputError(f"--load.longest {self.load.longest}, twice, exceeds the context of {name}, {limit}.")
@@ -182,26 +170,20 @@ class Peer:
         return [row[width : width + limit].tolist() for row, limit in zip(out, limits, strict=True)]
 
     def find_settings(self, sizes: list[int], caches: list[str]) -> dict[str, float]:
-        """Take the fastest batch size, then the fastest cache; returns the speeds.
-
-        Stops when two sizes in a row were slower than the best.
-        """
-        by_size: dict[int, float] = {}
+        """Take the fastest batch size, then the fastest cache; returns the speeds."""
         self.cache = caches[0]
-        for size in sizes:
+
+        def speed(size: int) -> float:
             self.batch_size = size
-            try:
-                by_size[size] = self.step().speed
-            except torch.cuda.OutOfMemoryError:
-                break
-            if max(by_size.values()) > max(list(by_size.values())[-2:]):
-                break
-        self.batch_size = max(by_size, key=lambda size: by_size[size])
+            return self.step().speed
+
+        by_size = speeds_by_size(sizes, speed)
+        self.batch_size = fastest(by_size)
         by_cache = {caches[0]: by_size[self.batch_size]}
         for self.cache in caches[1:]:
             self.step()  # a static cache is compiled for on a GPU
             by_cache[self.cache] = self.step().speed
-        self.cache = max(by_cache, key=lambda cache: by_cache[cache])
+        self.cache = fastest(by_cache)
         return {**{f"{caches[0]} {size}": speed for size, speed in by_size.items()}, **by_cache}
 
 
@@ -252,22 +234,13 @@ def bandwidth_shares(generator: Generator, config: ModelConfig, device: torch.de
 
 
 def main(config: BenchConfig) -> None:
-    config.check()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config.prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = config.shape(device)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     requests = config.load.draw(shape.vocab_size)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        # Three times the usual spread of weights: logits then differ enough for greedy answers to be compared.
-        wide = ModelConfig(**{**vars(shape), "initializer_range": 0.06})
-        values = (
-            (name, initial_value(wide, name, size, config.load.seed)) for name, size in parameter_shapes(wide).items()
-        )
-        write_model(directory, shape, values, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        write_lively_model(directory, shape, config.load.seed, device)
         peer = Peer(directory, requests, device)
         ours = Ours(directory, shape, requests, device)
     ours.step()  # memory is touched, graphs are captured
@@ -278,44 +251,20 @@ def main(config: BenchConfig) -> None:
     if equal + tied < len(requests) and device.type == "cpu":
         raise AssertionError(f"{len(requests) - equal - tied} answers differ where there is no near-tie")
     shares = bandwidth_shares(ours.generator, shape, device) if device.type == "cuda" else {}
-    record = _record(config, shape, device, peer, laps, f"{equal} of {len(requests)}") | shares
-    for name, value in record.items():
-        if not isinstance(value, dict | list):
-            print(f"{name:<24}{value}")
-    if config.out:
-        append_record(Path(config.out), record, _heading(config, shape), _COLUMNS)
-
-
-def _record(
-    config: BenchConfig, shape: ModelConfig, device: torch.device, peer: Peer, laps: dict[str, list[Lap]], equal: str
-) -> dict[str, Any]:
-    speeds = {name: median_speed(lap) for name, lap in laps.items()}
-    return {
-        **machine(device),
-        "transformers": transformers.__version__,
-        "precision": "bf16" if device.type == "cuda" else "fp32",
+    record = {
         "parameters": f"{shape.num_parameters / 1e6:.1f} M",
         "answer tokens": laps[OURS][0].tokens,
-        "our tok/s": f"{speeds[OURS]:,.0f}",
-        "peer's tok/s": f"{speeds[PEER]:,.0f}",
-        "ratio": f"{speeds[OURS] / speeds[PEER]:.2f}",
+        **tokens_a_second(laps, PEER),
         "peer's batch size": peer.batch_size,
         "peer's cache": peer.cache,
-        "equal answers": equal,
-        "rounds": config.rounds,
-        "note": config.note,
-        "speeds": {name: [round(lap.speed, 1) for lap in laps[name]] for name in laps},
-        "config": asdict(config),
+        "equal answers": f"{equal} of {len(requests)}",
+        **shares,
     }
+    command = "python tools/bench_generate.py"
+    keep(config, device, record, _COLUMNS, "Generation against transformers' generate", command, _told(config, shape))
 
 
 _COLUMNS = {
-    "Date": "date",
-    "Device": "device",
-    "Threads": "threads",
-    "torch": "torch",
-    "transformers": "transformers",
-    "Precision": "precision",
     "Ours, tok/s": "our tok/s",
     "transformers, tok/s": "peer's tok/s",
     "Ratio": "ratio",
@@ -327,15 +276,12 @@ _COLUMNS = {
     "% of copy": "% of copy, 1 rows",
     "64 rows, ms": "ms a step, 64 rows",
     "% of copy ": "% of copy, 64 rows",
-    "Rounds": "rounds",
-    "Commit": "commit",
-    "Note": "note",
 }
 
 
-def _heading(config: BenchConfig, shape: ModelConfig) -> str:
+def _told(config: BenchConfig, shape: ModelConfig) -> str:
     load = config.load
-    text = (
+    return (
         f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} key-value heads, feed-forward width {shape.intermediate_size} and vocabulary "
         f"{shape.vocab_size}. {load.requests} prompts of lognormal length, median {load.median_prompt}, and as many "
@@ -344,8 +290,6 @@ def _heading(config: BenchConfig, shape: ModelConfig) -> str:
         "rounds taken in turn in one process. The rounds and all options of every record are in the .jsonl file "
         "beside this page."
     )
-    command = f"    python tools/bench_generate.py --out {config.out}"
-    return f"# Generation against transformers' generate\n\n{command}\n\n{textwrap.fill(text, 118)}"
 
 
 if __name__ == "__main__":

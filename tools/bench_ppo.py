@@ -18,44 +18,30 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import textwrap
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import append_record, machine
 from engine.launch import run, speak
 from engine.mesh import ParallelConfig, start, stop
 from engine.shard import Precision
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
 from model.errors import InputError
 from tools.ppo_racers import Iteration, Load, Ours, Peer, import_trl, largest_difference, write_base
+from tools.racing import OURS, RaceConfig, fastest, keep, precision_on, require_shape, shape_of, speeds_by_size
 
-OURS, PEER = "this engine", "TRL"
+PEER = "TRL"
 # Log-probabilities of two right computations in fp32.
 _SAME = 1e-3
 
-SMALL = ModelConfig(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1376,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    max_position_embeddings=1024,
-)
-
 
 @dataclass
-class BenchConfig:
+class BenchConfig(RaceConfig):
     """Tokens a second of a whole iteration, against TRL."""
 
     model: str | None = None
@@ -68,21 +54,13 @@ class BenchConfig:
     """answers of one forward pass of the peer, ascending: the fastest races"""
     micro_batch_tokens: int = 1024
     """tokens of one of our forward passes"""
-    threads: int | None = None
-    """threads of torch on a CPU; by default torch's choice"""
-    out: str | None = None
-    """append the result to OUT.jsonl and its table to OUT.md"""
-    note: str = ""
-    """a remark to keep with the result"""
     load: Load = field(default_factory=Load)
 
     def check(self) -> None:
         """Raises InputError where numbers do not fit together."""
+        super().check()
+        require_shape(self.model)
         load = self.load
-        if self.rounds < 1:
-            raise InputError(f"--rounds is {self.rounds}. Use at least 1.")
-        if self.model not in (None, "small", *PRESETS):
-            raise InputError(f"--model is {self.model!r}. Use small, {', '.join(PRESETS)}.")
         if load.samples < 2:
             raise InputError(f"--load.samples is {load.samples}. Answers are compared in groups: use 2 or more.")
         step = load.answers // load.minibatches
@@ -98,8 +76,7 @@ class BenchConfig:
             )
 
     def shape(self, device: torch.device) -> ModelConfig:
-        name = self.model or ("1b" if device.type == "cuda" else "small")
-        shape = SMALL if name == "small" else PRESETS[name]
+        name, shape = shape_of(self.model, device, "1b")
         needed = self.load.longest_prompt + self.load.longest_answer
         if needed > shape.max_position_embeddings:
             limit = shape.max_position_embeddings
@@ -107,30 +84,13 @@ class BenchConfig:
         return shape
 
 
-def find_batch_size(make: Callable[[int], Peer], sizes: list[int]) -> dict[int, float]:
-    """Speeds by batch size, ascending; stops when two in a row were slower than the best."""
-    speeds: dict[int, float] = {}
-    for size in sizes:
-        try:
-            speeds[size] = make(size).race(1)[0].speed
-        except torch.cuda.OutOfMemoryError:
-            break
-        if max(speeds.values()) > max(list(speeds.values())[-2:]):
-            break
-    return speeds
-
-
 def main(config: BenchConfig) -> None:
-    config.check()
+    config.prepare()
     if config.peer == "trl":
         import_trl()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     runtime = start(ParallelConfig())
     shape = config.shape(runtime.device)
-    precision: Precision = "bf16" if runtime.device.type == "cuda" else "fp32"
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    precision = precision_on(runtime.device)
     texts = config.load.texts(shape.vocab_size, config.load.prompts * config.rounds)
     laps: dict[str, list[Iteration]] = {OURS: []}
     facts: dict[str, Any] = {}
@@ -142,23 +102,20 @@ def main(config: BenchConfig) -> None:
         if config.peer == "none":
             laps[OURS] = [ours.step() for _ in range(config.rounds)]
         else:
-            speeds = find_batch_size(
-                lambda size: Peer(directory, texts, config.load, size, runtime), config.peer_batch_sizes
+            speeds = speeds_by_size(
+                config.peer_batch_sizes,
+                lambda size: Peer(directory, texts, config.load, size, runtime).race(1)[0].speed,
             )
             speak(
                 f"{PEER} by batch size: " + ", ".join(f"{size}: {speed:,.0f} tok/s" for size, speed in speeds.items())
             )
-            peer = Peer(directory, texts, config.load, max(speeds, key=lambda size: speeds[size]), runtime)
+            peer = Peer(directory, texts, config.load, fastest(speeds), runtime)
             facts = {"peer's batch size": peer.batch_size, "largest difference": _compare(peer, ours, precision)}
             ours.learner.begin()  # the same prompts again
             laps[PEER] = peer.race(config.rounds, between=lambda: laps[OURS].append(ours.step()))
     stop()
-    record = _record(config, shape, runtime.device, precision, laps, facts)
-    for name, value in record.items():
-        if not isinstance(value, dict | list):
-            print(f"{name:<24}{value}")
-    if config.out:
-        append_record(Path(config.out), record, _heading(config, shape), _COLUMNS)
+    title, command = "An iteration of reinforcement learning against TRL's GRPO trainer", "python tools/bench_ppo.py"
+    keep(config, runtime.device, _record(config, shape, laps) | facts, _COLUMNS, title, command, _told(config, shape))
 
 
 def _compare(peer: Peer, ours: Ours, precision: Precision) -> str:
@@ -169,23 +126,9 @@ def _compare(peer: Peer, ours: Ours, precision: Precision) -> str:
     return f"{difference:.1e}"
 
 
-def _record(
-    config: BenchConfig,
-    shape: ModelConfig,
-    device: torch.device,
-    precision: Precision,
-    laps: dict[str, list[Iteration]],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    versions = {}
-    if PEER in laps:
-        trl, _ = import_trl()
-        versions = {"trl": trl.__version__, "transformers": transformers.__version__}
+def _record(config: BenchConfig, shape: ModelConfig, laps: dict[str, list[Iteration]]) -> dict[str, Any]:
     speeds = {who: float(np.median([lap.speed for lap in of])) for who, of in laps.items()}
     record = {
-        **machine(device),
-        **versions,
-        "precision": precision,
         "parameters": f"{shape.num_parameters / 1e6:.1f} M",
         "answers": f"{config.load.prompts} x {config.load.samples}, at most {config.load.longest_answer}"
         + (f", mean {config.load.mean_answer} uncut" if config.load.mean_answer else ""),
@@ -195,6 +138,7 @@ def _record(
     }
     if PEER in laps:
         record |= {
+            "trl": import_trl()[0].__version__,
             "peer's tok/s": f"{speeds[PEER]:,.0f}",
             "ratio": _ratio([ours.speed / its.speed for ours, its in zip(laps[OURS], laps[PEER], strict=True)]),
             "peer's generation": _share(laps[PEER], "generation"),
@@ -208,12 +152,8 @@ def _record(
     }
     return {
         **record,
-        **facts,
-        "rounds": config.rounds,
-        "note": config.note,
         "microseconds a token": of_phases,
         "iterations": {who: [asdict(lap) for lap in of] for who, of in laps.items()},
-        "config": asdict(config),
     }
 
 
@@ -232,13 +172,7 @@ def _share(laps: list[Iteration], phase: str) -> str:
 
 
 _COLUMNS = {
-    "Date": "date",
-    "Device": "device",
-    "Threads": "threads",
-    "torch": "torch",
     "TRL": "trl",
-    "transformers": "transformers",
-    "Precision": "precision",
     "Parameters": "parameters",
     "Answers": "answers",
     "Epochs x minibatches": "epochs x minibatches",
@@ -251,15 +185,12 @@ _COLUMNS = {
     "Our generation": "our generation",
     "Its generation": "peer's generation",
     "Its batch size": "peer's batch size",
-    "Rounds": "rounds",
-    "Commit": "commit",
-    "Note": "note",
 }
 
 
-def _heading(config: BenchConfig, shape: ModelConfig) -> str:
+def _told(config: BenchConfig, shape: ModelConfig) -> str:
     load = config.load
-    text = (
+    return (
         f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, feed-forward width "
         f"{shape.intermediate_size} and vocabulary {shape.vocab_size}. Prompts are of lognormal length, median "
         f"{load.median_prompt}, with a spread of {load.spread}, clipped to 8 and {load.longest_prompt} tokens. An "
@@ -270,9 +201,6 @@ def _heading(config: BenchConfig, shape: ModelConfig) -> str:
         "have a mean, they end by themselves, at geometric lengths; else all have the length given. Rounds, phases and "
         "all options of every record are in the .jsonl file beside this page."
     )
-    title = "# An iteration of reinforcement learning against TRL's GRPO trainer"
-    told = textwrap.fill(text, 118, break_on_hyphens=False)
-    return f"{title}\n\n    python tools/bench_ppo.py --out {config.out}\n\n{told}"
 
 
 if __name__ == "__main__":

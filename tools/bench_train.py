@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -27,9 +25,7 @@ from engine.benchmark import (
     BenchShape,
     Engine,
     Lap,
-    append_record,
     bench_corpus,
-    machine,
     median_speed,
     now,
     race,
@@ -41,13 +37,13 @@ from engine.mesh import ParallelConfig, Runtime, start, stop
 from engine.shard import Precision
 from model.batch import IGNORE
 from model.errors import InputError
+from tools.racing import OURS, RaceConfig, fastest, keep, precision_on, speeds_by_size, tokens_a_second
 
 PEER = "transformers"
-OURS = "this engine"
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(RaceConfig):
     """Tokens a second of the training step, against a plain loop over transformers."""
 
     rounds: int = 7
@@ -58,18 +54,11 @@ class BenchConfig:
     """tokens of one of our forward passes"""
     peer_batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     """documents of one of the peer's forward passes, ascending: the fastest races"""
-    threads: int | None = None
-    """threads of torch on a CPU; by default torch's choice"""
-    out: str | None = None
-    """append the result to OUT.jsonl and its table to OUT.md"""
-    note: str = ""
-    """a remark to keep with the result"""
     shape: BenchShape = field(default_factory=BenchShape)
 
     def check(self) -> None:
         """Raises InputError where numbers do not fit together."""
-        if self.rounds < 1:
-            raise InputError(f"--rounds is {self.rounds}. Use at least 1.")
+        super().check()
         if self.tokens_per_pack < self.shape.context or self.batch_tokens % self.tokens_per_pack:
             raise InputError(
                 f"--tokens_per_pack {self.tokens_per_pack} must divide --batch_tokens {self.batch_tokens} and hold "
@@ -129,18 +118,15 @@ class Peer:
         return Lap(tokens, seconds)
 
     def find_batch_size(self, sizes: list[int], laps: int = 2) -> dict[int, float]:
-        """Take the fastest batch size; returns the speeds. Stops when two sizes in a row were slower than the best."""
-        speeds: dict[int, float] = {}
-        for size in sizes:
+        """Take the fastest batch size; returns the speeds."""
+
+        def speed(size: int) -> float:
             self.batch_size = size
-            try:
-                speeds[size] = median_speed([self.step() for _ in range(laps)])
-            except torch.cuda.OutOfMemoryError:
-                self._optimizer.zero_grad()
-                break
-            if max(speeds.values()) > max(list(speeds.values())[-2:]):
-                break
-        self.batch_size = max(speeds, key=lambda size: speeds[size])
+            return median_speed([self.step() for _ in range(laps)])
+
+        speeds = speeds_by_size(sizes, speed)
+        self._optimizer.zero_grad()  # of a step that memory was too small for
+        self.batch_size = fastest(speeds)
         return speeds
 
     def _fastest_adamw(self) -> torch.optim.Optimizer:
@@ -172,11 +158,9 @@ def _collate(documents: list[Tensor]) -> dict[str, Tensor]:
 
 
 def main(config: BenchConfig) -> None:
-    config.check()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config.prepare()
     runtime = start(ParallelConfig())
-    precision: Precision = "bf16" if runtime.device.type == "cuda" else "fp32"
+    precision = precision_on(runtime.device)
     with tempfile.TemporaryDirectory() as directory:
         corpus = bench_corpus(config.shape, Path(directory))
         ours = Engine(config.shape, corpus, runtime, precision, config.tokens_per_pack, config.batch_tokens)
@@ -187,60 +171,32 @@ def main(config: BenchConfig) -> None:
         laps = race({OURS: ours, PEER: peer}, config.rounds)
         ours.close()
     stop()
-    record = _record(config, runtime, precision, ours, peer, laps)
-    for name, value in record.items():
-        if not isinstance(value, dict | list):
-            print(f"{name:<24}{value}")
-    if config.out:
-        append_record(Path(config.out), record, _heading(config), _COLUMNS)
-
-
-def _record(
-    config: BenchConfig, runtime: Runtime, precision: Precision, ours: Engine, peer: Peer, laps: dict[str, list[Lap]]
-) -> dict[str, Any]:
-    speeds = {name: median_speed(lap) for name, lap in laps.items()}
     waited, seconds = (sum(getattr(lap, name) for lap in laps[OURS]) for name in ("data_wait", "seconds"))
-    return {
-        **machine(runtime.device),
-        "transformers": transformers.__version__,
-        "precision": precision,
+    record = {
         "parameters": f"{config.shape.model().num_parameters / 1e6:.1f} M",
         "tokens a step": config.batch_tokens,
-        "our tok/s": f"{speeds[OURS]:,.0f}",
-        "peer's tok/s": f"{speeds[PEER]:,.0f}",
-        "ratio": f"{speeds[OURS] / speeds[PEER]:.2f}",
+        **tokens_a_second(laps, PEER),
         "peer's batch size": peer.batch_size,
         "our padding": f"{ours.padding_share:.2%}",
         "peer's padding": f"{peer.padding_share:.2%}",
         "our data wait": f"{waited / seconds:.3%}",
-        "rounds": config.rounds,
-        "note": config.note,
-        "speeds": {name: [round(lap.speed, 1) for lap in laps[name]] for name in laps},
-        "config": asdict(config),
     }
+    title, command = "Training throughput against a plain loop over transformers", "python tools/bench_train.py"
+    keep(config, runtime.device, record, _COLUMNS, title, command, _told(config))
 
 
 _COLUMNS = {
-    "Date": "date",
-    "Device": "device",
-    "Threads": "threads",
-    "torch": "torch",
-    "transformers": "transformers",
-    "Precision": "precision",
     "Ours, tok/s": "our tok/s",
     "transformers, tok/s": "peer's tok/s",
     "Ratio": "ratio",
     "Its batch size": "peer's batch size",
     "Data wait": "our data wait",
-    "Rounds": "rounds",
-    "Commit": "commit",
-    "Note": "note",
 }
 
 
-def _heading(config: BenchConfig) -> str:
+def _told(config: BenchConfig) -> str:
     shape = config.shape
-    text = (
+    return (
         f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, feed-forward width "
         f"{shape.intermediate_size}, vocabulary {shape.vocab_size} and context {shape.context}. Document lengths are "
         f"lognormal with median {shape.median_length} and a spread of {shape.spread}, clipped to 16 and the context. "
@@ -249,8 +205,6 @@ def _heading(config: BenchConfig) -> str:
         "medians of rounds taken in turn in one process. The rounds and all options of every record are in the .jsonl "
         "file beside this page."
     )
-    command = f"    python tools/bench_train.py --out {config.out}"
-    return f"# Training throughput against a plain loop over transformers\n\n{command}\n\n{textwrap.fill(text, 118)}"
 
 
 if __name__ == "__main__":

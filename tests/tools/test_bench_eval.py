@@ -71,8 +71,10 @@ def test_choices_that_differ_are_near_ties_or_named() -> None:
 
 
 def test_what_cannot_be_raced_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--rounds and --peer_attentions"):
+    with pytest.raises(InputError, match="--rounds is 0"):
         BenchConfig(rounds=0).check()
+    with pytest.raises(InputError, match="--peer_attentions needs at least one"):
+        BenchConfig(peer_attentions=[]).check()
     with pytest.raises(InputError, match="--model is 'huge'"):
         BenchConfig(model="huge").check()
     data = write_short_questions(tmp_path)
