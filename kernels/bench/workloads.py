@@ -12,6 +12,7 @@ from itertools import zip_longest
 import torch
 
 from kernels.bench import targets
+from kernels.bench.adapting import low_rank_workload
 from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
 from kernels.bench.rowwise import cross_entropy_workload, norm_workload, swiglu_workload
@@ -78,6 +79,20 @@ def _linear_logprob(device: torch.device) -> Iterator[Workload]:
     yield linear_logprob_workload(16384, 5120, 39424, BF16, device, with_entropy=True)
 
 
+def _low_rank_linear(device: torch.device) -> Iterator[Workload]:
+    yield low_rank_workload(8192, 4096, (4096, 4096, 4096), 16, BF16, device, compiled=True)
+    for rank in (16, 64):
+        for width, inner in ((4096, 11008), (5120, 13696)):
+            for columns, sizes in (
+                (width, (width, width, width)),
+                (width, (width,)),
+                (width, (inner, inner)),
+                (inner, (width,)),
+            ):
+                if (columns, sizes, rank) != (4096, (4096, 4096, 4096), 16):
+                    yield low_rank_workload(8192, columns, sizes, rank, BF16, device)
+
+
 def _attention(device: torch.device) -> Iterator[Workload]:
     tokens = 32768
     aims = (targets.teraflops("forward", 450), targets.teraflops("backward", 330))
@@ -138,6 +153,7 @@ BY_OP = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_logprob": _linear_logprob,
+    "low_rank_linear": _low_rank_linear,
     "attention": _attention,
     "decode_attention": _decode_attention,
     "adamw": _adamw,

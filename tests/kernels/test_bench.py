@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench import clock, measure, peers, work
+from kernels.bench.adapting import low_rank_workload
 from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.ceilings import Ceilings, measure_ceilings
 from kernels.bench.clock import CpuClock, Round, Times, race
@@ -45,6 +46,15 @@ def test_bytes_and_operations_are_those_counted_by_hand() -> None:
     assert head["forward"].flops == 2 * 8192 * 4096 * 39424 == 2_645_699_854_336
     assert head["backward"].flops == 2 * head["forward"].flops
     assert head["forward"].bytes == (8192 + 39424) * 4096 * 2 + 12 * 8192
+
+
+def test_adapters_are_counted_beside_the_products_of_the_frozen_weight() -> None:
+    # 10 tokens, 6 inputs, 7 outputs of which 5 have an adapter of rank 2.
+    counted = work.low_rank_work(10, 6, 7, [5], 2, b=2)
+    frozen, thin = 2 * 10 * 6 * 7, 2 * 10 * (6 * 2 + 5 * 2)
+    assert counted["forward"] == Work(2 * (10 * 6 + 10 * 7 + 6 * 7 + 2 * 6 + 5 * 2), frozen + thin)
+    # dy, x, the weight and the adapters in, their gradients and dx out; du, dB, dA and dx of each adapter
+    assert counted["backward"] == Work(2 * (10 * 7 + 2 * 10 * 6 + 6 * 7 + 2 * (2 * 6 + 5 * 2)), frozen + 2 * thin)
 
 
 def test_attention_counts_visible_pairs_only() -> None:
@@ -257,6 +267,7 @@ def tiny() -> Iterator[Workload]:
     yield linear_cross_entropy_workload(40, 16, 100, FP32, CPU)
     yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=True)
     yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=False)
+    yield low_rank_workload(40, 16, (20, 12), 4, FP32, CPU)
     yield attention_workload([20, 20], 4, 2, 16, FP32, CPU)
     yield attention_workload([300, 8, 2], 4, 4, 16, FP32, CPU, name="ragged", equal_work=[290])
     yield decode_workload(3, 40, 4, 2, 16, FP32, CPU)
