@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu mutate-rlhf lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
+.PHONY: setup demo test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ test-gpu: $(READY)
 # Breaks the details of docs/rlhf-details.md in a copy of the tree, one at a time: a test must notice each.
 mutate-rlhf: $(READY)
 	$(BIN)/python tests/mutate_rlhf.py
+
+# Writes docs/modules.md, which a test compares with the files.
+modules: $(READY)
+	$(BIN)/python -m tests.house
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,15 +1,15 @@
-"""The plan of the house: which room may import which, and what is never imported at run time."""
+"""The house is as docs/architecture.md says: its rooms, their imports, its files; and what no run imports."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {"kernels": 0, "model": 1, "engine": 2, "rlhf": 3, "evals": 3, "tools": 4}
+from tests.house import MODULES, PAGE, ROOT, allowed_imports, idea, imported_modules, modules_page, names, sources
+
+ALLOWED = allowed_imports()
 ORACLES = {"transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"}
 # These race against transformers and TRL, or compare with them when asked to; nothing else may import them.
 RACERS = {
@@ -18,27 +18,69 @@ RACERS = {
     "tools/bench_generate.py",
     "tools/bench_ppo.py",
     "tools/ppo_racers.py",
+    "tools/racing.py",
     "engine/verification.py",
 }
+FILES = [path for room in ALLOWED for path in sources(room)]
 
 
-def imported_packages(path: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.lineno, (node.module or "").split(".")[0]
+def test_the_page_knows_every_room() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests"} == set(ALLOWED)
 
 
-def sources() -> list[Path]:
-    return sorted(path for room in FLOORS for path in (ROOT / room).rglob("*.py"))
+def test_a_room_stands_on_those_before_it() -> None:
+    rooms = list(ALLOWED)
+    for number, room in enumerate(rooms):
+        assert ALLOWED[room] <= set(rooms[:number]), f"{room} imports what stands above it"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_downstairs_only(path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_what_the_page_allows(path: Path) -> None:
     relative = path.relative_to(ROOT)
     room = relative.parts[0]
-    for line, package in imported_packages(path):
+    for line, module in imported_modules(path):
+        package = module.split(".")[0]
         assert package not in ORACLES or str(relative) in RACERS, f"{relative}:{line} imports {package} at run time"
-        if package in FLOORS and package != room:
-            assert FLOORS[package] < FLOORS[room], f"{relative}:{line}: {room} imports {package}"
+        if package in ALLOWED and package != room:
+            assert package in ALLOWED[room], f"{relative}:{line}: {room} imports {package}; {PAGE.name} says otherwise"
+
+
+def test_the_page_allows_no_import_that_nobody_needs() -> None:
+    for room, others in ALLOWED.items():
+        imported = {module.split(".")[0] for path in sources(room) for _, module in imported_modules(path)}
+        assert others <= imported, f"{room} imports no {others - imported}"
+
+
+def test_every_file_is_in_the_list_of_files_with_its_one_idea() -> None:
+    assert [path for path in FILES if not idea(path)] == []
+    assert MODULES.read_text(encoding="utf-8") == modules_page(), "run: make modules"
+
+
+def test_every_file_and_function_that_the_page_names_is_there() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    named = re.findall(rf"((?:{'|'.join(ALLOWED)})/[\w/]*\w\.py)(?:: ([\w.]+))?", page)
+    assert len(named) > 50
+    for file, name in named:
+        assert (ROOT / file).is_file(), file
+        assert not name or name in names(ROOT / file), f"{file}: {name}"
+
+
+def test_every_file_that_a_row_of_the_page_names_is_there() -> None:
+    """`engine/mesh.py`, `shard.py`: a name without a folder lies beside the one before it; * stands for any letters."""
+    rows = re.findall(r"^\| (`[^|]*/[^|]*`) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    for row in rows:
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            folder = name.rpartition("/")[0] if "/" in name else folder
+            assert list(ROOT.glob(f"{folder}/{name.rpartition('/')[2]}" if name[-1] != "/" else name)), name
+
+
+def test_paths_through_the_house_name_a_file_for_every_arrow() -> None:
+    """In the drawings a line with an arrow ends at what comes out; between two of them a file says who did it."""
+    page = PAGE.read_text(encoding="utf-8")
+    drawings = [block for block in re.findall(r"(?:^    .*\n|^\n)+", page, re.MULTILINE) if "▼" in block]
+    assert len(drawings) == 2
+    for drawing in drawings:
+        for way in drawing.split("▼")[:-1]:
+            assert re.search(r"│ +\w+/[\w/]*\.py: \w+", way), way
