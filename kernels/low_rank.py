@@ -16,8 +16,9 @@ half of it; above, two plain products read dy twice.
 
 By arithmetic, not by measurement, in 16 bits, at T 8192 and rank 16, with products at 700 TFLOP/s and copies at
 2.85 TB/s, as on an H100: the matrices of a layer take 9.5 ms forward and back with d 4096 and F 11008, and the terms
-0.93 ms, 9.8%; with d 5120 and F 13696 they are 7.9%. Merging W + s B A for every step would move less, but in bf16
-round away what is small beside W. One kernel for [x, s u] [W, B]^T would, too, if it kept up with cuBLAS.
+0.93 ms, 9.8%; with d 5120 and F 13696 they are 7.9%. Merging W + s B A first would move no less, and in bf16 rounds
+away what is small beside W. One kernel for [x, s u] [W, B]^T would write no term, which saves 4%, and lose more than
+that wherever it falls behind cuBLAS.
 """
 
 from __future__ import annotations

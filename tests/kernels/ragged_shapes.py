@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.attention import attention, decode_attention
 from kernels.gae import gae
 from kernels.linear_logprob import linear_logprob
+from kernels.low_rank import low_rank_linear
 from kernels.offline.record import record
 from kernels.sample import sample
 
@@ -42,6 +43,13 @@ def attend(tokens: int, documents: int) -> None:
     cache, table = (empty(9000, 16, 8, 128) for _ in range(2)), empty(documents, 1 + tokens // 16, dtype=torch.int32)
     with torch.no_grad():
         attention(q, *cache, bounds, bounds, 4096, 4096, block_table=table, provider="triton")
+
+
+def adapt(tokens: int, _: int) -> None:
+    """Packs of any size through a layer with adapters."""
+    x, a, b = (empty(*shape, grad=True) for shape in ((tokens, 4096), (48, 4096), (6144, 16)))
+    y = low_rank_linear(x, empty(6144, 4096), None, a, b, 2.0, (4096, 1024, 1024))
+    y.backward(empty(*y.shape))
 
 
 def draw(rows: int, _: int) -> None:
@@ -70,4 +78,10 @@ if __name__ == "__main__":
     chance = random.Random(0)
     rows = [(n, chance.choice([1, 16 * n, 3000 // n])) for n in (1, 2, 7, 16, 33, 64, 100, 128, 200, 256)]
     packs = [(chance.choice([n, 16 * n]), n) for n in (1, 2, 16, 33, 100, 256, 1000)]
-    print(json.dumps({**forms(decode, rows), **forms(attend, packs), **forms(draw, rows), **forms(score, packs)}))
+    found = (
+        forms(decode, rows),
+        *(forms(work, packs) for work in (attend, adapt)),
+        forms(draw, rows),
+        forms(score, packs),
+    )
+    print(json.dumps({name: count for counts in found for name, count in counts.items()}))

@@ -23,6 +23,8 @@ def test_ragged_work_asks_for_few_forms_of_each_kernel() -> None:
         "_attention_fwd_kernel": 2,  # of packed keys, or of pages
         "_attention_bwd_dq_kernel": 1,
         "_attention_bwd_dkdv_kernel": 1,
+        "_low_rank_fwd_kernel": 1,
+        "_low_rank_bwd_kernel": 1,
         "_sample_groups_kernel": 1,
         "_sample_draw_kernel": 1,
         "_linear_logprob_fwd_kernel": 1,
