@@ -19,17 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from engine.checkpoint import Checkpointer
+from engine.checkpoint_weights import read_checkpoint
 from engine.files import explain, human_size, sync_directory, sync_tree, write_durably
 from engine.live_line import LiveLine
-from engine.manifest import SHARDS, DamagedFile, check_manifest, read_header, stored_tensors
 from engine.publish import mark_complete, require_model
 from model.chat import ChatTemplate
-from model.config import ModelConfig, parameter_shapes
-from model.directories import read_json
+from model.config import ModelConfig
+from model.directories import is_adapter, lineage, read_json
 from model.errors import InputError
 from model.hf import hf_parameters, load_config, read_model, write_model
 from model.tokenizer import Tokenizer, has_tokenizer
@@ -38,6 +36,7 @@ from model.weight_files import DTYPE_NAMES, TensorStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GENERATION = "generation_config.json"
+_DOING = {"import": "Importing", "merge": "Merging"}
 
 
 class Converted(NamedTuple):
@@ -77,12 +76,25 @@ def import_model(
             is_extended = rows > old_rows and name in VOCABULARY_TENSORS
             yield name, extend_rows(tensor, {}, old_rows, rows) if is_extended else tensor
 
-    kind, config = model.dtype(dtype), model.config.with_vocab_size(rows)
-    with _new_directory(Path(out), config.num_parameters * kind.itemsize) as folder:
-        _write(folder, replace(model, config=config), _cast(tensors(), model, kind, "Importing"), kind, max_shard_gb)
-        sync_tree(folder)
-        mark_complete(folder, {path.name: path.stat().st_size for path in sorted(folder.iterdir())}, 0, "import")
-    return Converted(Path(out), config, kind)
+    config = model.config.with_vocab_size(rows)
+    return _write_marked(model, config, tensors(), Path(out), dtype, max_shard_gb, "import")
+
+
+def merge_model(source: Path | str, out: Path | str, dtype: str = "auto", max_shard_gb: float = 5.0) -> Converted:
+    """Write what an adapter and its base make as one whole model, which every job here begins from.
+
+    Args:
+        source: an adapter's directory; it and its base stay as they are.
+        dtype: one of DTYPES; auto keeps that of the base.
+        out, max_shard_gb: as in `import_model`.
+    Raises:
+        InputError: as in `import_model`; or the source is a whole model already.
+    """
+    if require_model(source) and not is_adapter(source):
+        raise InputError(f"{source} is a whole model: there is nothing to merge. Give the directory of an adapter.")
+    model = _Source.open(source)
+    tensors = read_model(model.directory, model.config)
+    return _write_marked(model, model.config, tensors, Path(out), dtype, max_shard_gb, "merge")
 
 
 def export_model(
@@ -111,48 +123,10 @@ def export_model(
     return Converted(Path(out), model.config, kind)
 
 
-def read_checkpoint(run: Path, step: int, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights in a run's training state, as `model.hf.read_model` gives those of a model directory: full fp32
-    tensors, one at a time, whatever number of ranks wrote them.
-
-    Raises:
-        InputError: there is no such checkpoint, it is damaged, or it is of another model.
-    """
-    checkpointer = Checkpointer(run)
-    if step not in checkpointer.steps():
-        there = ", ".join(map(str, checkpointer.steps())) or "none"
-        raise InputError(f"{run} has no checkpoint of step {step}. Choose one of those it has: {there}.")
-    directory = checkpointer.directory(step)
-    try:
-        check_manifest(directory)
-        stored = stored_tensors(directory)
-    except DamagedFile as error:
-        raise InputError(f"{error}. Choose another step.") from None
-    shapes = {f"model.{name}": shape for name, shape in parameter_shapes(config).items()}
-    if any(name not in stored or stored[name].shape != shape for name, shape in shapes.items()):
-        raise InputError(f"{directory}: this checkpoint is of another model than the one in {run}. Choose another run.")
-    pieces: dict[str, list[tuple[Path, list[int]]]] = {}
-    for shard in sorted(directory.glob(SHARDS)):
-        placement = json.loads(read_header(shard)[0]["__metadata__"]["DCP_SHARDING_INFO"])
-        for name, place in placement.items():
-            pieces.setdefault(name, []).append((shard, place["saved_offsets"]))
-
-    def values() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            full = torch.empty(shape)
-            for shard, offsets in pieces[name]:
-                with safe_open(shard, framework="pt") as file:
-                    piece = file.get_tensor(name)
-                full[tuple(slice(at, at + size) for at, size in zip(offsets, piece.shape, strict=True))] = piece
-            yield name.removeprefix("model."), full
-
-    return values()
-
-
 def generation_facts(directory: Path) -> dict[str, Any]:
-    """What generation_config.json says; {} where there is none."""
-    path = directory / _GENERATION
-    return read_json(path) if path.is_file() else {}
+    """What generation_config.json says, of an adapter without one that of its base; {} where there is none."""
+    paths = (each / _GENERATION for each in lineage(directory))
+    return next((read_json(path) for path in paths if path.is_file()), {})
 
 
 def end_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
@@ -182,8 +156,10 @@ class _Source:
     def dtype(self, asked: str) -> torch.dtype:
         """The dtype asked for; auto: that of the weights, or where they differ the smallest that holds all of them."""
         known = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-        stored = TensorStore(self.directory).dtypes
-        kinds = dict.fromkeys(stored[name] for parts in hf_parameters(self.config).values() for name, _ in parts)
+        *_, whole = lineage(self.directory)  # an adapter's own weights may be of any
+        stored = TensorStore(whole).dtypes
+        names = (name for parts in hf_parameters(load_config(whole)).values() for name, _ in parts)
+        kinds = dict.fromkeys(stored[name] for name in names)
         if other := [kind for kind in kinds if kind not in known]:
             raise InputError(
                 f"{self.directory}: its weights are stored as {', '.join(other)}; {', '.join(known)} can be converted. "
@@ -246,6 +222,24 @@ def _write(
     write_durably(folder / _GENERATION, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
+
+
+def _write_marked(
+    model: _Source,
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, Tensor]],
+    out: Path,
+    dtype: str,
+    max_shard_gb: float,
+    stage: str,
+) -> Converted:
+    """Write a new directory with the marker of a whole model."""
+    kind = model.dtype(dtype)
+    with _new_directory(out, config.num_parameters * kind.itemsize) as folder:
+        _write(folder, replace(model, config=config), _cast(tensors, model, kind, _DOING[stage]), kind, max_shard_gb)
+        sync_tree(folder)
+        mark_complete(folder, {path.name: path.stat().st_size for path in sorted(folder.iterdir())}, 0, stage)
+    return Converted(out, config, kind)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,12 @@ from engine.files import human_size
 from engine.publish import MODEL_COMPLETE, require_model
 from model.chat import ChatTemplate
 from model.config import ModelConfig
-from model.directories import read_json
+from model.directories import lineage, read_json
 from model.errors import InputError
-from model.hf import read_model
-from model.hf_config import config_from_hf
+from model.hf import hf_parameters, load_config, read_model
+from model.hf_config import config_to_hf
 from model.kv_cache import PAGE, page_bytes
+from model.peft import Adapter, open_adapter
 from model.tokenizer import Tokenizer, has_tokenizer
 from model.weight_files import TensorStore
 
@@ -42,16 +44,19 @@ def describe_model(directory: Path | str) -> str:
     """The facts, a line each.
 
     Raises:
-        InputError: no such directory, or there is no config.json in it.
+        InputError: no such directory, or there is no config.json in it, or an adapter without its base.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such directory. Check the path.")
-    facts, missing = read_json(directory / "config.json"), _Missing()
+    *adapters, whole = lineage(directory)
+    facts, missing = read_json(whole / "config.json"), _Missing()
     missing.attempt(lambda: require_model(directory))
+    config = missing.attempt(lambda: load_config(directory))
+    if adapters and config is not None:
+        facts = config_to_hf(config, "bfloat16")
     scores = is_scorer(facts)
-    config = missing.attempt(lambda: config_from_hf(facts, str(directory / "config.json")))
-    store = missing.attempt(lambda: TensorStore(directory))
+    store = missing.attempt(lambda: TensorStore(whole))
     tokenizer = template = None
     if has_tokenizer(directory):
         tokenizer = missing.attempt(lambda: Tokenizer.load(directory))
@@ -66,8 +71,13 @@ def describe_model(directory: Path | str) -> str:
 
     lines = [("model", str(directory)), ("made by", _maker(directory))]
     lines += [("architecture", ", ".join(facts.get("architectures") or ["not named"]) + _shape(config))]
+    for each in adapters:
+        lines += [("adapter", _adapter(adapter))] if (adapter := missing.attempt(partial(open_adapter, each))) else []
     if store is not None:
-        lines += [("parameters", _parameters(store)), *_weights(store)]
+        shapes = store.shapes
+        if adapters and config is not None:
+            shapes = {name: shape for parts in hf_parameters(config).values() for name, shape in parts}
+        lines += [("parameters", _parameters(shapes)), *_weights(store)]
     if config is not None:
         lines += [("context", _context(config))]
     if tokenizer is not None:
@@ -127,9 +137,16 @@ def _shape(config: ModelConfig | None) -> str:
     )
 
 
-def _parameters(store: TensorStore) -> str:
+def _adapter(adapter: Adapter) -> str:
+    spec, count = adapter.spec, sum(torch.Size(shape).numel() for shape in adapter.shapes.values())
+    whole = f"; {', '.join(spec.trained)} trained whole" if spec.trained else ""
+    scale = f"alpha {spec.alpha:g}{', rsLoRA' if spec.rslora else ''}"
+    return f"{count:,} parameters: rank {spec.rank}, {scale}, of {', '.join(spec.targets)}{whole}; on {adapter.base}"
+
+
+def _parameters(shapes: dict[str, tuple[int, ...]]) -> str:
     parts: Counter[str] = Counter()
-    for name, shape in store.shapes.items():
+    for name, shape in shapes.items():
         part = next((part for module, part in _PARTS.items() if f".{module}." in f".{name}"), "norms")
         parts[part] += torch.Size(shape).numel()
     return f"{parts.total():,}: " + ", ".join(f"{part} {count:,}" for part, count in parts.items())

@@ -6,7 +6,6 @@ import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,16 +14,12 @@ from engine.inspection import is_scorer
 from engine.publish import require_model
 from model.chat import ChatTemplate, resolve_template
 from model.config import ModelConfig
-from model.directories import is_adapter, lineage, read_json
+from model.directories import is_adapter, read_json
 from model.errors import InputError
+from model.fingerprint import add_weights
 from model.generate import Generator
 from model.hf import load_config
-from model.peft import open_adapter
 from model.tokenizer import Tokenizer, has_tokenizer
-from model.weight_files import ADAPTER_FILES, MODEL_FILES, TensorStore
-
-# Of a file of weights, for its fingerprint: every run changes nearly all weights, so samples tell models apart.
-_SAMPLED_BLOCKS, _BLOCK_BYTES = 256, 1 << 16
 
 
 class ModelDirectory:
@@ -53,7 +48,7 @@ class ModelDirectory:
         if not Path(model).is_dir():
             raise InputError(f"--model {model}: there is no such directory. Run tools/sft.py first, or give another.")
         directory = require_model(model)
-        if is_scorer(read_json(directory / "config.json")):
+        if not is_adapter(directory) and is_scorer(read_json(directory / "config.json")):
             raise InputError(f"{directory} is a reward model: it scores answers and gives none. Give a language model.")
         if not has_tokenizer(directory):
             raise InputError(f"{directory} holds no tokenizer. Copy its files from the model that it was trained from.")
@@ -90,34 +85,10 @@ class ModelDirectory:
 
 
 def fingerprint_model(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> str:
-    """128 bits in hex over the configuration, the tokenizer and samples of every file of weights: 16 MB of a large
-    one, all of a small one."""
+    """128 bits in hex over the configuration, the tokenizer and samples of all files of weights."""
     digest = hashlib.sha256(f"{config} {tokenizer.fingerprint}".encode())
-    _add_weights(digest, directory)
+    add_weights(digest, directory)
     return digest.hexdigest()[:32]
-
-
-def fingerprint_weights(directory: Path) -> str:
-    """The same over the files of weights alone."""
-    digest = hashlib.sha256()
-    _add_weights(digest, directory)
-    return digest.hexdigest()[:32]
-
-
-def _add_weights(digest: Any, directory: Path) -> None:
-    """Samples of every file of weights; of an adapter's directory, of its base's files, too."""
-    for each in lineage(directory):
-        names = MODEL_FILES
-        if is_adapter(each):
-            names = ADAPTER_FILES
-            digest.update(f"{open_adapter(each).spec.scale}".encode())  # the one fact that no tensor shows
-        for path in TensorStore(each, names).files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                for block in range(_SAMPLED_BLOCKS):
-                    file.seek(block * size // _SAMPLED_BLOCKS)
-                    digest.update(file.read(_BLOCK_BYTES))
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -9,6 +9,7 @@ same command again publishes again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
 from engine.files import sync_directory, sync_tree, write_durably
-from model.directories import is_adapter, lineage
+from model.directories import ADAPTED_CONFIG, ADAPTER_CONFIG, is_adapter, lineage, read_json
 from model.errors import InputError
+from model.fingerprint import fingerprint_weights
+from model.peft import BASE_FINGERPRINT
 from model.weight_files import WRITTEN
 
 MODEL_COMPLETE = "MODEL_COMPLETE"
@@ -134,10 +137,14 @@ def require_model(directory: Path | str) -> Path:
     Args:
         directory: a run directory, or any Hugging Face model directory; or an adapter's, whose base is checked, too.
     Raises:
-        InputError: no such directory, no model in it, or one that is not (or no longer) whole.
+        InputError: no such directory, no model in it, or one that is not (or no longer) whole; an adapter whose base
+            has other weights now.
     """
-    for each in lineage(directory):
+    directories = list(lineage(directory))
+    for each in directories:
         _require_whole(each)
+    for adapter, base in itertools.pairwise(directories):
+        _require_same_base(adapter, base)
     return Path(directory)
 
 
@@ -166,6 +173,16 @@ def _require_whole(directory: Path) -> None:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes where {size} were written"
             raise InputError(f"{path} {state}. Run the same command again to write the model anew.")
+
+
+def _require_same_base(adapter: Path, base: Path) -> None:
+    path = adapter / ADAPTED_CONFIG
+    expected = read_json(path).get(BASE_FINGERPRINT) if path.is_file() else None
+    if expected is not None and fingerprint_weights(base) != expected:
+        raise InputError(
+            f"{adapter}: the weights in {base} are not those that this adapter was trained on. Train it again, or "
+            f"write the directory that holds them into base_model_name_or_path of {ADAPTER_CONFIG}."
+        )
 
 
 def mark_complete(directory: Path, sizes: dict[str, int], step: int, stage: str) -> None:

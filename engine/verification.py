@@ -1,11 +1,13 @@
 """A model directory as this project reads it, beside what transformers makes of it.
 
-transformers is imported when this is asked for, and not before: nothing else needs it.
+transformers is imported when this is asked for, for an adapter peft with it, and not before: nothing else needs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +19,11 @@ from engine.conversion import end_ids
 from engine.publish import require_model
 from model.batch import IGNORE, PackedBatch
 from model.chat import ChatTemplate, Message
+from model.directories import lineage
 from model.errors import InputError
 from model.heads import CausalLM
 from model.hf import load_config, read_model
-from model.tokenizer import Tokenizer, has_tokenizer
+from model.tokenizer import Tokenizer, find_tokenizer, has_tokenizer
 
 PROMPTS = (
     "高血压患者日常饮食应当注意哪些问题？",
@@ -78,47 +81,52 @@ def verify_model(directory: Path | str, against: Path | str | None = None, toler
             parameters; 1e-3 changes no probability by more than a five-hundredth of itself. Weights rounded to
             bfloat16 need more.
     Raises:
-        InputError: transformers is not installed, or a directory cannot be opened.
+        InputError: transformers is not installed (or for an adapter peft), or a directory cannot be opened.
     """
     if not tolerance > 0:
         raise InputError(f"--tolerance is {tolerance}. Use a number above 0, such as 1e-3.")
     directory = require_model(directory)
     other = directory if against is None else require_model(against)
-    transformers = _import_transformers()
+    *adapters, whole = lineage(other)
+    transformers, peft = _import("transformers"), (_import("peft") if adapters else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     config, checks = load_config(directory, "lm"), []
     ends = set(end_ids(config, directory))
     prompts = [[(17 * place + start) % config.vocab_size for place in range(20)] for start in (1, 2)]
     if has_tokenizer(directory):
-        ours, theirs = Tokenizer.load(directory), _open(transformers.AutoTokenizer, other)
+        ours = Tokenizer.load(directory)
+        theirs = _open(transformers.AutoTokenizer.from_pretrained, find_tokenizer(other) or other)
         prompts = [ours.encode(text) for text in PROMPTS]
         template = ChatTemplate.of(ours)
         checks = [_compare_ids(ours, theirs), _compare_template(template, ours, theirs)]
         ends |= set() if template is None else set(template.end_ids(ours))
     prompts = [ids[: config.rope_length] for ids in prompts]
     logits = _logits(directory, prompts)
-    model = _open(transformers.AutoModelForCausalLM, other, torch_dtype=torch.float32).eval()
+    model = _open(transformers.AutoModelForCausalLM.from_pretrained, whole, torch_dtype=torch.float32)
+    for adapter in reversed(adapters):
+        assert peft is not None
+        model = _open(partial(peft.PeftModel.from_pretrained, model), adapter).merge_and_unload()
+    model.eval()
     checks.append(_compare_ends(ends, model.generation_config.eos_token_id))
     with torch.inference_mode():
         expected = torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in prompts])
     return Report([_compare_logits(logits, expected, tolerance), *checks])
 
 
-def _import_transformers() -> Any:
+def _import(library: str) -> Any:
     try:
-        import transformers
+        return importlib.import_module(library)
     except ImportError:
         raise InputError(
-            "Comparing needs transformers, which is not installed. Install it with pip install transformers."
+            f"Comparing needs {library}, which is not installed. Install it with pip install {library}."
         ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
-def _open(factory: Any, directory: Path, **options: Any) -> Any:
+def _open(read: Callable[..., Any], directory: Path, **options: Any) -> Any:
     """What transformers makes of a directory; that it makes nothing of it is a finding too."""
     try:
-        return factory.from_pretrained(directory, local_files_only=True, **options)
+        return read(directory, local_files_only=True, **options)
     except Exception as error:  # whatever it raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{directory}: transformers cannot open it ({reason}). Convert it again.") from error

@@ -9,7 +9,7 @@ another: they are joined when read and split when written, and nowhere else.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str
     """
     directory = Path(directory)
     if is_adapter(directory):
-        return _read_adapted(directory, config)
+        return read_adapted(directory, config)
     store = TensorStore(directory)
     parameters = hf_parameters(config)
     _check(store.shapes, {name: shape for parts in parameters.values() for name, shape in parts}, directory)
@@ -100,8 +100,14 @@ def read_model(directory: Path | str, config: ModelConfig) -> Iterator[tuple[str
     return values()
 
 
-def _read_adapted(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """`read_model` of an adapter's directory, a module of base and adapter at a time."""
+def read_adapted(
+    directory: Path, config: ModelConfig, read: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """`read_model` of an adapter's directory, a module of base and adapter at a time.
+
+    Args:
+        read: gives what was trained, by our names, if not the directory's own values are meant.
+    """
     adapter = open_adapter(directory)
     base, shapes = load_config(adapter.base), parameter_shapes(config)
     found, adapted = parameter_shapes(base), adapter_parameters(config, adapter.spec)
@@ -113,19 +119,19 @@ def _read_adapted(directory: Path, config: ModelConfig) -> Iterator[tuple[str, T
                 f"{adapter.base}: {name} has shape {list(there)}, but the adapter in {directory} wants {list(shape)}. "
                 "Write the directory of the model that it was trained on into base_model_name_or_path."
             )
-    tensors = read_model(adapter.base, base)
+    tensors, trained = read_model(adapter.base, base), read or (lambda name: adapter.read(adapted[name]))
 
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             a, b = (name.replace(".weight", f".lora_{matrix}") for matrix in "ab")
             if name in adapted:
-                yield name, adapter.read(adapted[name])
+                yield name, trained(name)
             elif a in adapted:
-                yield from ((name, tensor.float()), (a, adapter.read(adapted[a])), (b, adapter.read(adapted[b])))
+                yield from ((name, tensor.float()), (a, trained(a)), (b, trained(b)))
             elif name in shapes:  # a reward model has no use for the head of words
                 yield name, tensor
         for name in shapes.keys() - found.keys():
-            yield name, adapter.read(adapted[name]) if name in adapted else next(read_model(adapter.base, base))[1]
+            yield name, trained(name) if name in adapted else next(read_model(adapter.base, base))[1]
 
     return merged(values(), config, adapter.spec)
 

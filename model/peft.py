@@ -22,6 +22,7 @@ from torch import Tensor
 from model.config import ModelConfig, parameter_shapes, projections
 from model.directories import ADAPTED_CONFIG, ADAPTER_CONFIG, lineage, read_json
 from model.errors import InputError
+from model.fingerprint import fingerprint_weights
 from model.hf_config import config_to_hf
 from model.lora import TARGETS, TRAINED, LoraSpec, is_trained, lora_shapes
 from model.peft_config import MERGE, require_supported, spec_from_peft, spec_to_peft
@@ -29,7 +30,10 @@ from model.weight_files import ADAPTER_FILES, MODEL_FILES, TensorStore, replacin
 
 Parts = list[tuple[str, tuple[int, ...]]]
 
+BASE_FINGERPRINT = "base_fingerprint"
+"""Field of our file beside the adapter: which weights it was trained on."""
 _PREFIX = "base_model.model."
+_EMBEDDING = "model.embed_tokens.weight"
 _WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "score": "score"}
 _MODULE = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 _COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.weight$)")
@@ -134,17 +138,21 @@ def adapted_config(adapter: Adapter, config: ModelConfig) -> ModelConfig:
     return config
 
 
-def adapter_parameters(config: ModelConfig, spec: LoraSpec) -> dict[str, Parts]:
-    """For each parameter that is trained, in the order of named_parameters(): names and shapes of the tensors that PEFT
-    keeps it in."""
-    stacked, parameters = projections(config), dict[str, Parts]()
+def trained_shapes(config: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that is trained, in the order of named_parameters()."""
     whole = {name: shape for name, shape in parameter_shapes(config).items() if is_trained(name, spec)}
-    embedding = {name: whole.pop(name) for name in [f"{_WHOLE['embed_tokens']}.weight"] if name in whole}
-    for name, shape in {**embedding, **lora_shapes(config, spec), **whole}.items():
+    embedding = {_EMBEDDING: whole.pop(_EMBEDDING)} if _EMBEDDING in whole else {}
+    return {**embedding, **lora_shapes(config, spec), **whole}
+
+
+def adapter_parameters(config: ModelConfig, spec: LoraSpec) -> dict[str, Parts]:
+    """For each of those: names and shapes of the tensors that PEFT keeps it in."""
+    stacked, parameters = projections(config), dict[str, Parts]()
+    for name, shape in trained_shapes(config, spec).items():
         path, _, kind = name.rpartition(".")
         block, _, module = path.rpartition(".")
         if kind == "weight":
-            is_head_too = name in embedding and config.head == "lm" and config.tie_word_embeddings
+            is_head_too = name == _EMBEDDING and config.head == "lm" and config.tie_word_embeddings
             heads = [f"{_WHOLE['lm_head']}.weight"] if is_head_too else []
             parameters[name] = [(f"{_PREFIX}{each}", shape) for each in (name, *heads)]
             continue
@@ -183,7 +191,8 @@ def write_adapter(
     """Write a directory that PEFT opens beside the base, and our own tools by itself.
 
     It replaces what was there before as `model.weight_files.replacing` tells, adapter_config.json last. A file beside
-    it tells of the model that base and adapter make: a reward model keeps there what its scores are normalised by.
+    it tells of the model that base and adapter make: a reward model keeps there what its scores are normalised by, and
+    all of them which weights they stand on.
 
     Args:
         config: of that model.
@@ -200,13 +209,13 @@ def write_adapter(
     parameters = adapter_parameters(config, spec)
     entries = [part for parts in parameters.values() for part in parts]
     whole = [name.split(".")[-2] for name, _ in entries if ".lora_" not in name]
-    facts = spec_to_peft(spec, config, whole, str(base.absolute()))
     files, pieces = (ADAPTER_FILES[0], ADAPTED_CONFIG, ADAPTER_CONFIG), _split(tensors, parameters)
     with replacing(directory, files, "the adapter") as temporary:
         write_safetensors(temporary(files[0]), entries, dtype, pieces)
         assert next(pieces, None) is None, "more tensors than parameters"
-        write_json(temporary(files[1]), config_to_hf(config, str(dtype).removeprefix("torch.")))
-        write_json(temporary(files[2]), facts)
+        facts = config_to_hf(config, str(dtype).removeprefix("torch."))
+        write_json(temporary(files[1]), {**facts, BASE_FINGERPRINT: fingerprint_weights(base)})
+        write_json(temporary(files[2]), spec_to_peft(spec, config, whole, str(base.absolute())))
 
 
 def _split(tensors: Iterator[tuple[str, Tensor]], parameters: dict[str, Parts]) -> Iterator[Tensor]:

@@ -79,7 +79,7 @@ class Tokenizer:
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory. Give one that holds tokenizer.json or tokenizer.model.")
-        directory = next(filter(_holds_tokenizer, lineage(directory)), directory)
+        directory = find_tokenizer(directory) or directory
         files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
         named = _json(files, "special_tokens_map.json", directory)
         config = {name: token for name, token in named.items() if name in _NAMED}
@@ -293,12 +293,14 @@ class Tokenizer:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether `Tokenizer.load` finds one: in the directory, or for an adapter in what it stands on."""
-    return any(map(_holds_tokenizer, lineage(directory)))
+    """Whether `Tokenizer.load` finds one."""
+    return find_tokenizer(directory) is not None
 
 
-def _holds_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+def find_tokenizer(directory: Path) -> Path | None:
+    """Where a model's tokenizer is: in its directory, or for an adapter without one in what it stands on."""
+    names = ("tokenizer.json", "tokenizer.model")
+    return next((each for each in lineage(directory) if any((each / name).is_file() for name in names)), None)
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -25,15 +25,20 @@ from engine.mesh import Runtime
 from engine.shard import free_gathered
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
+from model.directories import ADAPTER_CONFIG, is_adapter, lineage
 from rlhf.dpo import sequence_logprobs
 
 SAVE_EVERY = 50  # steps
 
 
 def reference_key(model: Path, *facts: Any) -> str:
-    """128 bits in hex over a model directory's files (names, sizes, times) and whatever else decides the values."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.glob("*.safetensors"))]
-    config = (model / "config.json").read_text(encoding="utf-8")
+    """128 bits in hex over a model directory's files (names, sizes, times), for an adapter those of its base, too, and
+    whatever else decides the values."""
+    directories = list(lineage(model))
+    paths = [path for each in directories for path in sorted(each.glob("*.safetensors"))]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    configs = [each / (ADAPTER_CONFIG if is_adapter(each) else "config.json") for each in directories]
+    config = "".join(path.read_text(encoding="utf-8") for path in configs)
     return blake2b(json.dumps([files, config, *facts]).encode(), digest_size=16).hexdigest()
 
 

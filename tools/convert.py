@@ -1,8 +1,9 @@
-"""Look at a model directory, bring one in, take one out, or hold it to transformers.
+"""Look at a model directory, bring one in, take one out, merge an adapter, or hold it to transformers.
 
     python tools/convert.py inspect DIR
     python tools/convert.py import DIR --out DIR [--dtype bfloat16] [--pad_vocab 64]
     python tools/convert.py export DIR --out DIR [--dtype bfloat16] [--max_shard_gb 5] [--step N]
+    python tools/convert.py merge  DIR --out DIR [--dtype bfloat16] [--max_shard_gb 5]
     python tools/convert.py verify DIR [--against DIR] [--tolerance 1e-3]
 
 Each names its options with --help. docs/convert.md tells more.
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.conversion import export_model, import_model
+from engine.conversion import export_model, import_model, merge_model
 from engine.inspection import describe_model
 from engine.launch import EXIT_GATE, EXIT_INPUT, run
 from engine.verification import verify_model
@@ -68,6 +69,20 @@ class ExportConfig:
 
 
 @dataclass
+class MergeConfig:
+    """Write an adapter and its base as one whole model."""
+
+    model: str | None = None
+    """directory of the adapter; the word after merge"""
+    out: str | None = None
+    """directory to write, a new one"""
+    dtype: DType = "auto"
+    """of the weights; auto keeps the base's"""
+    max_shard_gb: float = 5.0
+    """size of one file in GB"""
+
+
+@dataclass
 class VerifyConfig:
     """Compare what this project reads in a model directory with what transformers does."""
 
@@ -109,6 +124,11 @@ def take_out(config: ExportConfig) -> None:
     print(export_model(source, out, config.dtype, config.step, config.max_shard_gb))
 
 
+def merge(config: MergeConfig) -> None:
+    source, out = _given(config.model, "an adapter's directory"), _given(config.out, "--out DIR")
+    print(merge_model(source, out, config.dtype, config.max_shard_gb))
+
+
 def verify(config: VerifyConfig) -> int:
     report = verify_model(_given(config.model, "a model directory"), config.against, config.tolerance)
     print(report)
@@ -125,6 +145,7 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "inspect": (inspect, InspectConfig),
     "import": (bring_in, ImportConfig),
     "export": (take_out, ExportConfig),
+    "merge": (merge, MergeConfig),
     "verify": (verify, VerifyConfig),
 }
 

@@ -36,7 +36,7 @@ def made_by_peft(config: ModelConfig, folder: Path, rows: int | None = None, **o
         model.resize_token_embeddings(rows)
     adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 10, **options}))
     shake(adapted)
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
     return adapted.eval()
 
 

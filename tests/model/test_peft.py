@@ -65,7 +65,7 @@ def theirs(model: Any) -> Tensor:
 def hf_weights(directory: Path) -> dict[str, Tensor]:
     """What a directory is read as, by Hugging Face's names."""
     config = load_config(directory)
-    parameters, weights = hf_parameters(config), {}
+    parameters, weights = hf_parameters(config), dict[str, Tensor]()
     for name, tensor in read_model(directory, config):
         parts = parameters[name]
         weights |= dict(zip([part for part, _ in parts], tensor.split([shape[0] for _, shape in parts]), strict=True))
@@ -121,8 +121,8 @@ def expects(oracle: Any, folder: Path, targets: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("keeps_tie", [False, True])
 def test_a_tied_embedding_is_untied_where_peft_unties_it(keeps_tie: bool, modules: list[str], tmp_path: Path) -> None:
-    options = {"target_modules": ["v_proj"], "modules_to_save": modules, "ensure_weight_tying": keeps_tie}
-    oracle = made_by_peft(CONFIGS["tied"], tmp_path, **options)
+    tie = {"modules_to_save": modules, "ensure_weight_tying": keeps_tie}
+    oracle = made_by_peft(CONFIGS["tied"], tmp_path, target_modules=["v_proj"], **tie)
     assert load_config(tmp_path / "adapter").tie_word_embeddings == keeps_tie
     assert (logits(loaded(tmp_path / "adapter"), PACK) - theirs(oracle)).abs().max() <= TOLERANCE
 
