@@ -16,7 +16,7 @@ from engine.config import _leaf_fields, parse
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[a-z]*/README.md")})
 RECIPES = sorted(ROOT.glob("configs/**/*.yaml"))
-SUBCOMMANDS = {"tools/convert.py": tuple((name,) for name in ("inspect", "import", "export", "verify"))}
+SUBCOMMANDS = {"tools/convert.py": tuple((name,) for name in ("inspect", "import", "export", "merge", "verify"))}
 # torchrun's own options come before the tool; those of the word after them are not looked at.
 _COMMAND = re.compile(r"(?:^|[|;&]\s*)(?:[A-Z_]+=\S+ )*(?:python3?|torchrun)\b[^|]*?\b((?:tools|samples)/\w+\.py)(.*)$")
 
