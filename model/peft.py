@@ -64,15 +64,18 @@ class Adapter:
         """See that the file holds what `adapter_parameters` promises. Raises InputError: it does not."""
         found = self.shapes
         wanted = {name: shape for parts in parameters.values() for name, shape in parts}
-        remedy = "Write the directory of the model that it was trained on into base_model_name_or_path."
+        remedy = "write the directory of the model that it was trained on into base_model_name_or_path."
         if odd := sorted(found.keys() ^ wanted.keys()):
             how = "is missing" if odd[0] in wanted else "has no place"
-            raise InputError(f"{self.directory}: {odd[0]} {how} in an adapter of every layer of {self.base}. {remedy}")
+            raise InputError(
+                f"{self.directory}: {odd[0]} {how} in an adapter of every layer of {self.base}. Save it again, or "
+                f"{remedy}"
+            )
         for name, shape in wanted.items():
             if found[name] != shape:
                 raise InputError(
                     f"{self.directory}: {name} has shape {list(found[name])}; r in {ADAPTER_CONFIG} and the shape of "
-                    f"{self.base} make it {list(shape)}. {remedy}"
+                    f"{self.base} make it {list(shape)}. Correct r, or {remedy}"
                 )
 
 

@@ -112,10 +112,12 @@ def _targets(facts: dict[str, Any], adapted: set[str], source: str) -> tuple[str
     blocks = [f"{'self_attn' if target[0] in 'qkvo' else 'mlp'}.{target}" for target in TARGETS]
     modules = [f"model.layers.{layer}.{block}" for layer in layers for block in blocks]
     expected = {module for module in modules if _is_target(module, facts, source)}
-    if not adapted or expected != adapted:
-        odd = min(expected ^ adapted, default="any projection")
-        how = "does not choose it, but there are weights" if odd in adapted else "chooses it, but there are no weights"
-        raise InputError(f"{source}: of {odd}, target_modules {how}. Save the adapter again.")
+    if not adapted:
+        raise InputError(f"{source}: there are no weights of any projection beside it. Save the adapter again.")
+    if expected != adapted:
+        odd = min(expected ^ adapted)
+        found = f"does not choose {odd}, but there are" if odd in adapted else f"chooses {odd}, but there are no"
+        raise InputError(f"{source}: target_modules {found} weights of it. Save the adapter again.")
     if layers != set(range(len(layers))) or len(adapted) != len(layers) * len(targets):
         raise InputError(
             f"{source}: target_modules chooses other projections in other layers, which is not supported. {MERGE}"

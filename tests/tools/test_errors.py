@@ -15,9 +15,11 @@ from model.hf import load_config, write_model
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import train_sentencepiece
 from tests.rlhf.planted import write_comparisons
+from tests.small_adapter import write_small_adapter
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
 from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes_adapters import MISTAKES_ADAPTERS
 from tests.tools.mistakes_attitudes import MISTAKES_ATTITUDES
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
 from tests.tools.mistakes_contamination import MISTAKES_CONTAMINATION
@@ -43,6 +45,7 @@ GROUPS = (
     MISTAKES_PPO,
     MISTAKES_REJECTION,
     MISTAKES_TOOLS,
+    MISTAKES_ADAPTERS,
     MISTAKES_EVALUATION,
     MISTAKES_CHOICE,
     MISTAKES_ENTITIES,
@@ -79,6 +82,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = parameter_shapes(wide)
     shutil.copytree(folder / "base", folder / "wide")
     write_model(folder / "wide", wide, ((name, torch.ones(shape)) for name, shape in shapes.items()), torch.float32)
+    write_small_adapter(folder / "adapter", folder / "base")
+    stands_on = folder / "adapter" / "adapter_config.json"
+    stands_on.write_text(stands_on.read_text().replace(str(folder / "base"), "base"))
     for name, size in (("large", 480), ("little", 390)):
         model = train_sentencepiece(small_texts(), size, is_limit_soft=True)
         Tokenizer.from_sentencepiece(model, {}).save(folder / name)
