@@ -22,6 +22,8 @@ from model.config import PRESETS, Head, ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.hf import load_config, read_model, write_model
 from model.init import initial_value
+from model.lora import LoraSpec, is_trained, lora_shapes
+from model.peft import write_adapter
 from model.tokenizer import Tokenizer, has_tokenizer
 
 
@@ -172,12 +174,14 @@ def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
         raise InputError(f"--out {directory}: {explain(error)}") from None
 
 
-def fill_from_base(model: nn.Module, config: ModelConfig, base: Base, seed: int, runtime: Runtime) -> None:
-    """Give a sharded model its first weights: the base's, and fresh ones where it has none (all of a preset, the head
-    of a reward model that begins as a language model). They do not depend on the world size."""
+def fill_from_base(
+    model: nn.Module, config: ModelConfig, base: Base, seed: int, runtime: Runtime, lora: LoraSpec | None = None
+) -> None:
+    """Give a sharded model its first weights: the base's, and fresh ones where it has none (all of a preset, adapters,
+    the head of a reward model that begins as a language model). They do not depend on the world size."""
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        fresh = parameter_shapes(config)
+        fresh = parameter_shapes(config) | ({} if lora is None else lora_shapes(config, lora))
         if base.directory is not None:
             for name, tensor in read_model(base.directory, base.config):
                 if fresh.pop(name, None) is not None:  # a reward model has no use for the head of words
@@ -194,11 +198,16 @@ def publisher(
     tokenizer: Tokenizer,
     stage: str,
     dtype: torch.dtype,
+    lora: LoraSpec | None = None,
+    base: Path | None = None,
 ) -> Callable[[Path, int], None]:
     """A function that publishes the model as it is, to a directory, after so many steps. It is a collective.
 
     Args:
         config: of the model; or what gives it then, on every rank, where the weights decide it.
+        dtype: of the published weights; adapters stay fp32.
+        lora, base: of a model with adapters, of which they alone are published: what is trained, and the directory
+            that its frozen weights are from.
     """
 
     ranks = ControlGroup()
@@ -207,9 +216,18 @@ def publisher(
         facts = config if isinstance(config, ModelConfig) else config()
 
         def write(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-            write_model(directory, facts, tensors, dtype)
+            if lora is None:
+                write_model(directory, facts, tensors, dtype)
+            else:
+                assert base is not None
+                write_adapter(directory, facts, lora, base, tensors)
             tokenizer.save(directory)
 
-        publish(directory, model.named_parameters(), write, ranks, step=step, stage=stage, dtype=dtype)
+        parameters = model.named_parameters()
+        if lora is None:
+            publish(directory, parameters, write, ranks, step=step, stage=stage, dtype=dtype)
+        else:
+            trained = ((name, parameter) for name, parameter in parameters if is_trained(name, lora))
+            publish(directory, trained, write, ranks, step=step, stage=stage)
 
     return publish_to

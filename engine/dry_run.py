@@ -36,6 +36,7 @@ from engine.shard import Precision
 from model.batch import IGNORE, PackedBatch
 from model.chat import ChatTemplate, Encoded, fit_batch
 from model.errors import InputError
+from model.lora import LoraSpec
 from model.tokenizer import Tokenizer
 from model.tokenizer_training import coverage_that_fits, sample_lines, train_sentencepiece
 
@@ -79,6 +80,7 @@ def planned_setup(
     precision: Literal["auto", "bf16", "fp32"],
     recompute: Recompute,
     reshard_after_forward: bool,
+    lora: LoraSpec | None = None,
 ) -> Setup:
     """How a model is trained. `auto` precision is fp32 only where the run would stay on this machine's CPU."""
     world = planned_world(config)
@@ -93,6 +95,7 @@ def planned_setup(
         recompute=recompute,
         reshard_after_forward=reshard_after_forward,
         micro_batches=-(-packs_per_step // world),
+        lora=lora,
         device="cuda" if is_for_gpu else "cpu",
     )
 

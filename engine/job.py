@@ -25,6 +25,7 @@ from engine.guard import GuardConfig
 from engine.launch import speak
 from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig, EvalConfig
+from engine.lora import LoraConfig
 from engine.memory import Setup, plan
 from engine.memory_advice import describe
 from engine.memory_heads import Loss
@@ -35,8 +36,9 @@ from engine.recompute import Recompute
 from engine.schedule import ScheduleConfig, learning_rate
 from engine.shard import Precision, parallelize
 from model.batch import PackedBatch
-from model.config import ModelConfig
+from model.config import ModelConfig, parameter_shapes
 from model.errors import InputError
+from model.lora import LoraSpec, add_lora, is_trained, lora_shapes
 
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtype of a published model, by the precision it was trained in."""
@@ -91,6 +93,7 @@ class JobConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -182,11 +185,14 @@ def resolve_precision(config: TrainConfig, runtime: Runtime) -> Precision:
 def make_model(
     root: type[nn.Module], model: ModelConfig, config: JobConfig, base: Base, precision: Precision, runtime: Runtime
 ) -> Any:
-    """A sharded model, ready to be trained, with its first weights: `root(model)`."""
+    """A sharded model, ready to be trained, with its first weights: `root(model)`, with adapters where asked for."""
+    lora = config.lora.spec()
     with torch.device("meta"):
         made = root(model)
+    if lora is not None:
+        add_lora(made, lora, config.seed)
     parallelize(made, runtime, config.parallel, precision, config.train.recompute, config.train.compile)
-    fill_from_base(made, model, base, config.seed, runtime)
+    fill_from_base(made, model, base, config.seed, runtime, lora)
     return made
 
 
@@ -236,12 +242,21 @@ def describe_run(recipe: JobConfig, model: ModelConfig, shape: StepShape, runtim
     """What is about to happen, in a line; `pieces`: words before the context's length."""
     packs = f"{shape.packs_per_step} pack{'s' if shape.packs_per_step > 1 else ''}"
     speak(
-        f"{model.num_parameters:,} parameters; {recipe.train.steps:,} steps of {shape.tokens_per_step:,} "
+        f"{count_parameters(model, recipe.lora.spec())}; {recipe.train.steps:,} steps of {shape.tokens_per_step:,} "
         f"tokens ({packs} of {shape.tokens_per_pack:,}, {pieces} {shape.context:,}) on "
         f"{runtime.world} process{'es' if runtime.world > 1 else ''}; peak learning rate {recipe.optim.lr:.2e}."
     )
     if peak_flops(runtime.device) is not None:
         speak(f"MFU is {MFU_CONVENTION}.")
+
+
+def count_parameters(model: ModelConfig, lora: LoraSpec | None) -> str:
+    """How many there are, and how many of them are trained, in words."""
+    if lora is None:
+        return f"{model.num_parameters:,} parameters"
+    shapes = parameter_shapes(model) | lora_shapes(model, lora)
+    trained = sum(math.prod(shape) for name, shape in shapes.items() if is_trained(name, lora))
+    return f"{model.num_parameters:,} parameters, frozen, and adapters of rank {lora.rank}: {trained:,} are trained"
 
 
 def planned_step(config: JobConfig, shape: StepShape) -> Setup:
@@ -253,6 +268,7 @@ def planned_step(config: JobConfig, shape: StepShape) -> Setup:
         precision=config.train.precision,
         recompute=config.train.recompute,
         reshard_after_forward=config.parallel.reshard_after_forward,
+        lora=config.lora.spec(),
     )
 
 
@@ -272,7 +288,8 @@ def plan_alone(config: JobConfig, model: ModelConfig, loss: Loss = "cross_entrop
 def describe_model(config: JobConfig, model: ModelConfig, shape: StepShape) -> str:
     """What is trained, in a line."""
     return (
-        f"{config.model}: {model.num_parameters:,} parameters, vocabulary {model.vocab_size:,}, context {shape.context}"
+        f"{config.model}: {count_parameters(model, config.lora.spec())}, vocabulary {model.vocab_size:,}, "
+        f"context {shape.context}"
     )
 
 

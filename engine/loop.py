@@ -22,6 +22,7 @@ from engine.evaluation import held_out_means, perplexity
 from engine.guard import Guard
 from engine.launch import DivergedError, StoppedError, speak
 from engine.loggers import PANELS, LogConfig, RunLog
+from engine.lora import FrozenBase, require_same_base
 from engine.mesh import Runtime
 from engine.metrics import Speedometer, peak_flops, peak_memory_bytes
 from engine.optim import AdamW
@@ -102,6 +103,7 @@ class Run:
     held_out_objective: what held-out batches are judged by, where it is not what is trained.
     counts: what a loss is a mean over, as metrics.jsonl calls their number.
     shown: names of what the objective shows beside its loss; of held-out data the perplexity, where it has none.
+    base: what frozen weights are from; None where all are trained.
     """
 
     directory: Path
@@ -120,6 +122,7 @@ class Run:
     held_out_objective: Objective | None = None
     counts: str = "tokens"
     shown: tuple[str, ...] = ()
+    base: FrozenBase | None = None
 
     @property
     def panels(self) -> list[tuple[str, ...]]:
@@ -128,8 +131,8 @@ class Run:
         return panels if len(panels) % 2 == 0 else [*panels, ("data_wait_share",)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state that is tensors, by name; loading fills them in place."""
-        named = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        """All state that is tensors, by name; loading fills them in place. Frozen weights are no state."""
+        named = {f"model.{name}": parameter.detach() for name, parameter in self.optimizer.parameters.items()}
         return {**named, **dict(self.optimizer.state()), "guard.state": self.guard.state}
 
 
@@ -337,7 +340,8 @@ def _evaluate(run: Run, progress: Progress, run_log: RunLog, dog: Watchdog, keep
 
 
 def _trainer_state(run: Run, progress: Progress, loader: Loader) -> dict[str, Any]:
-    return {"identity": run.identity, "progress": asdict(progress), "cursor": loader.cursor}
+    base = None if run.base is None else asdict(run.base)
+    return {"identity": run.identity, "base": base, "progress": asdict(progress), "cursor": loader.cursor}
 
 
 def require_same_run(
@@ -372,6 +376,7 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:
         return Progress(), run.fresh_loader(None)
     trainer = checkpointer.load(step, run.tensors())
     require_same_run(run.directory, trainer["identity"], run.identity, step, run.steps, "steps")
+    require_same_base(run.directory, trainer.get("base"), run.base)
     try:
         loader = run.fresh_loader(trainer["cursor"])
     except InputError as error:

@@ -11,6 +11,9 @@ ranks that share a copy of the model:
     activations  what the forward keeps for the backward, by recompute mode, and the work of one block
     head         logits of some tokens, their gradient, and those of hidden states and head: `engine.memory_heads`
 
+Where adapters are trained, N counts their parameters, and the others are frozen: b N / S, without gradients or moments,
+and the first block's input, which no gradient reaches, is not kept.
+
 The plan follows `engine.shard`, `engine.recompute`, FSDP2's buffers and what each op saves, and tests hold it to
 the bytes of real steps. Blocks that torch.compile has rewritten keep, as a rule, less.
 """
@@ -19,56 +22,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from engine.memory_heads import FP32, Loss, head_cost
-from engine.recompute import Recompute
-from engine.shard import Precision
+from engine.memory_blocks import BlockTensors
+from engine.memory_heads import FP32, head_cost
+from engine.memory_setup import Setup as Setup
 from model.config import ModelConfig, parameter_shapes
+from model.lora import is_trained, lora_shapes
 
 INT64 = 8
 # What holds no tensor: on a GPU the CUDA context, the libraries' workspaces and NCCL's buffers, on a CPU the
 # interpreter and its libraries. And gaps between tensors, which no allocator can all use: about a twentieth.
 RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 29}
 USABLE_SHARE = 0.95
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a model is trained, as far as memory is concerned.
-
-    tokens_per_pack: tokens of one forward pass.
-    context: the longest document; no pack can be shorter.
-    world, replicas: processes, and groups of them that each hold a whole model (HSDP).
-    micro_batches: forward passes of one rank in a step; from the second on there are gradients already.
-    loss: what a language model's head is asked for.
-    device: where the head computes; it sets the size of its chunks.
-    """
-
-    tokens_per_pack: int
-    context: int
-    world: int = 1
-    replicas: int = 1
-    precision: Precision = "bf16"
-    recompute: Recompute = "none"
-    reshard_after_forward: bool = True
-    micro_batches: int = 1
-    loss: Loss = "cross_entropy"
-    device: Literal["cuda", "cpu"] = "cuda"
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share one copy of the model."""
-        return self.world // self.replicas
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether FSDP is at work; one process in fp32 does without it."""
-        return self.world > 1 or self.precision == "bf16"
-
-    @property
-    def number_bytes(self) -> int:
-        return 2 if self.precision == "bf16" else FP32
 
 
 @dataclass(frozen=True)
@@ -89,11 +54,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The moments of a step, in order."""
+    """The moments of a step, in order. frozen: bytes of the weights that are never trained."""
 
     config: ModelConfig
     setup: Setup
     moments: tuple[Moment, ...]
+    frozen: int = 0
 
     @property
     def peak(self) -> Moment:
@@ -125,7 +91,8 @@ def plan(config: ModelConfig, setup: Setup) -> MemoryPlan:
     Args:
         config: of a `CausalLM`, or of a `ScalarModel` where its head is score.
     """
-    return MemoryPlan(config, setup, _Planner(config, setup).moments())
+    planner = _Planner(config, setup)
+    return MemoryPlan(config, setup, planner.moments(), planner.frozen)
 
 
 def reading(config: ModelConfig, setup: Setup, is_frozen: bool) -> tuple[Moment, ...]:
@@ -139,7 +106,7 @@ def reading(config: ModelConfig, setup: Setup, is_frozen: bool) -> tuple[Moment,
 
 def stored_bytes(config: ModelConfig, setup: Setup, is_frozen: bool) -> int:
     """A rank's weights while nobody reads with them: fp32 masters, or of a frozen model what it computes with."""
-    return _Planner(config, setup, is_frozen).masters
+    return _Planner(config, setup, is_frozen).stored
 
 
 @dataclass(frozen=True)
@@ -159,7 +126,23 @@ class _Unit:
 def _unit(shapes: list[tuple[int, ...]], setup: Setup) -> _Unit:
     sizes = [math.prod(shape) for shape in shapes]
     padded = [math.ceil(rows / setup.shards) * setup.shards * math.prod(rest) for rows, *rest in shapes]
-    return _Unit(sum(sizes), sum(padded), sizes[-1])
+    return _Unit(sum(sizes), sum(padded), sizes[-1] if sizes else 0)
+
+
+# The parameters of a block, and those of its last product.
+_BLOCK, _LAST = "model.layers.0.", "model.layers.0.mlp.down_proj."
+
+
+def _learns(name: str, setup: Setup) -> bool:
+    return setup.lora is None or is_trained(name, setup.lora)
+
+
+def _of_block(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [shape for name, shape in shapes.items() if name.startswith(_BLOCK)]
+
+
+def _of_root(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [shape for name, shape in shapes.items() if not name.startswith(("model.layers.", "score."))]
 
 
 class _Planner:
@@ -170,17 +153,25 @@ class _Planner:
         self.b = setup.number_bytes
         self.layers = config.num_layers
         shapes = parameter_shapes(config)
-        of_block = [shape for name, shape in shapes.items() if name.startswith("model.layers.0.")]
-        of_root = [shape for name, shape in shapes.items() if not name.startswith(("model.layers.", "score."))]
-        self.block, self.root = _unit(of_block, setup), _unit(of_root, setup)
+        if setup.lora is not None:
+            shapes |= lora_shapes(config, setup.lora)
+        trained = {name: shape for name, shape in shapes.items() if not is_frozen and _learns(name, setup)}
+        self.block, self.root = _unit(_of_block(shapes), setup), _unit(_of_root(shapes), setup)
+        self.trained_block, self.trained_root = _unit(_of_block(trained), setup), _unit(_of_root(trained), setup)
         # The head of one number is a unit of its own, in fp32.
         self.score = _unit([shapes["score.weight"]], setup).padded if config.head == "score" else 0
+        self.is_embedding_trained = "model.embed_tokens.weight" in trained
         self.matrix = config.vocab_size * config.hidden_size  # the embedding; also the head
         self.stream = self.b * setup.tokens_per_pack * config.hidden_size  # [T, d]
-        self.head = head_cost(config, setup.loss, setup.tokens_per_pack, self.b, setup.device)
-        trunk = self.layers * self.block.padded + self.root.padded
-        stored = self.b if is_frozen else FP32
-        self.masters = (stored * trunk + FP32 * self.score) // setup.shards
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        is_head_frozen = config.head == "lm" and head not in trained
+        self.head = head_cost(config, setup.loss, setup.tokens_per_pack, self.b, setup.device, is_head_frozen)
+        self.tensors = BlockTensors(config, setup)
+        in_training = self.layers * self.trained_block.padded + self.trained_root.padded
+        self.frozen = self.b * (self.layers * self.block.padded + self.root.padded - in_training) // setup.shards
+        self.masters = FP32 * (in_training + self.score) // setup.shards
+        self.stored = self.frozen + self.masters
+        self.of_down_proj = _unit([shape for name, shape in trained.items() if name.startswith(_LAST)], setup).size
 
     def moments(self) -> tuple[Moment, ...]:
         in_blocks: list[Moment] = []
@@ -188,8 +179,10 @@ class _Planner:
             in_blocks.append(self._block_backward(layer))
             if self.setup.is_wrapped:
                 in_blocks.append(self._block_reduction(layer))
-        in_root = [self._embedding_backward(), *([self._root_reduction()] if self.setup.is_wrapped else [])]
-        update = Moment("optimizer update", self.masters, self.masters, 2 * self.masters)
+        in_root = [self._embedding_backward()] if self.is_embedding_trained else []
+        if self.setup.is_wrapped and self.trained_root.size:
+            in_root.append(self._root_reduction())
+        update = Moment("optimizer update", self.stored, self.masters, 2 * self.masters)
         return (self._loss(), self._loss_backward(), *in_blocks, *in_root, update)
 
     # The moments of a step, in order.
@@ -224,7 +217,7 @@ class _Planner:
             f"backward of block {layer}",
             weights=self._gathered_in_backward(layer) + self._gathered_once(),
             gradients=self._finished(layer + 1) + self._unreduced(is_first) + self._of_down_proj(),
-            activations=self._kept(layer) + self._block_at_work(),
+            activations=self._kept(layer) + self.tensors.at_work(is_first=layer == 0),
         )
 
     def _block_reduction(self, layer: int) -> Moment:
@@ -232,8 +225,8 @@ class _Planner:
         return self._moment(
             f"reduction of block {layer}",
             weights=self._gathered_in_backward(layer),
-            gradients=self._finished(layer + 1) + self.head.gradient + self._in_reduction(self.block),
-            activations=self._kept(layer) + self.stream,
+            gradients=self._finished(layer + 1) + self.head.gradient + self._in_reduction(self.trained_block),
+            activations=self._kept(layer) + (self.stream if layer or self.tensors.is_input_reached else 0),
         )
 
     def _embedding_backward(self) -> Moment:
@@ -250,7 +243,7 @@ class _Planner:
         return self._moment(
             "reduction of the root",
             weights=0,
-            gradients=self._finished(0) + self._in_reduction(self.root),
+            gradients=self._finished(0) + self._in_reduction(self.trained_root),
         )
 
     def _moment(self, name: str, *, weights: int, gradients: int = 0, activations: int = 0, head: int = 0) -> Moment:
@@ -259,7 +252,7 @@ class _Planner:
         tables = 2 * config.rope_length * (config.head_dim // 2) * FP32  # cosines and sines
         pack = 3 * setup.tokens_per_pack * INT64  # tokens, positions, targets
         optimizer = 0 if self.is_frozen else 2 * self.masters
-        return Moment(name, self.masters + weights, gradients, optimizer, activations + tables + pack, head)
+        return Moment(name, self.stored + weights, gradients, optimizer, activations + tables + pack, head)
 
     # The moments of a forward pass that nothing is kept of.
 
@@ -267,13 +260,8 @@ class _Planner:
         # A model in training may be told to leave its blocks gathered; a frozen one never is.
         kept_gathered = 0 if self.setup.reshard_after_forward or self.is_frozen else self.layers
         late_buffer = self.b * self.block.padded if self.setup.shards > 1 else 0  # of a gather, until the next
-        tensors = self._block_tensors()
-        norm = tensors["norms' results"] // 2
-        queries = ("qkv_proj", "queries, keys, values", "attention", "o_proj")
-        feed_forward = ("o_proj", "stream after attention", "gate_up_proj", "activation")
-        at_work = norm + max(sum(tensors[name] for name in names) for names in (queries, feed_forward))
         gathered = self._gathered(kept_gathered or 1)
-        block = self._moment("block", weights=gathered + late_buffer, activations=tensors["input"] + at_work)
+        block = self._moment("block", weights=gathered + late_buffer, activations=self.tensors.reading())
         head = self._moment(
             "head",
             weights=self._gathered(kept_gathered) + late_buffer + self._gathered_score(),
@@ -307,30 +295,34 @@ class _Planner:
     # Gradients.
 
     def _of_earlier_packs(self) -> int:
-        """From the step's earlier micro-batches: all gradients, and the root's buffer, which FSDP lets go late."""
+        """From the step's earlier micro-batches: all gradients, and the last unit's buffer, which FSDP lets go late."""
         if self.setup.micro_batches == 1:
             return 0
-        return self.masters + (FP32 * self.root.padded if self.setup.is_wrapped else 0)
+        return self.masters + (FP32 * self._last_reduced() if self.setup.is_wrapped else 0)
+
+    def _last_reduced(self) -> int:
+        """Entries of the unit whose gradients are reduced last: the root's, or the first block's."""
+        return self.trained_root.padded or self.trained_block.padded
 
     def _finished(self, layer: int) -> int:
         """Reduced gradients of the blocks from a layer on, or of everything from earlier micro-batches."""
         if self.setup.micro_batches > 1:
             return self.masters
-        return FP32 * (self.layers - layer) * self.block.padded // self.setup.shards
+        return FP32 * (self.layers - layer) * self.trained_block.padded // self.setup.shards
 
     def _unreduced(self, is_first: bool) -> int:
         """The head's gradient waits for the root's reduction; a reduced unit's buffer waits for the next unit."""
         if not self.setup.is_wrapped:
             return FP32 * self.head.gradient // self.b if self.setup.micro_batches == 1 else 0
-        buffer = FP32 * self.block.padded
+        buffer = FP32 * self.trained_block.padded
         if is_first:
-            buffer = FP32 * (self.score or (self.root.padded if self.setup.micro_batches > 1 else 0))
+            buffer = FP32 * (self.score or (self._last_reduced() if self.setup.micro_batches > 1 else 0))
         return self.head.gradient + buffer
 
     def _of_down_proj(self) -> int:
-        """The one matrix of a block whose gradient is there before the activation function's."""
-        is_added = not self.setup.is_wrapped and self.setup.micro_batches > 1  # into that of an earlier pack
-        return 0 if is_added else self.b * self.block.last
+        """The one product of a block whose gradients are there before the activation function's."""
+        is_added = not self.setup.is_wrapped and self.setup.micro_batches > 1  # into those of an earlier pack
+        return 0 if is_added else self.b * self.of_down_proj
 
     def _in_reduction(self, unit: _Unit) -> int:
         """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last."""
@@ -339,60 +331,9 @@ class _Planner:
 
     # Activations.
 
-    def _block_tensors(self) -> dict[str, int]:
-        """What one block makes in its forward pass, by name."""
-        config, tokens = self.config, self.setup.tokens_per_pack
-        heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
-        row = self.b * tokens
-        return {
-            "input": row * config.hidden_size,  # the residual stream
-            "norms' results": 2 * row * config.hidden_size,  # read by qkv_proj and gate_up_proj
-            "norms' scales": FP32 * tokens * (2 + (heads + kv_heads if config.qk_norm else 0)),
-            "qkv_proj": row * (heads + 2 * kv_heads) * width,
-            # For attention, which keeps them; the norms of queries and keys keep the product, and the values in it.
-            "queries, keys, values": row * (heads + (1 if config.qk_norm else 2) * kv_heads) * width,
-            "attention": row * heads * width,
-            "attention's log-sum-exp": FP32 * tokens * heads,
-            "o_proj": row * config.hidden_size,
-            "stream after attention": row * config.hidden_size,
-            "gate_up_proj": 2 * row * config.intermediate_size,
-            "activation": row * config.intermediate_size,
-            "down_proj": row * config.hidden_size,
-        }
-
-    def _kept_by_block(self) -> int:
-        """What one block keeps for its backward pass; sums that only pass through are let go."""
-        tensors = self._block_tensors()
-        if self.setup.recompute == "full":
-            return tensors["input"]
-        if self.setup.recompute == "selective":
-            products = (
-                "qkv_proj",
-                "attention",
-                "attention's log-sum-exp",
-                "o_proj",
-                "gate_up_proj",
-                "down_proj",
-            )
-            return tensors["input"] + sum(tensors[name] for name in products)
-        return sum(tensors.values()) - sum(tensors[name] for name in self._passed_on())
-
-    def _passed_on(self) -> tuple[str, ...]:
-        """What the backward pass does not ask for: sums, and a product that has been laid out anew."""
-        return ("o_proj", "down_proj") if self.config.qk_norm else ("o_proj", "down_proj", "qkv_proj")
-
     def _kept(self, blocks: int) -> int:
-        return blocks * self._kept_by_block()
+        """What the first blocks keep for their backward pass."""
+        return self.tensors.kept(is_first=True) + (blocks - 1) * self.tensors.kept(is_first=False) if blocks else 0
 
     def _kept_by_final_norm(self) -> int:
         return self.stream + FP32 * self.setup.tokens_per_pack
-
-    def _block_at_work(self) -> int:
-        """A block whose backward pass has reached its activation function."""
-        tensors = self._block_tensors()
-        kept = sum(tensors.values()) - sum(tensors[name] for name in self._passed_on()) - tensors["activation"]
-        is_torch_product = self.setup.device == "cuda" or self.b < FP32
-        if self.setup.recompute == "selective" and is_torch_product:
-            kept += tensors["down_proj"]  # kept like every product; recomputing ends before it would be taken
-        gradients = self.stream + tensors["activation"] + tensors["gate_up_proj"]
-        return kept + gradients

@@ -62,6 +62,9 @@ def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
     ]
     for category in ("weights", "gradients", "optimizer", "activations", "head", "total"):
         lines.append(f"  {category:<12}{getattr(rest, category) / GIB:>9.2f}{getattr(peak, category) / GIB:>9.2f}")
+        if category == "weights" and setup.lora is not None:
+            shares = {"frozen": memory.frozen, "adapters": rest.weights - memory.frozen}
+            lines += [f"    {name:<10}{size / GIB:>9.2f}{size / GIB:>9.2f}" for name, size in shares.items()]
     lines.append(f"A rank needs {gib(memory.needed_bytes)}, with what holds no tensor{_verdict(memory, device_bytes)}.")
     limit = int(max(DEVICES.values()) * GIB) if device_bytes is None else device_bytes
     if not memory.fits(limit):

@@ -28,7 +28,7 @@ class HeadCost:
     scoring: at most, where nothing is kept for a backward pass.
     forward: at most, in a forward pass of training; what that keeps is among it.
     backward: at most, in the backward pass, with the gradient of the hidden states and without that of the head.
-    gradient: of the head's matrix, in computed numbers; it waits for the root's reduction.
+    gradient: of the head's matrix, in computed numbers; it waits for the root's reduction. 0 of a frozen one.
     """
 
     scoring: int
@@ -38,17 +38,26 @@ class HeadCost:
 
 
 def head_cost(
-    config: ModelConfig, loss: Loss, tokens: int, number_bytes: int, device: Literal["cuda", "cpu"]
+    config: ModelConfig,
+    loss: Loss,
+    tokens: int,
+    number_bytes: int,
+    device: Literal["cuda", "cpu"],
+    is_frozen: bool = False,
 ) -> HeadCost:
-    """Of a forward pass over so many tokens, by the model's head and what is asked of it."""
+    """Of a forward pass over so many tokens, by the model's head and what is asked of it.
+
+    Args:
+        is_frozen: the head of words is not trained.
+    """
     if config.head == "score":
         return _score(config, tokens, number_bytes)
     if loss == "cross_entropy":
-        forward = _cross_entropy(config, tokens, number_bytes, device)
+        forward = _cross_entropy(config, tokens, number_bytes, device, is_frozen)
         # The gradients that it has kept are multiplied into new ones.
-        gradients = number_bytes * config.hidden_size * (tokens + config.vocab_size)
-        return HeadCost(forward, forward, gradients, number_bytes * config.vocab_size * config.hidden_size)
-    return _logprob(config, tokens, number_bytes, device)
+        of_matrix = 0 if is_frozen else number_bytes * config.vocab_size * config.hidden_size
+        return HeadCost(forward, forward, number_bytes * config.hidden_size * tokens + of_matrix, of_matrix)
+    return _logprob(config, tokens, number_bytes, device, is_frozen)
 
 
 def _score(config: ModelConfig, tokens: int, b: int) -> HeadCost:
@@ -59,7 +68,7 @@ def _score(config: ModelConfig, tokens: int, b: int) -> HeadCost:
     return HeadCost(copy, copy, gradient, 0)
 
 
-def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "cpu"]) -> HeadCost:
+def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "cpu"], is_frozen: bool) -> HeadCost:
     """`linear_logprob` with entropies: five numbers a token are kept, and logits formed again in the backward."""
     dtype = torch.bfloat16 if b < FP32 else torch.float32
     vocabulary, width = config.vocab_size, config.hidden_size
@@ -69,7 +78,11 @@ def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "
     if device == "cuda":
         chunk = runs(tokens, most(budget, FP32 * padded(vocabulary)))[0].stop
         forward = results + FP32 * chunk * padded(vocabulary)
-        largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, budget)
+        largest, chunk = vocabulary_slices(tokens, vocabulary, dtype, budget, not is_frozen)
+        if is_frozen:
+            rows = runs(tokens, chunk)[0].stop
+            buffers = padded(vocabulary) * (FP32 + b) * rows
+            return HeadCost(forward, forward, results + stream + buffers, 0)
         slices = runs(vocabulary, largest)
         buffers = padded(slices[0].stop) * (FP32 * runs(tokens, chunk)[0].stop + b * tokens)
         total = FP32 * tokens * width if len(slices) > 1 else 0
@@ -83,6 +96,12 @@ def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "
     is_cut = len(parts) > 1
     # Beside the logits their exponentials, or those of the chunk before while these are made.
     forward = results + weight + 2 * logits + (widened if is_cut else 0)
+    if is_frozen:
+        # A chunk's part of the gradient of hidden states, or the next one's logits; at the end that gradient rounded.
+        chunk = FP32 * width * parts[0].stop
+        in_chunks = max(2 * logits + chunk, 3 * logits + widened if is_cut else 0)
+        in_chunks = max(in_chunks, 2 * logits + stream if is_narrow else 0)
+        return HeadCost(forward, forward, results + weight + FP32 * tokens * width + in_chunks, 0)
     gradients = FP32 * (tokens * width + matrix)
     product = FP32 * matrix if is_cut else 0  # this chunk's part of the head's gradient
     # Logits turn into their gradient; a factor each stands beside them, and what the chunk before has left.
@@ -92,18 +111,21 @@ def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "
     return HeadCost(forward, forward, results + backward - b * matrix, b * matrix)
 
 
-def _cross_entropy(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "cpu"]) -> int:
+def _cross_entropy(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "cpu"], is_frozen: bool) -> int:
     """`linear_cross_entropy`: its results, and what it holds beside them."""
     dtype = torch.bfloat16 if b < FP32 else torch.float32
     stream, matrix = b * tokens * config.hidden_size, config.vocab_size * config.hidden_size
     if device == "cpu":
-        return _cross_entropy_on_cpu(config, tokens, b, chunks(tokens, config.vocab_size, dtype, torch.device("cpu")))
+        parts = chunks(tokens, config.vocab_size, dtype, torch.device("cpu"))
+        return (_frozen_cross_entropy_on_cpu if is_frozen else _cross_entropy_on_cpu)(config, tokens, b, parts)
     shape = tokens, config.vocab_size, config.hidden_size
-    group, chunk = token_groups(*shape, dtype, workspace(torch.device(device)))
+    group, chunk = token_groups(*shape, dtype, workspace(torch.device(device)), not is_frozen)
     groups = runs(tokens, group)
     group = groups[0].stop
     chunk = runs(group, chunk)[0].stop
     buffers = padded(config.vocab_size) * (FP32 * chunk + b * group)
+    if is_frozen:
+        return stream + buffers + 2 * FP32 * tokens
     total = FP32 * matrix if len(groups) > 1 else 0
     copy = stream  # of the hidden states, without those that have no target
     return stream + b * matrix + copy + buffers + total + 2 * FP32 * tokens
@@ -123,3 +145,16 @@ def _cross_entropy_on_cpu(config: ModelConfig, tokens: int, b: int, parts: list[
         widened = FP32 * config.hidden_size * parts[0].stop
         beside = max(beside + widened, b * (tokens * config.hidden_size + matrix)) + FP32 * matrix
     return gradients + logits + beside
+
+
+def _frozen_cross_entropy_on_cpu(config: ModelConfig, tokens: int, b: int, parts: list[slice]) -> int:
+    """The gradient of hidden states in fp32, a chunk of logits, and the most that stands beside them."""
+    gradient, chunk = (FP32 * rows * config.hidden_size for rows in (tokens, parts[0].stop))
+    logits = FP32 * config.vocab_size * parts[0].stop
+    # A chunk's part of the gradient, or the next chunk's logits.
+    beside = max(chunk, logits if len(parts) > 1 else 0)
+    if b < FP32:
+        # The weight is widened once for all, hidden states chunk by chunk; at the end the gradient is rounded.
+        weight = FP32 * config.vocab_size * config.hidden_size
+        beside = weight + max(beside, (logits if len(parts) > 1 else 0) + chunk, b * tokens * config.hidden_size)
+    return gradient + logits + beside

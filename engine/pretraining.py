@@ -41,11 +41,13 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import Run, train
+from engine.lora import adapter_rate, stand_on
 from engine.mesh import start, stop
 from engine.optim import AdamW
 from engine.step import next_token_loss
 from model.config import ModelConfig
 from model.heads import CausalLM
+from model.lora import flops_per_token
 
 
 @dataclass
@@ -63,11 +65,13 @@ class PretrainConfig(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def default_learning_rate(model: ModelConfig, is_pretrained: bool) -> float:
+def default_learning_rate(model: ModelConfig, is_pretrained: bool, is_adapted: bool = False) -> float:
     """3e-4 at width 4096, falling with the root of the width; a tenth of it on trained weights.
 
     Llama 2 (Touvron et al. 2023, table 1) used 3e-4 for 7B and 13B; smaller models bear more.
     """
+    if is_adapted:
+        return adapter_rate(model)
     rate = 3e-4 * math.sqrt(4096 / model.hidden_size)
     return rate / 10 if is_pretrained else rate
 
@@ -84,6 +88,8 @@ def pretrain(config: PretrainConfig) -> None:
     base = find_base(config.model)
     if config.dry_run:
         return dry_run(config, base)
+    lora = config.lora.spec()
+    frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
@@ -123,9 +129,15 @@ def pretrain(config: PretrainConfig) -> None:
             held_out=held_out_batches(held_out, shape, config.eval.max_tokens, runtime.rank, runtime.world),
             learning_rate=rate_of(recipe),
             steps=recipe.train.steps,
-            flops_per_token=model_config.flops_per_token(shape.context),
-            identity={"stage": "pretrain", "tokenizer": tokenizer.fingerprint, **dataclasses.asdict(shape)},
-            publish=publisher(model, model_config, tokenizer, "pretrain", STORED[precision]),
+            flops_per_token=flops_per_token(model_config, lora, shape.context),
+            identity={
+                "stage": "pretrain",
+                "tokenizer": tokenizer.fingerprint,
+                "lora": config.lora.describe(),
+                **dataclasses.asdict(shape),
+            },
+            publish=publisher(model, model_config, tokenizer, "pretrain", STORED[precision], lora, base.directory),
+            base=frozen,
         ),
         checkpoint=config.checkpoint,
         evaluation=config.eval,
@@ -151,4 +163,5 @@ def dry_run(config: PretrainConfig, base: Base) -> None:
 
 def _resolve(config: PretrainConfig, base: Base, epoch_tokens: int, shape: StepShape) -> PretrainConfig:
     steps = max(1, math.ceil(config.train.epochs * epoch_tokens / shape.tokens_per_step))
-    return resolve_recipe(config, shape, steps, default_learning_rate(base.config, base.is_pretrained))
+    rate = default_learning_rate(base.config, base.is_pretrained, is_adapted=config.lora.rank > 0)
+    return resolve_recipe(config, shape, steps, rate)

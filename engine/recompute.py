@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Recompute = Literal["none", "selective", "full"]
 _COSTLY = re.compile(
     r"aten::(mm|addmm|bmm)"
-    r"|chimed::(matmul_nt|attention)"
+    r"|chimed::(matmul_nt|low_rank_linear|attention)"
     r"|aten::_scaled_dot_product_(?!\w*backward)\w+"
     r"|torch_attn::_varlen_attn"
     r"|flash_attn\w*::\w*(fwd|forward)"

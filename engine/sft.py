@@ -41,6 +41,7 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import EvalConfig, Run, train
+from engine.lora import adapter_rate, stand_on
 from engine.mesh import Runtime, start, stop
 from engine.neftune import neftune
 from engine.optim import AdamW, OptimConfig
@@ -50,6 +51,7 @@ from engine.step import next_token_loss
 from model.chat import ChatTemplate, resolve_template
 from model.config import ModelConfig
 from model.heads import CausalLM
+from model.lora import flops_per_token
 from model.tokenizer import Tokenizer
 
 LEARNING_RATE = 1e-4
@@ -116,6 +118,8 @@ def sft(config: SftConfig) -> None:
 def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     """The job within a process group, which another job may have formed. Raises as `sft` does."""
     directory = Path(config.out)
+    lora = config.lora.spec()
+    frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
         if runtime.is_main:
@@ -135,7 +139,7 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
         require_a_step(documents, shape.tokens_per_step)
     model_config = model_config.with_context(shape.context)
     packs = packs_per_epoch(documents, config.seed, shape.tokens_per_pack, shape.context)
-    recipe = _resolve(config, shape, packs)
+    recipe = _resolve(config, model_config, shape, packs)
     assert recipe.train.steps is not None
     if runtime.is_main:
         speak(describe_conversations(documents, held_out))
@@ -165,14 +169,18 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
             held_out=held_out_batches(held_out, shape, config.eval.max_tokens, runtime.rank, runtime.world),
             learning_rate=rate_of(recipe),
             steps=recipe.train.steps,
-            flops_per_token=model_config.flops_per_token(shape.context),
+            flops_per_token=flops_per_token(model_config, lora, shape.context),
             identity={
                 "stage": "sft",
                 "tokenizer": tokenizer.fingerprint,
                 "template": f"{template.name} ({template.fingerprint[:8]})",
+                "lora": config.lora.describe(),
                 **dataclasses.asdict(shape),
             },
-            publish=publisher(model, model_config, template.store(tokenizer), "sft", STORED[precision]),
+            publish=publisher(
+                model, model_config, template.store(tokenizer), "sft", STORED[precision], lora, base.directory
+            ),
+            base=frozen,
         ),
         checkpoint=config.checkpoint,
         evaluation=config.eval,
@@ -193,7 +201,7 @@ def dry_run(config: SftConfig, base: Base) -> None:
     print(plan_report(config, model, shape))
     print(f"data: {'' if look.is_exact else 'about '}{look.tokens:,} tokens")
     packs = math.ceil(look.tokens / shape.tokens_per_pack)
-    print(rate_report(_resolve(config, shape, packs), shape))
+    print(rate_report(_resolve(config, model, shape, packs), shape))
     print(f"one conversation as {template.name} writes it, trained tokens marked:\n{look.sample}")
 
 
@@ -209,9 +217,9 @@ def read_chat_base(
     return tokenizer, template, dataclasses.replace(model, eos_token_id=ends if len(ends) > 1 else ends[0])
 
 
-def _resolve(config: SftConfig, shape: StepShape, packs: int) -> SftConfig:
+def _resolve(config: SftConfig, model: ModelConfig, shape: StepShape, packs: int) -> SftConfig:
     steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
-    return resolve_recipe(config, shape, steps, LEARNING_RATE)
+    return resolve_recipe(config, shape, steps, adapter_rate(model) if config.lora.rank else LEARNING_RATE)
 
 
 def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape) -> str:

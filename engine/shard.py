@@ -1,8 +1,9 @@
 """The one place where parallelism is applied: recompute, then compile, then shard.
 
 Everything else is written as if for one device. Parameters are fp32 masters; under `bf16` each block's weights
-are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision). The head of a reward or value model
-computes in fp32 always.
+are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision). What is frozen needs no master and is
+stored as it computes, in bf16. FSDP2 asks for one dtype of what is trained in a unit, not of what is frozen beside it,
+and all of a unit is gathered in one dtype. The head of a reward or value model computes in fp32 always.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def parallelize(
     """Prepare a model on the meta device for training, in place; `fill` then gives it its weights.
 
     Args:
-        model: a root whose `.model.layers` are the blocks (CausalLM, ScalarModel).
+        model: a root whose `.model.layers` are the blocks (CausalLM, ScalarModel). Parameters that require no
+            gradient are frozen for good.
     """
     blocks = model.model.layers
     apply_recompute(blocks, recompute)
@@ -42,6 +44,8 @@ def parallelize(
             # Not `block.compile()`: that would draw the hooks of sharding and timing into the graph.
             # One graph: a break would hide what is slow, and our kernels are ops that it can hold.
             block.forward = torch.compile(block.forward, fullgraph=True)
+    if precision == "bf16":
+        _narrow_frozen(model)
     # One process in fp32 has nothing to shard and nothing to cast.
     if runtime.world > 1 or precision == "bf16":
         # Inputs stay as they are: FSDP would round the rotary tables, temperatures and loss weights to bf16.
@@ -60,6 +64,14 @@ def parallelize(
         # The root holds embedding, final norm and the head of words: used first and last, so gathered once a step.
         fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=runtime.device)
+
+
+def _narrow_frozen(model: nn.Module) -> None:
+    """Frozen parameters in bf16, but for the head of one number."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad and path != "score":
+                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
 
 
 @torch.no_grad()

@@ -44,7 +44,9 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    a, b = inputs
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
 
 
 def _matmul_nt_autograd(ctx, dy):

@@ -31,6 +31,7 @@ from kernels.backend import Chip, observed_launches
 from model.batch import PackedBatch
 from model.config import PRESETS, ModelConfig
 from model.heads import CausalLM, ScalarModel
+from model.lora import LoraSpec, add_lora
 from tests.engine.live_bytes import LiveBytes
 
 SMALL = ModelConfig(
@@ -46,6 +47,10 @@ SMALL = ModelConfig(
 TIED_QWEN3 = replace(SMALL, model_type="qwen3", qk_norm=True, tie_word_embeddings=True, head_dim=48)
 BIASED_QWEN2 = replace(SMALL, model_type="qwen2", attention_bias=True, num_kv_heads=4)
 SCORE = replace(SMALL, head="score")
+LORA = LoraSpec(rank=8, alpha=16.0)
+QUERIES_VALUES = replace(LORA, targets=("q_proj", "v_proj"))
+OUTPUTS = replace(LORA, targets=("o_proj", "down_proj"))
+WORDS = replace(LORA, trained=("embed_tokens", "lm_head"))
 
 # What the plan leaves out: the bounds of documents, and a few scalars.
 SLACK = 0.001
@@ -90,14 +95,14 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
 def sharded(
     config: ModelConfig, setup: Setup, fake: bool = True, frozen: bool = False
 ) -> Iterator[tuple[CausalLM | ScalarModel, PackedBatch, LiveBytes]]:
-    """A model made as jobs make it, a pack for it, and what counts its bytes. frozen: stored as it computes."""
+    """A model made as jobs make it, a pack for it, and what counts its bytes. frozen: nothing is trained."""
     tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with torch.device("meta"):
         model = CausalLM(config) if config.head == "lm" else ScalarModel(config)
+        if setup.lora is not None:
+            add_lora(model, setup.lora)
         if frozen:
-            for name, parameter in model.named_parameters():
-                if setup.precision == "bf16" and name != "score.weight":
-                    parameter.data = parameter.data.to(torch.bfloat16)
+            model.requires_grad_(False)
     with silent_ranks(setup) as runtime, tensors, LiveBytes() as live:
         parallel = ParallelConfig(replicas=setup.replicas, reshard_after_forward=setup.reshard_after_forward)
         parallelize(model, runtime, parallel, setup.precision, setup.recompute)
@@ -129,7 +134,7 @@ def run_step(config: ModelConfig, setup: Setup, fake: bool = True) -> Counted:
         optimizer = AdamW(model, OptimConfig())
         return Counted(
             weights=storage_bytes(iter(model.parameters())),
-            gradients=storage_bytes(parameter.grad for parameter in model.parameters()),
+            gradients=storage_bytes(parameter.grad for parameter in optimizer.parameters.values()),
             optimizer=storage_bytes(iter((*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()))),
             moments=moments,
             backward_peak=backward_peak,
@@ -146,11 +151,14 @@ def begin_of_backward(live: LiveBytes) -> int:
 
 def moments_in(live: LiveBytes, config: ModelConfig, setup: Setup) -> dict[str, int]:
     """Find the plan's moments in the log of a micro-batch; those of the head without what ops of words take."""
-    embedding = position(live, "aten.embedding_dense_backward.default")
-    found = {**at_the_head(live, config, setup), "backward of the embedding": live.log[embedding][1]}
+    found = at_the_head(live, config, setup)
     layers = reversed(range(config.num_layers))
     for layer, total in zip(layers, live.after("chimed.swiglu_bwd.default"), strict=True):
         found[f"backward of block {layer}"] = total
+    if setup.lora is not None and "embed_tokens" not in setup.lora.trained:
+        return found
+    embedding = position(live, "aten.embedding_dense_backward.default")
+    found["backward of the embedding"] = live.log[embedding][1]
     if setup.is_wrapped:
         # FSDP's buffers are the only ones that are made with aten.empty after the embedding's gradient.
         found["reduction of the root"] = max(
@@ -161,7 +169,7 @@ def moments_in(live: LiveBytes, config: ModelConfig, setup: Setup) -> dict[str, 
 
 def at_the_head(live: LiveBytes, config: ModelConfig, setup: Setup) -> dict[str, int]:
     # An op hides its workspace; what it returns is counted apart.
-    gradients = setup.number_bytes * config.hidden_size * (setup.tokens_per_pack + config.vocab_size)
+    gradients = setup.number_bytes * config.hidden_size * setup.tokens_per_pack + bytes_of_head(config, setup)
     if config.head == "score":
         begin = begin_of_backward(live)
         norm = position(live, "chimed.rms_norm_bwd.default")
@@ -181,6 +189,12 @@ def at_the_head(live: LiveBytes, config: ModelConfig, setup: Setup) -> dict[str,
     return {"loss": live.log[loss][1] - gradients, "backward of the head": scaled}
 
 
+def bytes_of_head(config: ModelConfig, setup: Setup) -> int:
+    """Of the gradient of its matrix, where that is trained."""
+    is_trained = setup.lora is None or {"lm_head", "embed_tokens"} & {*setup.lora.trained}
+    return setup.number_bytes * config.vocab_size * config.hidden_size if is_trained else 0
+
+
 def hidden_by_ops(config: ModelConfig, setup: Setup, moment: Moment) -> int:
     """What a moment's op takes that a log of ops does not show."""
     if config.head == "score" or moment.name not in ("loss", "backward of the head"):
@@ -190,7 +204,7 @@ def hidden_by_ops(config: ModelConfig, setup: Setup, moment: Moment) -> int:
     if setup.loss == "cross_entropy":
         return 0
     results = 5 * FP32 * setup.tokens_per_pack
-    return moment.head - results + setup.number_bytes * config.vocab_size * config.hidden_size
+    return moment.head - results + bytes_of_head(config, setup)
 
 
 def without_optimizer(moment: Moment) -> int:
@@ -216,6 +230,28 @@ STEPS = {
     "log-probabilities, tied, accumulation": (TIED_QWEN3, Setup(512, 256, world=4, micro_batches=2, loss="logprob")),
     "log-probabilities, 1b": (PRESETS["1b"], Setup(16384, 4096, world=8, recompute="full", loss="logprob")),
     "score": (SCORE, Setup(512, 256, world=8)),
+    "adapters": (SMALL, Setup(512, 256, world=8, lora=LORA)),
+    "adapters, selective": (SMALL, Setup(512, 256, world=2, recompute="selective", lora=LORA)),
+    "adapters, full": (BIASED_QWEN2, Setup(512, 256, world=4, recompute="full", micro_batches=2, lora=LORA)),
+    "adapters, one process": (SMALL, Setup(512, 256, lora=LORA, micro_batches=2)),
+    "adapters, fp32, replicas": (TIED_QWEN3, Setup(512, 256, world=4, replicas=2, precision="fp32", lora=LORA)),
+    "adapters of queries and values": (
+        SMALL,
+        Setup(512, 256, world=2, lora=QUERIES_VALUES),
+    ),
+    "adapters of outputs": (SMALL, Setup(512, 256, lora=OUTPUTS)),
+    "adapters with dropout": (SMALL, Setup(512, 256, world=2, lora=replace(LORA, dropout=0.1))),
+    "adapters and embeddings": (
+        SMALL,
+        Setup(512, 256, world=4, lora=WORDS),
+    ),
+    "adapters and tied embeddings": (
+        TIED_QWEN3,
+        Setup(512, 256, world=4, lora=WORDS),
+    ),
+    "adapters, log-probabilities": (SMALL, Setup(512, 256, world=2, loss="logprob", lora=LORA)),
+    "adapters, score": (SCORE, Setup(512, 256, world=2, micro_batches=2, lora=replace(LORA, trained=("score",)))),
+    "adapters, 7b": (PRESETS["7b"], Setup(4096, 4096, recompute="selective", micro_batches=2, lora=LORA)),
     "score, replicas": (SCORE, Setup(512, 256, world=8, replicas=2, micro_batches=2, recompute="selective")),
     "score, tied": (replace(TIED_QWEN3, head="score"), Setup(512, 256, world=4, micro_batches=3)),
     "score, 1b": (replace(PRESETS["1b"], head="score"), Setup(16384, 4096, world=8)),

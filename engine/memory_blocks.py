@@ -1,0 +1,112 @@
+"""Bytes of a block's activations: made, kept for the backward pass, and there when that works on the block.
+
+What is kept depends on the recompute mode and on what is trained.
+
+T tokens, d width, H and K heads of width h, F feed-forward width, b bytes a computed number, r the rank of adapters.
+"""
+
+from __future__ import annotations
+
+from engine.memory_heads import FP32
+from engine.memory_setup import Setup
+from model.config import ModelConfig, projections
+from model.lora import is_trained
+
+
+class BlockTensors:
+    """The tensors of one block.
+
+    Where all weights are trained, every product's input is kept for the gradient of its weight. Where adapters are,
+    those of products that have one; and in the first block, whose input no gradient reaches unless the embedding is
+    trained, nothing that would only pass a gradient down.
+    """
+
+    def __init__(self, config: ModelConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self.is_input_reached = setup.lora is None or is_trained("model.embed_tokens.weight", setup.lora)
+        tokens = setup.tokens_per_pack
+        heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+        row = setup.number_bytes * tokens
+        self.bytes = {
+            "input": row * config.hidden_size,  # the residual stream
+            "first norm": row * config.hidden_size,  # read by qkv_proj
+            "first norm's scales": FP32 * tokens,
+            "qkv_proj": row * (heads + 2 * kv_heads) * width,
+            "scales of queries and keys": FP32 * tokens * (heads + kv_heads if config.qk_norm else 0),
+            # For attention, which keeps them; the norms of queries and keys keep the product, and the values in it.
+            "queries, keys, values": row * (heads + (1 if config.qk_norm else 2) * kv_heads) * width,
+            "attention": row * heads * width,
+            "attention's log-sum-exp": FP32 * tokens * heads,
+            "o_proj": row * config.hidden_size,
+            "stream after attention": row * config.hidden_size,
+            "second norm": row * config.hidden_size,  # read by gate_up_proj
+            "second norm's scales": FP32 * tokens,
+            "gate_up_proj": 2 * row * config.intermediate_size,
+            "activation": row * config.intermediate_size,
+            "down_proj": row * config.hidden_size,
+        }
+        # [T, r] of each adapter, by the module that it is in.
+        self.low_rank = {
+            module: row * (0 if setup.lora is None else setup.lora.rank * sum(setup.lora.present(parts)))
+            for module, parts in projections(config).items()
+        }
+
+    def kept(self, is_first: bool) -> int:
+        """For the backward pass; sums that only pass through are let go."""
+        if self.setup.recompute == "full":
+            return self.bytes["input"]
+        if self.setup.recompute == "selective":
+            products = ("qkv_proj", "attention", "attention's log-sum-exp", "o_proj", "gate_up_proj", "down_proj")
+            return self.bytes["input"] + self._sum(products) + sum(self.low_rank.values())
+        return self._sum(self._needed(is_first)) + self._dropped_beside() + sum(self.low_rank.values())
+
+    def at_work(self, is_first: bool) -> int:
+        """When the backward pass has reached the activation function: what is kept or was made again, and gradients."""
+        needed = self._needed(is_first) - {"activation"}
+        if self.setup.recompute != "none":
+            needed |= {"input"}
+        kept = self._sum(needed) + self._dropped_beside() + sum(self.low_rank.values()) - self.low_rank["down_proj"]
+        is_torch_product = self.setup.device == "cuda" or self.setup.number_bytes < FP32
+        if self.setup.recompute == "selective" and is_torch_product and not self.low_rank["down_proj"]:
+            kept += self.bytes["down_proj"]  # kept like every product; recomputing ends before it would be taken
+        return kept + self._sum(("input", "activation", "gate_up_proj"))  # gradients, each as large as what it is of
+
+    def reading(self) -> int:
+        """At most, in a forward pass that nothing is kept of."""
+        queries = ("qkv_proj", "queries, keys, values", "attention", "o_proj")
+        feed_forward = ("o_proj", "stream after attention", "gate_up_proj", "activation")
+        return self._sum(("input", "first norm")) + max(self._sum(queries), self._sum(feed_forward))
+
+    def _sum(self, names: set[str] | tuple[str, ...]) -> int:
+        return sum(self.bytes[name] for name in names)
+
+    def _needed(self, is_first: bool) -> set[str]:
+        """What the backward pass asks for, of `bytes`."""
+        is_full = self.setup.lora is None
+        reads = {module: is_full or size > 0 for module, size in self.low_rank.items()}
+        # What a gradient reaches: the block's input, the queries, the stream behind them, gate and up.
+        is_input = self.is_input_reached or not is_first
+        are_queries = is_input or reads["qkv_proj"]
+        is_stream = are_queries or reads["o_proj"]
+        are_gates = is_stream or reads["gate_up_proj"]
+        of_queries = {"queries, keys, values", "attention", "attention's log-sum-exp", "scales of queries and keys"}
+        if self.config.qk_norm:
+            of_queries |= {"qkv_proj"}
+        wanted = {
+            "input": is_input,
+            "first norm's scales": is_input,
+            "first norm": reads["qkv_proj"],
+            **dict.fromkeys(of_queries, are_queries),
+            "attention": are_queries or reads["o_proj"],
+            "stream after attention": is_stream,
+            "second norm's scales": is_stream,
+            "second norm": reads["gate_up_proj"],
+            "gate_up_proj": are_gates,
+            "activation": reads["down_proj"],
+        }
+        return {name for name, is_wanted in wanted.items() if is_wanted}
+
+    def _dropped_beside(self) -> int:
+        """Dropout gives adapters a copy to read; attention's result is kept for itself, too."""
+        has_dropout = self.setup.lora is not None and self.setup.lora.dropout > 0
+        return self.bytes["attention"] if has_dropout and self.low_rank["o_proj"] else 0
