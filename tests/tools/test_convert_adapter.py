@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,21 @@ from engine.model_directory import ModelDirectory
 from engine.publish import MODEL_COMPLETE, mark_complete, require_model
 from engine.verification import verify_model
 from model.chat import ChatTemplate
+from model.directories import lineage
 from model.errors import InputError
 from model.generate import Request
 from model.hf import load_config, read_model, write_model
 from model.lora import LoraSpec
 from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer, has_tokenizer
+from model.weight_files import TensorStore
 from rlhf.reference import reference_key
+from rlhf.reward_model import open_reward_model
 from tests.model.peft_models import opened_by_peft
 from tests.small_adapter import write_small_adapter
 from tests.small_base import write_small_base
 from tests.tools.in_child import run_tool
+from tests.tools.small_job import pretrain, write_small_job
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,55 @@ def test_export_and_import_of_an_adapter_merge_too(folder: Path) -> None:
     export_model(folder / "adapter", folder / "theirs")
     one, other = (load_file(folder / name / "model.safetensors") for name in ("whole", "theirs"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_run_with_an_adapter_is_exported_by_step_and_trained_on(tmp_path: Path) -> None:
+    write_small_job(tmp_path)
+    pretrain(tmp_path, "run", "--lora.rank", 2, world=2)
+    merge_model(tmp_path / "run", tmp_path / "published")
+    weights = {}
+    for step in (2, 4):
+        export_model(tmp_path / "run", tmp_path / f"step-{step}", step=step)
+        weights[step] = load_file(tmp_path / f"step-{step}" / "model.safetensors")
+    published = load_file(tmp_path / "published" / "model.safetensors")
+    assert all(torch.equal(weights[4][name], tensor) for name, tensor in published.items())
+    assert not all(torch.equal(weights[2][name], tensor) for name, tensor in published.items())
+    pretrain(tmp_path, "again", "--model", "run", "--lora.rank", 1)
+    assert [path.name for path in lineage(tmp_path / "again")] == ["again", "run", "base"]
+    pretrain(tmp_path, "whole", "--model", "again", "--train.steps", 1, "--optim.lr", 1e-12)
+    merge_model(tmp_path / "again", tmp_path / "both")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "whole"))
+    assert all(torch.allclose(before[name], tensor, rtol=0, atol=1e-6) for name, tensor in after.items())
+
+
+def test_one_module_after_another_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    original = TensorStore.read
+
+    def counted(store: TensorStore, name: str) -> Tensor:
+        reads.append(name)
+        return original(store, name)
+
+    monkeypatch.setattr(TensorStore, "read", counted)
+    stream = read_model(folder / "adapter", load_config(folder / "adapter"))
+    assert reads == []
+    most = 0
+    for _ in stream:
+        modules = {name.removeprefix("base_model.model.").partition(".lora_")[0].rsplit(".", 2)[0] for name in reads}
+        most = max(most, len(modules))
+        reads.clear()
+    assert 1 <= most <= 2  # one, and the first tensor of the next
+
+
+def test_a_reward_model_may_be_an_adapter(folder: Path) -> None:
+    config = replace(load_config(folder / "base"), head="score", score_mean=0.25, score_std=2.0)
+    write_small_adapter(folder / "judge", folder / "base", LoraSpec(2, 4.0, trained=("score",)), config=config)
+    judge = open_reward_model(folder / "judge", Tokenizer.load(folder / "base"))
+    assert (judge.mean, judge.std) == (0.25, 2.0)
+    weights = dict(read_model(judge.directory, judge.config))
+    assert weights["score.weight"].shape == (1, 24) and "lm_head.weight" not in weights
+    with pytest.raises(InputError, match="judge is a reward model"):
+        ModelDirectory.open(str(folder / "judge"))
 
 
 def test_verify_and_inspect_take_an_adapter(folder: Path) -> None:
