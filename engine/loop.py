@@ -355,18 +355,26 @@ def require_same_run(
     Raises:
         InputError: it is of another run, or of a longer one.
     """
-    for name, value in identity.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{directory}: its checkpoint was trained with {name} {saved.get(name)!r}, this command asks for "
-                f"{value!r}. Use the same options to go on, another --out for a new run, or --resume never to start "
-                "over."
-            )
+    require_same_identity(directory, saved, identity, "its checkpoint was trained")
     if done > asked:
         raise InputError(
             f"{directory}: its checkpoint has {done} {unit} behind it, this command asks for {asked}. Ask for at least "
             "as many, or use --resume never to start over."
         )
+
+
+def require_same_identity(directory: Path, saved: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
+    """See that what a directory holds was made as this run would make it; `what` says of it how it came about.
+
+    Raises:
+        InputError: it was not.
+    """
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"{directory}: {what} with {name} {saved.get(name)!r}, this command asks for {value!r}. Use the same "
+                "options to go on, another --out for a new run, or --resume never to start over."
+            )
 
 
 def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:

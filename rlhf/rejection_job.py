@@ -15,9 +15,9 @@ from engine.dry_run import planned_device, planned_world
 from engine.files import write_durably
 from engine.job import begin_anew, plan_alone, plan_report, resolve_precision, resolve_shape
 from engine.launch import speak
+from engine.loop import require_same_identity
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
-from model.errors import InputError
 from rlhf.draws import Draws
 from rlhf.memory import plan_rejection
 from rlhf.ppo_config import RewardConfig
@@ -111,13 +111,8 @@ def _keep_identity(config: RejectionConfig, facts: dict[str, Any]) -> None:
     asked = json.loads(json.dumps({**facts, **decisive}))
     kept = directory / "rounds" / "identity.json"
     if kept.exists():
-        for name, value in json.loads(kept.read_text(encoding="utf-8")).items():
-            if asked[name] != value:
-                raise InputError(
-                    f"{directory}: its samples were drawn with {name} {value!r}, this command asks for "
-                    f"{asked[name]!r}. Use the same options to go on, another --out for a new run, or --resume never "
-                    "to start over."
-                )
+        saved = json.loads(kept.read_text(encoding="utf-8"))
+        require_same_identity(directory, saved, asked, "its samples were drawn")
     else:
         write_durably(kept, json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
     write_durably(directory / "config.yaml", to_yaml(config))
