@@ -19,6 +19,7 @@ RECIPES = sorted(ROOT.glob("configs/**/*.yaml"))
 SUBCOMMANDS = {"tools/convert.py": tuple((name,) for name in ("inspect", "import", "export", "merge", "verify"))}
 # torchrun's own options come before the tool; those of the word after them are not looked at.
 _COMMAND = re.compile(r"(?:^|[|;&]\s*)(?:[A-Z_]+=\S+ )*(?:python3?|torchrun)\b[^|]*?\b((?:tools|samples)/\w+\.py)(.*)$")
+_OTHER = re.compile(r"(make|sbatch|srun|torchrun|python3?|pip|git|bash|sh|docker|source) |[\w./]+/bin/")
 
 
 class Command(NamedTuple):
@@ -60,6 +61,20 @@ def commands_in(text: str, page: Path) -> Iterator[Command]:
             shown = re.sub(r"(\s{2,}\S.*|\s#.*|\s2?>.*|;.*|\|.*)$", "", found[2])  # remarks, redirections, what follows
             words = shlex.split(re.sub(r"[\[\]]|\.\.\.|…", "", shown))
             yield Command(page, number, found[1], tuple(words))
+
+
+def recipe_commands(recipe: Path) -> list[Command]:
+    """Those of the remarks at the head of a recipe."""
+    lines = [line[2:] for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return list(commands_in("\n".join(f"  {line}" for line in lines), recipe))
+
+
+def others(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines of code blocks that call a program which is not ours: what stands up to a remark."""
+    for number, line in indented_lines(page.read_text(encoding="utf-8")):
+        typed = line.removeprefix("$ ").strip("`")
+        if _OTHER.match(typed) and not _COMMAND.search(typed):
+            yield number, re.sub(r"\s+#.*$|\s{2,}\S.*$", "", typed)
 
 
 def check(command: Command) -> None:

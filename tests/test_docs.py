@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import PAGES, RECIPES, ROOT, Command, check, commands, commands_in, indented_lines, options_of
+from tests.documented import PAGES, RECIPES, ROOT, Command, check, commands, indented_lines, options_of, recipe_commands
 
 COMMANDS = [command for page in PAGES for command in commands(page) if command.program != "samples/render.py"]
 # argparse, which the doctor takes as it must run without packages.
@@ -60,8 +60,7 @@ def test_every_option_that_a_page_names_is_one_of_some_tool() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_command_at_the_head_of_a_recipe_is_one_that_its_tool_accepts(recipe: Path) -> None:
-    lines = [line[2:] for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    found = list(commands_in("\n".join(f"  {line}" for line in lines), recipe))
+    found = recipe_commands(recipe)
     assert bool(found) != recipe.stem.startswith("demo_")
     for command in found:
         check(command)

@@ -23,9 +23,11 @@ def write_small_sft(directory: Path, context: int = 64, template: str = "chimed"
     return directory
 
 
-def write_small_reward_model(directory: Path, mean: float | None = None, std: float | None = None) -> Path:
+def write_small_reward_model(
+    directory: Path, mean: float | None = None, std: float | None = None, context: int = 64
+) -> Path:
     """What tools/rm.py leaves, with fresh weights."""
-    write_small_sft(directory)
+    write_small_sft(directory, context)
     config = dataclasses.replace(load_config(directory), head="score", score_mean=mean, score_std=std)
     shapes = parameter_shapes(config)
     weights = ((name, initial_value(config, name, shape, 0)) for name, shape in shapes.items())
