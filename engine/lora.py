@@ -120,8 +120,8 @@ def require_same_base(run: Path, saved: Mapping[str, Any] | None, base: FrozenBa
     """
     if saved is None or base is None or saved["fingerprint"] == base.fingerprint:
         return
-    are = "have changed" if saved["directory"] == base.directory else f"differ from those in {base.directory}"
     raise InputError(
-        f"{run}: its adapters were trained beside the weights in {saved['directory']}, which {are}. Give --model those "
-        "weights, another --out for a new run, or --resume never to start over."
+        f"{run}: its adapters were trained beside weights that lay in {saved['directory']}, and those in "
+        f"{base.directory} are others. Give --model the same weights, another --out for a new run, or --resume never "
+        "to start over."
     )

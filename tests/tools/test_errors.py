@@ -26,6 +26,7 @@ from tests.tools.mistakes_contamination import MISTAKES_CONTAMINATION
 from tests.tools.mistakes_entities import MISTAKES_ENTITIES
 from tests.tools.mistakes_evaluation import MISTAKES_EVALUATION
 from tests.tools.mistakes_generation import MISTAKES_GENERATION
+from tests.tools.mistakes_lora import MISTAKES_LORA
 from tests.tools.mistakes_ppo import MISTAKES_PPO
 from tests.tools.mistakes_preferences import MISTAKES_PREFERENCES
 from tests.tools.mistakes_rejection import MISTAKES_REJECTION
@@ -46,6 +47,7 @@ GROUPS = (
     MISTAKES_REJECTION,
     MISTAKES_TOOLS,
     MISTAKES_ADAPTERS,
+    MISTAKES_LORA,
     MISTAKES_EVALUATION,
     MISTAKES_CHOICE,
     MISTAKES_ENTITIES,
@@ -96,6 +98,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare("--out", "parts", "--part", "2/2"),
         sft(),
         rm("--out", "judge"),
+        sft("--out", "adapted", "--lora.rank", 2),
     ):
         (ended,) = run_tool(command.tool, *command.words, cwd=folder)
         assert ended.code == 0, ended.stderr
