@@ -67,14 +67,14 @@ def bundled_tasks(directory: Path, with_reward: bool) -> list[str]:
     files, (_, held_out) = bundled_evaluation(directory / "evaluation"), bundled_pretraining(directory)
     tasks = [
         f"cmb={files}/choice.jsonl,label=choice,protocol=text",
-        f"entities={files}/entities.jsonl,format=short,types=疾病+症状+检查+药物,max_new_tokens=128",
+        f"entities={files}/entities.jsonl,format=short,types=疾病+症状+检查+药物,max_new_tokens=96",
         "questions,answers=2",
         f"qa={files}/qa.jsonl,max_new_tokens=64",
         f"dialogue={files}/dialogue.jsonl,max_new_tokens=64",
-        f"attitudes={files}/attitudes.json,orders=20",
+        f"attitudes={files}/attitudes.json,orders=12",
         f"perplexity={held_out}",
     ]
-    return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64"] if with_reward else tasks
+    return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64,limit=150"] if with_reward else tasks
 
 
 def _bundle(directory: Path, write: Callable[[Path, Knowledge], Any]) -> tuple[Path, Path]:

@@ -75,21 +75,28 @@ class Dialogue:
         return next(message.content for message in self.messages if message.role == "user")
 
 
-def render_dialogues(knowledge: Knowledge) -> tuple[list[Dialogue], list[Dialogue]]:
+def render_dialogues(knowledge: Knowledge, is_hurried: bool = False) -> tuple[list[Dialogue], list[Dialogue]]:
     """All conversations, (train, held_out), each in the order of the facts; no two are the same."""
     train: list[Dialogue] = []
     held_out: list[Dialogue] = []
-    for dialogue, _, is_held_out in render_plan(knowledge, COPIES):
+    for dialogue, _, is_held_out in render_plan(knowledge, COPIES, is_hurried):
         (held_out if is_held_out else train).append(dialogue)
     return train, held_out
 
 
-def render_plan(knowledge: Knowledge, copies: Mapping[str, int]) -> Iterator[tuple[Dialogue, Topic, bool]]:
-    """Conversations of a plan, what each may say, and whether it is held out: with more copies, more of the same."""
+def render_plan(
+    knowledge: Knowledge, copies: Mapping[str, int], is_hurried: bool = False
+) -> Iterator[tuple[Dialogue, Topic, bool]]:
+    """Conversations of a plan, what each may say, and whether it is held out: with more copies, more of the same.
+
+    Args:
+        is_hurried: whether assistants are curt at times; else they answer all that they are asked.
+    """
     scripts = load_scripts()
     written: set[tuple[Message, ...]] = set()
     for dialogue_id, kind, topic in plan(knowledge, copies):
-        messages = scripts[kind].fill(topic.facts, Draw(dialogue_id))
+        hurry = Draw(f"hurry/{dialogue_id}") if is_hurried else None
+        messages = scripts[kind].fill(topic.facts, Draw(dialogue_id), hurry)
         if messages and messages not in written:
             written.add(messages)
             dialogue = Dialogue(dialogue_id, kind, messages, topic.accepted, topic.forbidden)
@@ -99,7 +106,7 @@ def render_plan(knowledge: Knowledge, copies: Mapping[str, int]) -> Iterator[tup
 def write_dialogues(directory: Path, knowledge: Knowledge) -> dict[str, list[Dialogue]]:
     """Write `train.jsonl` and `held_out.jsonl`, a line an object with id, kind and messages; returns what they hold."""
     directory.mkdir(parents=True, exist_ok=True)
-    train, held_out = render_dialogues(knowledge)
+    train, held_out = render_dialogues(knowledge, is_hurried=True)
     splits = {"train": train, "held_out": held_out}
     for name, dialogues in splits.items():
         (directory / f"{name}.jsonl").write_text("".join(_lines(dialogues)), encoding="utf-8")

@@ -1,5 +1,7 @@
 """What tuning on a reward has brought: the true reward of sampled answers to held-out questions, before and after.
 
+    python samples/gains.py ckpt/sft ckpt/ppo
+
 Both models answer every question several times, as in the rollouts that one was trained on, without filters. What is
 compared is a question's mean over its answers, and intervals are of a bootstrap over questions, both models' answers to
 a question drawn together. Beside the gain stands the gain at equal length,
@@ -13,13 +15,19 @@ the answers after, log p_after - log p_before summed over an answer's tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+if not __package__:  # run as a script: the repository's root, which holds this package, is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.publish import require_model
 from model.chat import ChatTemplate
+from model.errors import InputError
 from model.generate import Completion, Generator, Request
 from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer
@@ -166,3 +174,20 @@ def _shown(question: Question, old: Trial, new: Trial, number: int) -> list[str]
     for when, trial in (("before", old), ("after", new)):
         lines.append(f"  {when:6} {trial.rewards[number, 0, -1]:.2f}  {trial.answers[number][0].text}")
     return lines
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
+        print("usage: python samples/gains.py MODEL_BEFORE MODEL_AFTER", file=sys.stderr)
+        return 2
+    try:
+        before, after = map(require_model, arguments)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(report_gains(before, after))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

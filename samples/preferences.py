@@ -1,9 +1,10 @@
-"""Comparisons from the bundled facts: several answers to a keyed question, graded by the true reward.
+"""Comparisons from the bundled facts: several answers to a keyed question, graded by the true reward; and answers to
+compare with a full one (`samples.replies`).
 
-An answer is put together from the wordings of its kind of conversation (`phrases/dialogue/<kind>.yaml`): what answers
-the question, from the right facts or from wrong ones, with its reason or without; a caution or none; at times something
-unsafe; and courtesies, which fill an answer up to a drawn length. So length says next to nothing of the grade. The
-split is that of the conversations.
+An answer to a keyed question is put together from the wordings of its kind of conversation
+(`phrases/dialogue/<kind>.yaml`): what answers the question, from the right facts or from wrong ones, with its reason or
+without; a caution or none; at times something unsafe; and courtesies, which fill an answer up to a drawn length. So
+length says next to nothing of the grade. The split is that of the conversations.
 """
 
 import json
@@ -16,7 +17,9 @@ from model.chat import Message
 from samples.dialogues import Dialogue, plan, render_dialogues
 from samples.draw import Draw
 from samples.knowledge import Knowledge
-from samples.questions import KINDS, Question, questions_of
+from samples.likeness import likeness
+from samples.questions import Question, questions_of
+from samples.replies import has_full_answer, replies
 from samples.scripts import Script, load_scripts
 from samples.sheets import Facts, possible
 from samples.topics import Topic
@@ -123,9 +126,9 @@ class Answers:
 
 
 def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Comparison]]:
-    """Comparisons (train, held_out), one for each keyed question of the conversations."""
+    """Comparisons (train, held_out), one for each keyed question of the conversations and each known full answer."""
     judge, scripts = Judge(knowledge), load_scripts()
-    topics = {topic_id: topic for topic_id, kind, topic in plan(knowledge) if kind in KINDS}
+    topics = {topic_id: topic for topic_id, _, topic in plan(knowledge)}
 
     def compare(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
         asked = [(question, topics[question.id]) for question in questions_of(dialogues)]
@@ -136,8 +139,17 @@ def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Com
             if len({response.score for response in graded}) > 1:
                 yield Comparison(question.id, question.messages, graded)
 
+    def complete(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
+        for dialogue in filter(has_full_answer, dialogues):
+            others = [one for one in dialogues if one.kind == dialogue.kind and has_full_answer(one)]
+            *prompt, full = dialogue.messages
+            texts = replies(dialogue, topics[dialogue.id], scripts[dialogue.kind], others)
+            graded = tuple(Response(text, likeness(dialogue.kind, full.content, text)) for text in texts)
+            if len({response.score for response in graded}) > 1:
+                yield Comparison(dialogue.id, tuple(prompt), graded)
+
     train, held_out = render_dialogues(knowledge)
-    return list(compare(train)), list(compare(held_out))
+    return [*compare(train), *complete(train)], [*compare(held_out), *complete(held_out)]
 
 
 def write_preferences(directory: Path, knowledge: Knowledge) -> dict[str, list[Comparison]]:
@@ -147,10 +159,11 @@ def write_preferences(directory: Path, knowledge: Knowledge) -> dict[str, list[C
 
 
 def write_prompts(directory: Path, knowledge: Knowledge) -> dict[str, list[Dialogue]]:
-    """Write the conversations about keyed questions with their keys: prompts whose answers can be judged."""
+    """Write the conversations whose last answer can be judged, by its keys or by the full answer that stands there."""
     splits = dict(zip(("train", "held_out"), render_dialogues(knowledge), strict=True))
     asked = {question.id for dialogues in splits.values() for question in questions_of(dialogues)}
-    return _write(directory, {name: [one for one in side if one.id in asked] for name, side in splits.items()})
+    judged = {name: [one for one in side if one.id in asked or has_full_answer(one)] for name, side in splits.items()}
+    return _write(directory, judged)
 
 
 def _write(directory: Path, splits: dict[str, list[Any]]) -> dict[str, list[Any]]:

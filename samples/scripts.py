@@ -6,6 +6,9 @@ are said one after the other; a part is a list of phrases, of which one is said.
 facts, as in `samples.sheets`, and possible only when every fact it names is known; an empty phrase lets a part be left
 out. A part may take in `wordings`, named lists of phrases that other texts are made of too. An exchange with a part
 that cannot be said is left out whole. So what is asked and answered follows from the facts, and from the draw.
+
+An exchange may also say what an assistant in a hurry answers in its place, `curt`: less than was asked for. Whatever
+follows in the conversation is the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +23,7 @@ from samples.sheets import Facts, possible
 
 DIRECTORY = Path(__file__).parent / "phrases" / "dialogue"
 SYSTEM_RATE = 0.12  # how often a conversation begins with one of its kind's system prompts
+CURT_RATE = 0.6  # how often a hurried assistant is curt where that is known to a script
 
 Parts = Sequence[Sequence[str]]
 
@@ -28,6 +32,7 @@ Parts = Sequence[Sequence[str]]
 class Exchange:
     user: Parts
     assistant: Parts
+    curt: Parts = ()
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,21 @@ class Script:
     systems: Sequence[str] = field(default=())
     wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def fill(self, facts: Facts, draw: Draw) -> tuple[Message, ...]:
-        """One conversation: the exchanges of a form that these facts can fill, after a system prompt or none."""
+    def fill(self, facts: Facts, draw: Draw, hurry: Draw | None = None) -> tuple[Message, ...]:
+        """One conversation: the exchanges of a form that these facts can fill, after a system prompt or none.
+
+        Args:
+            hurry: decides where the assistant is curt, without a part in any other choice; None: nowhere.
+        """
         messages = [Message("system", draw.choice(self.systems))] if self.systems and draw.chance(SYSTEM_RATE) else []
         for name in draw.choice(self.forms):
             exchange = self.exchanges[name]
             if can_say(exchange.user, facts) and can_say(exchange.assistant, facts):
                 messages.append(Message("user", say_all(exchange.user, facts, draw)))
-                messages.append(Message("assistant", say_all(exchange.assistant, facts, draw)))
+                answer = say_all(exchange.assistant, facts, draw)
+                if hurry and exchange.curt and hurry.chance(CURT_RATE):
+                    answer = say_all(exchange.curt, facts, hurry)
+                messages.append(Message("assistant", answer))
         return tuple(messages)
 
 

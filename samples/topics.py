@@ -35,6 +35,7 @@ INTRODUCTIONS = (
 )
 REFUSAL = "{group}不宜用{drug}"
 ENTITY = "{kind}：{name}"  # a line of an extraction's answer
+NOTED = 2  # at most so many further symptoms, examinations and drugs in a note to extract from
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def entity_topic(condition: Condition, knowledge: Knowledge, draw: Draw) -> Topi
     """A case whose note can be written from its entities, and the entities a line each, kind by kind."""
     patient = without_history(draw_patient(condition, knowledge, draw))
     facts = case_facts(condition, patient, knowledge, draw)
+    facts |= {name: Items(facts[name][:NOTED]) for name in ("more", "exams", "taken")}
     entities = {
         "疾病": Items([condition.name]),
         "症状": Items((*facts["main"], *facts["more"])),

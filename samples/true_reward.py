@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 from model.chat import Message
 from samples.knowledge import Condition, Knowledge, load_knowledge
-from samples.questions import CLAUSE, REFUSALS, Question, named, names_of, one_of
+from samples.likeness import likeness
+from samples.questions import CLAUSE, KINDS, REFUSALS, Question, named, names_of, one_of
 
 CAUTIONS = re.compile(
     r"遵医嘱|由医生|听医生|医生(?:检查|诊断|判断|决定)|(?:咨询|询问|请教|告诉)(?:医生|医师|药师)"
@@ -129,4 +130,10 @@ def question_of(fields: Mapping[str, Any]) -> Question:
 
 def reward(answers: Sequence[Answered]) -> list[float]:
     """The rule as a reward function: `--reward samples.true_reward:reward` trains on it, without a reward model."""
-    return [bundled_judge()(question_of(answer.fields), answer.text).total for answer in answers]
+    return [_reward(answer) for answer in answers]
+
+
+def _reward(answer: Answered) -> float:
+    if answer.fields["kind"] in KINDS:
+        return bundled_judge()(question_of(answer.fields), answer.text).total
+    return likeness(answer.fields["kind"], answer.fields["messages"][-1]["content"], answer.text)

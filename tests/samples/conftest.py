@@ -34,4 +34,11 @@ def splits(knowledge: Knowledge) -> Splits[Document]:
 
 @pytest.fixture(scope="session")
 def dialogues(knowledge: Knowledge) -> Splits[Dialogue]:
+    """With full answers: what is judged and what is asked in evaluations."""
     return Splits(*render_dialogues(knowledge))
+
+
+@pytest.fixture(scope="session")
+def hurried(knowledge: Knowledge) -> Splits[Dialogue]:
+    """With curt answers among them: what models are fine-tuned on."""
+    return Splits(*render_dialogues(knowledge, is_hurried=True))

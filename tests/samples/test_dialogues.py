@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -269,6 +270,44 @@ def parts_of(exchange: Exchange, role: str) -> Iterable[Iterable[str]]:
     return exchange.user if role == "user" else exchange.assistant
 
 
+def test_a_hurried_assistant_is_curt_in_six_of_ten_answers_and_all_else_is_the_same(
+    dialogues: Splits[Dialogue], hurried: Splits[Dialogue]
+) -> None:
+    scripts = load_scripts()
+    for full, quick in ((dialogues.train, hurried.train), (dialogues.held_out, hurried.held_out)):
+        by_id = {dialogue.id: dialogue for dialogue in full}
+        assert len(quick) > 0.99 * len(full) and all(dialogue.id in by_id for dialogue in quick)
+        curt: list[bool] = []
+        for dialogue in quick:
+            pairs = list(zip(by_id[dialogue.id].messages, dialogue.messages, strict=True))
+            assert all(one.role == "assistant" for one, other in pairs if one != other), dialogue.id
+            if any(exchange.curt for exchange in scripts[dialogue.kind].exchanges.values()):
+                curt += [one != other for one, other in pairs[-1:]]
+            else:
+                assert all(one == other for one, other in pairs), dialogue.id
+        assert 0.4 < mean(curt) < 0.65  # six of ten where the last exchange knows a curt answer
+
+
+def test_every_curt_wording_is_spoken_and_says_less(dialogues: Splits[Dialogue], hurried: Splits[Dialogue]) -> None:
+    full = {text for dialogue in dialogues.all for text in said_by(dialogue, "assistant")}
+    said = Counter(text for dialogue in hurried.all for text in said_by(dialogue, "assistant"))
+    for script in load_scripts().values():
+        phrases = {phrase for exchange in script.exchanges.values() for part in exchange.curt for phrase in part}
+        for phrase in phrases - {"疾病：{name}"}:
+            assert said[phrase] >= 5 and phrase not in full, phrase
+    notes = {
+        dialogue.question: dialogue.messages[-1].content for dialogue in dialogues.all if dialogue.kind == "entities"
+    }
+    lists = [
+        (dialogue.messages[-1].content, notes[dialogue.question])
+        for dialogue in hurried.all
+        if dialogue.kind == "entities"
+    ]
+    curt = [(quick, every) for quick, every in lists if quick != every]
+    assert len(curt) > 100
+    assert all(quick == every.split("\n")[0] for quick, every in curt)  # the disease alone
+
+
 def test_every_planned_conversation_has_something_to_say(knowledge: Knowledge, dialogues: Splits[Dialogue]) -> None:
     planned = [dialogue_id for dialogue_id, _, _ in plan(knowledge)]
     assert len(dialogues.all) > 0.97 * len(planned)  # the rest repeats another conversation word by word
@@ -284,7 +323,7 @@ def test_a_conversation_does_not_depend_on_the_order_of_the_others(
 
 
 def test_the_command_and_the_bundle_write_what_the_function_returns(
-    dialogues: Splits[Dialogue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hurried: Splits[Dialogue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path / "command")]) == 0
     printed = capsys.readouterr().out
@@ -292,7 +331,7 @@ def test_the_command_and_the_bundle_write_what_the_function_returns(
     modified = [file.stat().st_mtime_ns for file in bundled]
     assert bundled_dialogues(tmp_path / "bundle") == bundled
     assert [file.stat().st_mtime_ns for file in bundled] == modified  # left as they were
-    for file, written in zip(bundled, (dialogues.train, dialogues.held_out), strict=True):
+    for file, written in zip(bundled, (hurried.train, hurried.held_out), strict=True):
         assert file.read_bytes() == (tmp_path / "command" / "dialogues" / file.name).read_bytes()
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert [record["id"] for record in records] == [dialogue.id for dialogue in written]

@@ -140,3 +140,10 @@ def test_as_a_reward_function_it_reads_the_keys_from_the_records_of_the_prompts(
     fields |= {"accepted": list(PRESSURE.accepted), "forbidden": list(PRESSURE.forbidden)}
     assert question_of(fields) == PRESSURE
     assert reward([Answer("可以用氨氯地平。", fields), Answer("可以用缬沙坦。", fields)]) == [0.5, 0.0]
+
+
+def test_where_there_is_no_key_it_is_the_likeness_to_the_full_answer() -> None:
+    note = {"kind": "entities", "messages": [{"content": "…"}, {"content": "疾病：痛风\n药物：秋水仙碱"}]}
+    talk = {"kind": "advice", "messages": [{"content": "…"}, {"content": "应戒烟。"}]}
+    answers = [Answer("疾病：痛风", note), Answer("应戒烟。", talk), Answer("多喝水。", talk)]
+    assert reward(answers) == pytest.approx([2 / 3, 1, 1 / 4])
