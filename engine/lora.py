@@ -10,9 +10,13 @@ from typing import Any
 
 from engine.config import check_range
 from model.config import ModelConfig
+from model.directories import lineage
 from model.errors import InputError
 from model.fingerprint import fingerprint_weights
 from model.lora import TARGETS, LoraSpec
+
+ADAPTER_RATE = 10.0
+"""Times the learning rate of all weights: the ratio of the best ones ("LoRA Without Regret", Schulman et al. 2025)."""
 
 
 @dataclass
@@ -98,14 +102,15 @@ def stand_on(directory: Path | None, model: str, out: str) -> FrozenBase:
         directory: of a model, or of an adapter and so of what the two make; None for a preset.
         model, out: as given, for messages.
     Raises:
-        InputError: fresh weights, which nobody could find again; or the run's own directory.
+        InputError: fresh weights, which nobody could find again; or the run's own directory, which would take its
+            base's place.
     """
     if directory is None:
         raise InputError(
             f"--model {model} is a preset: adapters need trained weights to stand on. Give a model directory, or leave "
             "--lora.rank out."
         )
-    if Path(out).exists() and directory.samefile(out):
+    if Path(out).exists() and any(each.samefile(out) for each in lineage(directory)):
         raise InputError(f"--out {out} is the model that the adapters stand on. Give the run a directory of its own.")
     return FrozenBase(str(directory.absolute()), fingerprint_weights(directory))
 

@@ -118,6 +118,17 @@ def expects(oracle: Any, folder: Path, targets: tuple[str, ...]) -> None:
     assert merged.keys() - weights.keys() <= {HEAD}
 
 
+@pytest.mark.parametrize(
+    ("said", "targets"), [("all-linear", TARGETS), ("ALL-linear", TARGETS), (None, ("q_proj", "v_proj"))]
+)
+def test_shorthands_mean_what_peft_takes_them_for(said: str | None, targets: tuple[str, ...], tmp_path: Path) -> None:
+    """It saves names in their place; people and other programs write them."""
+    made_by_peft(LLAMA, tmp_path, target_modules=list(targets))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": said}))
+    expects(opened_by_peft(tmp_path / "base", tmp_path / "adapter"), tmp_path, targets)
+
+
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("keeps_tie", [False, True])
 def test_a_tied_embedding_is_untied_where_peft_unties_it(keeps_tie: bool, modules: list[str], tmp_path: Path) -> None:

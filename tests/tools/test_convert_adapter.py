@@ -33,7 +33,7 @@ from tests.model.peft_models import opened_by_peft
 from tests.small_adapter import write_small_adapter
 from tests.small_base import write_small_base
 from tests.tools.in_child import run_tool
-from tests.tools.small_job import pretrain, write_small_job
+from tests.tools.small_job import pretrain, start_pretraining, write_small_job
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ def test_a_run_with_an_adapter_is_exported_by_step_and_trained_on(tmp_path: Path
     assert not all(torch.equal(weights[2][name], tensor) for name, tensor in published.items())
     pretrain(tmp_path, "again", "--model", "run", "--lora.rank", 1)
     assert [path.name for path in lineage(tmp_path / "again")] == ["again", "run", "base"]
+    (refused,) = start_pretraining(tmp_path, "run", "--model", "again", "--lora.rank", 1, "--resume", "never").wait()
+    assert refused.code == 2 and refused.last_line.startswith("--out run is the model that the adapters stand on.")
     pretrain(tmp_path, "whole", "--model", "again", "--train.steps", 1, "--optim.lr", 1e-12)
     merge_model(tmp_path / "again", tmp_path / "both")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "whole"))
