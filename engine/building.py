@@ -23,7 +23,7 @@ from model.errors import InputError
 from model.hf import load_config, read_model, write_model
 from model.init import initial_value
 from model.lora import LoraSpec, is_trained, lora_shapes
-from model.peft import write_adapter
+from model.peft import read_adapter, write_adapter
 from model.tokenizer import Tokenizer, has_tokenizer
 
 
@@ -32,10 +32,12 @@ class Base:
     """Where training starts: a preset with fresh weights, or a directory with trained ones.
 
     directory: None for a preset.
+    adapters: the directory of an adapter that stands on it and is trained on; None for a fresh one.
     """
 
     config: ModelConfig
     directory: Path | None
+    adapters: Path | None = None
 
     @property
     def is_pretrained(self) -> bool:
@@ -182,6 +184,9 @@ def fill_from_base(
 
     def values() -> Iterator[tuple[str, Tensor]]:
         fresh = parameter_shapes(config) | ({} if lora is None else lora_shapes(config, lora))
+        for name, tensor in () if base.adapters is None else read_adapter(base.adapters, config):
+            del fresh[name]
+            yield name, tensor
         if base.directory is not None:
             for name, tensor in read_model(base.directory, base.config):
                 if fresh.pop(name, None) is not None:  # a reward model has no use for the head of words

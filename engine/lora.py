@@ -115,11 +115,14 @@ def stand_on(directory: Path | None, model: str, out: str) -> FrozenBase:
     return FrozenBase(str(directory.absolute()), fingerprint_weights(directory))
 
 
-def require_same_base(run: Path, saved: Mapping[str, Any] | None, base: FrozenBase | None) -> None:
+def require_same_base(
+    run: Path, saved: Mapping[str, Any] | None, base: FrozenBase | None, option: str = "--model"
+) -> None:
     """See that adapters go on with the weights that they were trained beside.
 
     Args:
         run: the run directory. saved: what its checkpoint remembers.
+        option: that names the weights.
     Raises:
         InputError: they are others.
     """
@@ -127,6 +130,6 @@ def require_same_base(run: Path, saved: Mapping[str, Any] | None, base: FrozenBa
         return
     raise InputError(
         f"{run}: its adapters were trained beside weights that lay in {saved['directory']}, and those in "
-        f"{base.directory} are others. Give --model the same weights, another --out for a new run, or --resume never "
+        f"{base.directory} are others. Give {option} the same weights, another --out for a new run, or --resume never "
         "to start over."
     )

@@ -23,7 +23,7 @@ class LowRank:
     scale: of the product.
     dropout: share of the inputs that the adapters do not see where gradients are computed.
     seed: of the dropout of this forward pass: int64 scalar, on the CPU.
-    is_on: whether the term is added.
+    is_on: whether the term is added, or one of zeros instead.
     """
 
     sizes: tuple[int, ...]
@@ -61,10 +61,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
         term = self.low_rank
-        if term is None or not term.is_on:
+        if term is None:
             return linear(x, self.weight, self.bias)
         dropped = None
-        if term.dropout > 0 and torch.is_grad_enabled():
+        if term.is_on and term.dropout > 0 and torch.is_grad_enabled():
             assert term.seed is not None
             dropped = dropout(x, term.dropout, term.seed)
         return low_rank_linear(
@@ -73,7 +73,8 @@ class Linear(nn.Module):
             self.bias,
             self.lora_a,
             self.lora_b,
-            term.scale,
+            # The same products on or off: another one may round differently, and fresh adapters must change nothing.
+            term.scale if term.is_on else 0.0,
             term.sizes,
             present=term.present,
             dropped=dropped,

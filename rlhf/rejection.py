@@ -7,6 +7,7 @@ model to start from. What is there is not done again, so the same command goes o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -122,8 +123,10 @@ class Rounds:
         folder, config = self.model(number), self.config
         self.rollout.release()
         if not (folder / MODEL_COMPLETE).exists():
-            begin = self.model(number - 1 if config.begin == "last" else 0)
-            names = ("seed", "train", "optim", "schedule", "guard", "parallel", "checkpoint", "log", "chat")
+            begin, adapters = self.model(number - 1 if config.begin == "last" else 0), None
+            if config.lora.rank and begin != self.model(0):  # the same adapters go on, beside the same weights
+                begin, adapters = self.model(0), begin
+            names = ("seed", "train", "optim", "schedule", "lora", "guard", "parallel", "checkpoint", "log", "chat")
             job = SftConfig(
                 model=str(begin),
                 out=str(folder),
@@ -131,7 +134,8 @@ class Rounds:
                 data=ConversationDataConfig(paths=[str(self.folder(number) / "picks")]),
                 **{name: getattr(config, name) for name in names},
             )
-            fine_tune(job, find_trained(job.model, "tools/sft.py"), self.runtime)
+            base = dataclasses.replace(find_trained(job.model, "tools/sft.py"), adapters=adapters)
+            fine_tune(job, base, self.runtime)
             _free()
         # Its training state is many times its size, and of no more use.
         self.ranks.first(f"tidy {folder}", lambda: remove_directory(folder / "state"))

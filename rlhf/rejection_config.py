@@ -58,7 +58,7 @@ class RejectionConfig(SamplingJobConfig):
     select: SelectConfig = field(default_factory=SelectConfig)
     rollout: DrawConfig = field(default_factory=DrawConfig)
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, beta2=0.98, weight_decay=1e-4))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(beta2=0.98, weight_decay=1e-4))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(final_ratio=0.0))
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
 

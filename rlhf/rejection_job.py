@@ -13,9 +13,18 @@ from engine.building import Base, find_trained, make_run_directory
 from engine.config import to_yaml
 from engine.dry_run import planned_device, planned_world
 from engine.files import write_durably
-from engine.job import begin_anew, plan_alone, plan_report, resolve_precision, resolve_shape
+from engine.job import (
+    StepShape,
+    begin_anew,
+    count_parameters,
+    plan_alone,
+    plan_report,
+    resolve_precision,
+    resolve_shape,
+)
 from engine.launch import speak
 from engine.loop import require_same_identity
+from engine.lora import ADAPTER_RATE, FrozenBase, require_same_base, stand_on
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
 from rlhf.draws import Draws
@@ -26,6 +35,8 @@ from rlhf.rejection_config import RejectionConfig
 from rlhf.rejection_report import describe_gain
 from rlhf.sampling_job import SamplingJob, open_sampling
 from rlhf.scores import open_scorer
+
+LEARNING_RATE = 1e-5
 
 
 def rejection(config: RejectionConfig) -> None:
@@ -40,13 +51,15 @@ def rejection(config: RejectionConfig) -> None:
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
+    lora = config.lora.spec()
+    frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)
     shape = resolve_shape(config.train, base.config, runtime.world)
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
         job = open_sampling(config, base, config.reward, shape, directory)
-    recipe = dataclasses.replace(config, train=dataclasses.replace(config.train, context=shape.context))
+    recipe = _resolve(config, shape)
     if runtime.is_main:
         speak(describe(recipe, job, runtime.world))
     precision = resolve_precision(config.train, runtime)
@@ -57,7 +70,7 @@ def rejection(config: RejectionConfig) -> None:
         begin_anew(directory, runtime)
     ranks = ControlGroup()
     facts = {**job.facts, "prompts": job.prompts.fingerprint, "held_out": job.held_out.fingerprint}
-    ranks.first(f"begin in {directory}", lambda: _keep_identity(recipe, facts))
+    ranks.first(f"begin in {directory}", lambda: _keep_identity(recipe, facts, frozen))
     texts = (job.tokenizer, job.template, shape.context, job.prompts, job.held_out)
     rounds = Rounds(recipe, runtime, ranks, *texts, rollout, scorer)
     rounds.run()
@@ -79,7 +92,7 @@ def dry_run(config: RejectionConfig, base: Base) -> None:
     with TemporaryDirectory() as beside:
         job = open_sampling(config, base, None, shape, Path(beside))
         print(plan_report(config, job.model, shape))
-        print(describe(config, job, planned_world(config.plan)))
+        print(describe(_resolve(config, shape), job, planned_world(config.plan)))
         print(f"a prompt as {job.template.name} writes it:\n{job.first_prompt()}")
 
 
@@ -90,15 +103,30 @@ def describe(config: RejectionConfig, job: SamplingJob, world: int) -> str:
     count = f"{chosen.keep:.0%}" if chosen.by == "fraction" else f"{chosen.keep:,.0f}"
     whose = "all answers" if chosen.by == "top" else "each prompt's answers"
     return (
-        f"{job.model.num_parameters:,} parameters; {prompts:,} prompts to train on, {len(job.held_out):,} held out.\n"
+        f"{count_parameters(job.model, config.lora.spec())}; {prompts:,} prompts to train on, "
+        f"{len(job.held_out):,} held out.\n"
         f"{config.rounds} round{'s' if config.rounds > 1 else ''} of {asked:,} prompts x {rollout.samples} answers of "
         f"at most {rollout.max_new_tokens:,} tokens on {world} process{'es' if world > 1 else ''}; kept: the best "
-        f"{count} of {whose}{' of all rounds so far' if chosen.earlier_rounds and config.rounds > 1 else ''}."
+        f"{count} of {whose}{' of all rounds so far' if chosen.earlier_rounds and config.rounds > 1 else ''}. Peak "
+        f"learning rate {config.optim.lr:.2e}."
     )
 
 
-def _keep_identity(config: RejectionConfig, facts: dict[str, Any]) -> None:
+def _resolve(config: RejectionConfig, shape: StepShape) -> RejectionConfig:
+    """The recipe with the defaults filled in that all rounds share."""
+    rate = config.optim.lr or LEARNING_RATE * (ADAPTER_RATE if config.lora.rank else 1)
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, context=shape.context),
+        optim=dataclasses.replace(config.optim, lr=rate),
+    )
+
+
+def _keep_identity(config: RejectionConfig, facts: dict[str, Any], frozen: FrozenBase | None) -> None:
     """Write down what decides the samples, or see that it is what an earlier command wrote.
+
+    Args:
+        frozen: what adapters stand on.
 
     Raises:
         InputError: it is something else.
@@ -108,11 +136,13 @@ def _keep_identity(config: RejectionConfig, facts: dict[str, Any]) -> None:
     decisive = {name: getattr(config, name) for name in ("model", "reward", "seed", "begin")}
     for group in ("select", "rollout"):
         decisive |= {f"{group}.{name}": value for name, value in vars(getattr(config, group)).items()}
-    asked = json.loads(json.dumps({**facts, **decisive}))
+    asked = json.loads(json.dumps({**facts, **decisive, "lora": config.lora.describe()}))
     kept = directory / "rounds" / "identity.json"
     if kept.exists():
         saved = json.loads(kept.read_text(encoding="utf-8"))
         require_same_identity(directory, saved, asked, "its samples were drawn")
+        require_same_base(directory, saved.get("base"), frozen)
     else:
-        write_durably(kept, json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
+        base = None if frozen is None else dataclasses.asdict(frozen)
+        write_durably(kept, json.dumps({**asked, "base": base}, indent=1, ensure_ascii=False) + "\n")
     write_durably(directory / "config.yaml", to_yaml(config))
