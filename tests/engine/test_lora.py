@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_recomputing_activations_changes_no_bit(recompute: str) -> None:
     (kept,) = run_ranks(train, 1, spec, 1, "fp32")
     (recomputed,) = run_ranks(train, 1, spec, 1, "fp32", recompute)
     assert_same(kept, recomputed, 0.0)
+
+
+def train_compiled(spec: LoraSpec) -> dict[str, Any]:
+    torch._dynamo.reset()
+    return train(spec, 1, "fp32", compile_blocks=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_as_plain_ones() -> None:
+    spec = replace(SPEC, dropout=0.3)
+    (plain,) = run_ranks(train, 1, spec, 1, "fp32")
+    (compiled,) = run_ranks(train_compiled, 1, spec)
+    assert_same(plain, compiled, 1e-5)
 
 
 @pytest.mark.parametrize(("world", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])

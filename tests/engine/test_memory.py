@@ -274,11 +274,14 @@ def test_plan_holds_what_a_step_holds(name: str) -> None:
     assert backward == pytest.approx(counted.backward_peak, rel=0.01)
 
 
+@pytest.mark.parametrize("lora", [None, LORA, QUERIES_VALUES], ids=["all weights", "adapters", "fewer adapters"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_plan_holds_what_one_process_in_fp32_holds(recompute: Recompute, micro_batches: int) -> None:
+def test_plan_holds_what_one_process_in_fp32_holds(
+    recompute: Recompute, micro_batches: int, lora: LoraSpec | None
+) -> None:
     """Without FSDP, on real tensors."""
-    setup = Setup(512, 256, precision="fp32", recompute=recompute, micro_batches=micro_batches, device="cpu")
+    setup = Setup(512, 256, precision="fp32", recompute=recompute, micro_batches=micro_batches, device="cpu", lora=lora)
     planned, counted = plan(SMALL, setup), run_step(SMALL, setup, fake=False)
     rest = planned.at_rest
     assert (rest.weights, rest.gradients, rest.optimizer) == (counted.weights, counted.gradients, counted.optimizer)
@@ -295,6 +298,7 @@ READERS = {
     "words, narrow products": (replace(SMALL, intermediate_size=64), Setup(512, 256, world=4)),
     "words, one process": (SMALL, Setup(512, 256)),
     "words, one process in fp32": (SMALL, Setup(512, 256, precision="fp32")),
+    "words, adapters": (SMALL, Setup(512, 256, world=8, lora=LORA)),
     "words, left gathered": (SMALL, Setup(512, 256, world=4, reshard_after_forward=False)),
     "score": (SCORE, Setup(512, 256, world=8)),
     "7b": (PRESETS["7b"], Setup(8192, 4096, world=8)),
@@ -338,22 +342,22 @@ def held_by_head(face: Face, config: ModelConfig, setup: Setup, *more: Any, give
     return live.peak() - arguments
 
 
-def held_by_faces(config: ModelConfig, setup: Setup, faces: tuple[Face, Face, Face]) -> list[int]:
+def held_by_faces(config: ModelConfig, setup: Setup, faces: tuple[Face, Face, Face], is_frozen: bool) -> list[int]:
     """Of the cross-entropy, of the log-probabilities and of their backward."""
     cross_entropy, logprob, logprob_bwd = faces
     return [
-        held_by_head(cross_entropy, config, setup, 0.0, True, True),
+        held_by_head(cross_entropy, config, setup, 0.0, True, not is_frozen),
         held_by_head(logprob, config, setup, True),
-        held_by_head(logprob_bwd, config, setup, True, given=6),
+        held_by_head(logprob_bwd, config, setup, not is_frozen, given=6),
     ]
 
 
-def planned_for_faces(config: ModelConfig, setup: Setup) -> list[int]:
+def planned_for_faces(config: ModelConfig, setup: Setup, is_frozen: bool) -> list[int]:
     sizes = setup.tokens_per_pack, setup.number_bytes, setup.device
-    logprob = head_cost(config, "logprob", *sizes)
+    logprob = head_cost(config, "logprob", *sizes, is_frozen)
     arguments = 5 * FP32 * setup.tokens_per_pack
     return [
-        head_cost(config, "cross_entropy", *sizes).forward,
+        head_cost(config, "cross_entropy", *sizes, is_frozen).forward,
         logprob.forward,
         logprob.backward + logprob.gradient - arguments,
     ]
@@ -370,7 +374,8 @@ def planned_for_faces(config: ModelConfig, setup: Setup) -> list[int]:
         ("1b", 8192, "fp32"),
     ],
 )
-def test_plan_holds_what_the_head_holds(preset: str, tokens: int, precision: Precision) -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_plan_holds_what_the_head_holds(preset: str, tokens: int, precision: Precision, is_frozen: bool) -> None:
     config, setup = PRESETS[preset], Setup(tokens, tokens, precision=precision)
     faces = (
         linear_cross_entropy._linear_cross_entropy_triton,
@@ -378,14 +383,15 @@ def test_plan_holds_what_the_head_holds(preset: str, tokens: int, precision: Pre
         linear_logprob._linear_logprob_bwd_triton,
     )
     with observed_launches(lambda *_: None, Chip(90, 132)):
-        counted = held_by_faces(config, setup, faces)
-    assert planned_for_faces(config, setup) == pytest.approx(counted, rel=SLACK)
+        counted = held_by_faces(config, setup, faces, is_frozen)
+    assert planned_for_faces(config, setup, is_frozen) == pytest.approx(counted, rel=SLACK)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [256, 4096])
 def test_plan_holds_what_the_head_holds_on_a_cpu(
-    tokens: int, precision: Precision, monkeypatch: pytest.MonkeyPatch
+    tokens: int, precision: Precision, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(vocabulary.WORKSPACE, "meta", vocabulary.WORKSPACE["cpu"])
     config, setup = PRESETS["1b"], Setup(tokens, tokens, precision=precision, device="cpu")
@@ -394,4 +400,5 @@ def test_plan_holds_what_the_head_holds_on_a_cpu(
         linear_logprob._linear_logprob_fwd,
         linear_logprob._linear_logprob_bwd,
     )
-    assert planned_for_faces(config, setup) == pytest.approx(held_by_faces(config, setup, faces), rel=SLACK)
+    counted = held_by_faces(config, setup, faces, is_frozen)
+    assert planned_for_faces(config, setup, is_frozen) == pytest.approx(counted, rel=SLACK)
