@@ -15,7 +15,7 @@ IGNORE = -100
 
 # Bytes of the logits of one chunk and of their gradient. Few large chunks: each reads a whole matrix again. A CPU
 # gains nothing from buffers far beyond its caches.
-WORKSPACE = {"cuda": 768 << 20, "cpu": 64 << 20}
+WORKSPACE = {"cuda": 768 << 20, "cpu": 16 << 20}
 # Rows and columns of one tile of a matrix product, or a multiple: products of whole tiles waste nothing.
 TILE = 128
 

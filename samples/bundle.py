@@ -71,7 +71,7 @@ def bundled_tasks(directory: Path, with_reward: bool) -> list[str]:
         "questions,answers=2",
         f"qa={files}/qa.jsonl,max_new_tokens=64",
         f"dialogue={files}/dialogue.jsonl,max_new_tokens=64",
-        f"attitudes={files}/attitudes.json,orders=12",
+        f"attitudes={files}/attitudes.json,orders=10",
         f"perplexity={held_out}",
     ]
     return [*tasks, f"reward={files}/qa.jsonl,max_new_tokens=64,limit=150"] if with_reward else tasks

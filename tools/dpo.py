@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained
-from engine.launch import is_main_process, run, speak
+from engine.launch import run, speak
 from rlhf.dpo_job import DpoConfig, dpo
 from samples.bundle import bundled_preferences, sample_folder
-from samples.gains import report_gains
 
 
 def main(config: DpoConfig) -> None:
@@ -26,15 +25,13 @@ def main(config: DpoConfig) -> None:
 
 
 def demo(config: DpoConfig) -> None:
-    """The same on the bundled comparisons, and what the true reward of the answers has gained."""
+    """The same on the bundled comparisons."""
     find_trained(config.model, "tools/sft.py")  # before anything is written
     speak("No --data: these are the bundled comparisons.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_preferences(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         dpo(config)
-    if is_main_process() and not config.dry_run:
-        print(report_gains(config.model, config.out))
 
 
 if __name__ == "__main__":

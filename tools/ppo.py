@@ -4,8 +4,8 @@
     torchrun tools/ppo.py --reward my_rules:score --data prompts/ --ppo.advantage group --rollout.samples 8
     torchrun tools/ppo.py --reward ckpt/rm            # the bundled questions, on what tools/sft.py has left
 
-Without --data, --model and --config it improves ckpt/sft on the bundled questions, by the recipe configs/demo_ppo.yaml,
-and tells what their true reward has gained.
+Without --data, --model and --config it improves ckpt/sft on the bundled questions, by the recipe configs/demo_ppo.yaml;
+samples/gains.py tells what their true reward has gained.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained
-from engine.launch import is_main_process, run, speak
+from engine.launch import run, speak
 from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_job import train_ppo
 from samples.bundle import bundled_prompts, sample_folder
-from samples.gains import report_gains
 
 
 def main(config: PpoConfig) -> None:
@@ -29,15 +28,13 @@ def main(config: PpoConfig) -> None:
 
 
 def demo(config: PpoConfig) -> None:
-    """The same on the bundled questions, and what the true reward of the answers has gained."""
+    """The same on the bundled questions."""
     find_trained(config.model, "tools/sft.py")  # before anything is written
     speak("No --data: these are the bundled questions.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_prompts(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         train_ppo(config)
-    if is_main_process() and not config.dry_run:
-        print(report_gains(config.model, config.out, config.rollout.max_new_tokens, config.rollout.temperature))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained
-from engine.launch import is_main_process, run, speak
+from engine.launch import run, speak
 from rlhf.rejection_config import RejectionConfig
 from rlhf.rejection_job import rejection
 from samples.bundle import bundled_prompts, sample_folder
-from samples.gains import report_gains
 
 
 def main(config: RejectionConfig) -> None:
@@ -29,15 +28,13 @@ def main(config: RejectionConfig) -> None:
 
 
 def demo(config: RejectionConfig) -> None:
-    """The same on the bundled prompts, and what the true reward of the answers has gained."""
+    """The same on the bundled prompts."""
     find_trained(config.model, "tools/sft.py")  # before anything is written
     speak("No --data: these are the bundled questions.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_prompts(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         rejection(config)
-    if is_main_process() and not config.dry_run:
-        print(report_gains(config.model, config.out, config.rollout.max_new_tokens, config.rollout.temperature))
 
 
 if __name__ == "__main__":

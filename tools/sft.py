@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.building import find_trained
-from engine.launch import is_main_process, run, speak
+from engine.launch import run, speak
 from engine.sft import SftConfig, sft
 from samples.bundle import bundled_dialogues, sample_folder
-from samples.quiz import compare
 
 
 def main(config: SftConfig) -> None:
@@ -27,16 +26,13 @@ def main(config: SftConfig) -> None:
 
 
 def demo(config: SftConfig) -> None:
-    """The same on the bundled dialogues, and how the model answers those of their questions that have keys."""
+    """The same on the bundled dialogues."""
     find_trained(config.model, "tools/pretrain.py")  # before anything is written
     speak("No --data: these are the bundled dialogues.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_dialogues(folder)
         config.data.paths, config.eval.data = [str(train)], [str(held_out)]
         sft(config)
-    if is_main_process() and not config.dry_run:
-        speak("Its answers to held-out questions, token by token the likeliest:")
-        print(compare(config.model, config.out))
 
 
 if __name__ == "__main__":

@@ -45,36 +45,36 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("sample", "Render the bundled facts to texts and conversations", f"samples/render.py {SAMPLE}", 15, SAMPLE),
+    Stage("sample", "Render the bundled facts to texts and conversations", f"samples/render.py {SAMPLE}", 10, SAMPLE),
     Stage(
         "tokenizer",
         "Train a tokenizer",
         f"tools/train_tokenizer.py --data {SAMPLE}/train.jsonl --out {TOKENIZER}",
-        15,
+        8,
         TOKENIZER,
     ),
     Stage(
         "look",
         "Look at the texts",
         f"tools/check_data.py --data {SAMPLE}/train.jsonl --held_out {SAMPLE}/held_out.jsonl --tokenizer {TOKENIZER}",
-        10,
+        6,
     ),
-    Stage("pretrain", "Pre-train", f"tools/pretrain.py --tokenizer {TOKENIZER}", 240, "ckpt/pretrain"),
-    Stage("sft", "Fine-tune on conversations", "tools/sft.py", 300, "ckpt/sft"),
-    Stage("rm", "Train a reward model on comparisons of answers", "tools/rm.py", 110, "ckpt/rm"),
+    Stage("pretrain", "Pre-train", f"tools/pretrain.py --tokenizer {TOKENIZER}", 120, "ckpt/pretrain"),
+    Stage("sft", "Fine-tune on conversations", "tools/sft.py", 135, "ckpt/sft"),
+    Stage("rm", "Train a reward model on comparisons of answers", "tools/rm.py", 60, "ckpt/rm"),
     Stage(
         "rejection",
         "Improve the answers by rejection sampling",
         "tools/rejection.py --reward ckpt/rm",
-        90,
+        55,
         "ckpt/rejection",
     ),
-    Stage("ppo", "Improve the answers by PPO", "tools/ppo.py --reward ckpt/rm", 120, "ckpt/ppo"),
+    Stage("ppo", "Improve the answers by PPO", "tools/ppo.py --reward ckpt/rm", 80, "ckpt/ppo"),
     Stage(
         "evaluation",
         "Evaluate every model on held-out questions, notes and conversations",
         "tools/evaluate_model.py --model ckpt/pretrain ckpt/sft ckpt/rejection ckpt/ppo --reward ckpt/rm",
-        110,
+        60,
         "ckpt/evaluation/report.json",
     ),
     # A question that training has not shown.
@@ -82,7 +82,7 @@ STAGES = (
         "ask",
         "Ask for a department",
         "tools/chat.py --model ckpt/ppo --sampling.temperature 0",
-        10,
+        6,
         typed="医生，我妹妹便秘、颜面水肿、记忆力减退，看什么科好？",
     ),
 )

@@ -192,6 +192,10 @@ def test_the_table_has_a_row_for_each_model_and_its_intervals(left: Path) -> Non
     assert "0.680" in lines[2] and "80.0 [78.0, 82.0]" in lines[2] and "0.900 [0.880, 0.920]" in lines[3]
 
 
+def test_all_budgets_together_are_nine_minutes() -> None:
+    assert sum(stage.budget for stage in STAGES) == 9 * 60
+
+
 def test_a_stage_over_its_budget_is_said() -> None:
     done = [Done(stage.name, stage.command, stage.budget - 1, 1.5) for stage in STAGES]
     assert len(times(STAGES, done)) == 2

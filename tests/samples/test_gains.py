@@ -10,7 +10,7 @@ from model.generate import Generator
 from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer
 from samples.dialogues import Dialogue
-from samples.gains import Trial, bootstrap, divergence, gain_at_equal_length, gain_lines, report_gains, try_out
+from samples.gains import Trial, bootstrap, divergence, gain_at_equal_length, gain_lines, main, report_gains, try_out
 from samples.questions import questions_of
 from samples.true_reward import bundled_judge
 from tests.samples.conftest import Splits
@@ -83,3 +83,21 @@ def test_the_report_puts_both_models_to_every_held_out_question(directory: Path,
     assert said.startswith(f"{len(questions_of(dialogues.held_out))} held-out questions, 4 sampled answers each")
     assert "+0.000 (+0.000 to +0.000)" in said and "Right department: 0 of" in said
     assert said.count("  before ") == said.count("  after  ") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["one"], "usage: "), (["--model", "one"], "usage: "), (["missing", "missing"], "missing")],
+)
+def test_the_command_says_how_to_call_it(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence) and said.count("\n") == 1
+
+
+def test_the_command_prints_the_report(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("samples.gains.report_gains", lambda *directories: f"from {directories[0]} to {directories[1]}")
+    assert main([str(directory), str(directory)]) == 0
+    assert capsys.readouterr().out == f"from {directory} to {directory}\n"

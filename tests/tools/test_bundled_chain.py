@@ -1,4 +1,4 @@
-"""The jobs behind fine-tuning without flags: each finds what the one before has left, and says what it has brought."""
+"""The jobs behind fine-tuning without flags: each finds what the one before has left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from model.chat import ChatTemplate
 from model.tokenizer import Tokenizer
-from samples import gains
 from tests.small_base import write_small_base
 from tests.tools.in_child import Ended, run_tool
 
@@ -29,13 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shorten() -> None:
-    gains.report_gains.__defaults__ = (4, 1.0)
-
-
 def job(folder: Path, tool: str, *words: object) -> Ended:
-    """The tool's run to its good end, its report cut to answers of four tokens."""
-    (ended,) = run_tool(tool, *words, cwd=folder, before=shorten)
+    """The tool's run to its good end."""
+    (ended,) = run_tool(tool, *words, cwd=folder)
     assert ended.code == 0, ended.stderr
     return ended
 
@@ -51,27 +46,23 @@ def test_a_reward_model_is_trained_on_the_bundled_comparisons(folder: Path) -> N
     assert stage(folder, "rm") == "rm"
 
 
-def test_ppo_and_rejection_sampling_follow_it_and_tell_the_true_reward(folder: Path) -> None:
+def test_ppo_and_rejection_sampling_follow_it(folder: Path) -> None:
     few = ("--rollout.prompts", 8, "--rollout.samples", 2)
     said = job(folder, "ppo", "--reward", "ckpt/rm", "--train.steps", 1, "--log.tensorboard", "false", *few, *SHORT)
     assert "No --data: these are the bundled questions." in said.stderr
-    assert "held-out questions, 4 sampled answers each" in said.stdout and "true reward" in said.stdout
     assert stage(folder, "ppo") == "ppo"
     few = ("--rollout.prompts", 16, "--rollout.samples", 2, "--rounds", 1, "--log.tensorboard", "false")
     picks = ("--select.truncated", "true", "--train.epochs", 1)
-    said = job(folder, "rejection", "--reward", "ckpt/rm", *few, *picks, *SHORT)
-    assert "at equal length" in said.stdout and "KL(after ‖ before)" in said.stdout
+    job(folder, "rejection", "--reward", "ckpt/rm", *few, *picks, *SHORT)
     assert stage(folder, "rejection") == "rejection"
 
 
 def test_the_control_needs_no_reward_model(folder: Path) -> None:
     few = ("--rollout.prompts", 8, "--train.steps", 1, "--out", "ckpt/control", "--log.tensorboard", "false")
-    said = job(folder, "ppo", "--reward", "samples.control:shuffled", *few, *SHORT)
-    assert "true reward" in said.stdout
+    job(folder, "ppo", "--reward", "samples.control:shuffled", *few, *SHORT)
     assert stage(folder, "control") == "ppo"
 
 
 def test_dpo_takes_the_same_comparisons(folder: Path) -> None:
-    said = job(folder, "dpo", "--train.steps", 1, "--eval.max_tokens", 4000, *QUIET)
-    assert "true reward" in said.stdout
+    job(folder, "dpo", "--train.steps", 1, "--eval.max_tokens", 4000, *QUIET)
     assert stage(folder, "dpo") == "dpo"
