@@ -35,6 +35,7 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import EvalConfig, Run, train
+from engine.lora import ADAPTER_RATE, FrozenBase, stand_on
 from engine.memory_heads import Loss
 from engine.mesh import Runtime
 from engine.optim import AdamW
@@ -49,6 +50,7 @@ from engine.sft import ChatConfig, read_chat_base
 from engine.step import Objective
 from model.chat import ChatTemplate
 from model.config import Head, ModelConfig
+from model.lora import flops_per_token
 from model.tokenizer import Tokenizer
 
 
@@ -66,6 +68,7 @@ class Comparisons:
     """Comparisons opened for a run, how they are written down, and the steps that they fill.
 
     recipe: with every default filled in. model: configuration of what is trained. packs: of an epoch.
+    frozen: what adapters stand on; None where all weights are trained.
     """
 
     recipe: ComparisonConfig
@@ -77,6 +80,7 @@ class Comparisons:
     held_out: PreferenceSet | None
     shape: StepShape
     packs: int
+    frozen: FrozenBase | None
 
     def loader(self, cursor: dict[str, Any] | None) -> RankedLoader:
         """This rank's steps, from where a cursor stands."""
@@ -101,11 +105,12 @@ def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: R
     """Make the run directory, and prepare in it what is not prepared. The model is the base, with the run's context.
 
     Args:
-        lr: peak learning rate where none is asked for.
+        lr: peak learning rate of all weights where none is asked for.
     Raises:
         InputError: data, template, sizes or directory that cannot work.
     """
     directory = Path(config.out)
+    frozen = stand_on(base.directory, config.model, config.out) if config.lora.rank else None
     context = resolve_shape(config.train, base.config, runtime.world).context
     with runtime.main_first():
         if runtime.is_main:
@@ -119,7 +124,7 @@ def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: R
         require_a_step(opened, shape.tokens_per_step)
     packs = ranked_packs_per_epoch(opened, config.seed, shape.tokens_per_pack)
     recipe, model = _resolve(config, shape, packs, lr), model.with_context(context)
-    return Comparisons(recipe, runtime, tokenizer, template, model, opened, held_out, shape, packs)
+    return Comparisons(recipe, runtime, tokenizer, template, model, opened, held_out, shape, packs, frozen)
 
 
 def train_on_comparisons(
@@ -149,16 +154,18 @@ def train_on_comparisons(
             held_out=comparisons.held_out_batches if comparisons.held_out else None,
             learning_rate=rate_of(recipe),
             steps=recipe.train.steps,
-            flops_per_token=comparisons.model.flops_per_token(shape.context),
+            flops_per_token=flops_per_token(comparisons.model, recipe.lora.spec(), shape.context),
             identity={
                 **identity,
                 "tokenizer": comparisons.tokenizer.fingerprint,
                 "template": f"{template.name} ({template.fingerprint[:8]})",
+                "lora": recipe.lora.describe(),
                 **dataclasses.asdict(shape),
             },
             publish=publish,
             counts="prompts",
             shown=shown,
+            base=comparisons.frozen,
         ),
         checkpoint=recipe.checkpoint,
         evaluation=recipe.eval,
@@ -174,17 +181,22 @@ def plan_on_comparisons(
     """A dry run: print the memory plan, the schedule and the answers to one prompt to stdout.
 
     Args:
-        head, loss: of what is trained. remark: on the size of the data.
+        head, loss: of what is trained. remark: a line on what else there is, or is not, in memory.
     """
     if base.directory is None and config.tokenizer is None:
-        return plan_alone(config, dataclasses.replace(base.config, head=head), loss)
+        plan_alone(config, dataclasses.replace(base.config, head=head), loss)
+        if remark:
+            print(remark)
+        return
     world = planned_world(config.plan)
     context = resolve_shape(config.train, base.config, world).context
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look, largest = look_at_preferences(config.data, template, tokenizer, context)
     shape = resolve_shape(config.train, base.config, world, largest)
     print(plan_report(config, dataclasses.replace(model, head=head), shape, loss))
-    print(f"data: about {look.tokens:,} tokens{remark}")
+    if remark:
+        print(remark)
+    print(f"data: about {look.tokens:,} tokens")
     print(rate_report(_resolve(config, shape, math.ceil(look.tokens / shape.tokens_per_pack), lr), shape))
     print(f"the answers to one prompt as {template.name} writes them, after their grades; what is compared is marked:")
     print(look.sample)
@@ -192,7 +204,7 @@ def plan_on_comparisons(
 
 def _resolve(config: ComparisonConfig, shape: StepShape, packs: int, lr: float) -> ComparisonConfig:
     steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
-    return resolve_recipe(config, shape, steps, lr)
+    return resolve_recipe(config, shape, steps, ADAPTER_RATE * lr if config.lora.rank else lr)
 
 
 def _show_group(comparisons: PreferenceSet, tokenizer: Tokenizer) -> str:

@@ -21,6 +21,7 @@ from engine.shard import Precision
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
 from model.heads import CausalLM
+from model.lora import adapters_off
 from rlhf.comparison_job import (
     ComparisonConfig,
     Comparisons,
@@ -64,7 +65,8 @@ def dpo(config: DpoConfig) -> None:
     directory = Path(config.out)
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
-        remark = ", which are read once more for the reference"
+        reader = "the same weights, adapters off, read" if config.lora.rank else "the model itself reads"
+        remark = f"The reference is no second model: {reader} all comparisons once before the first step."
         return plan_on_comparisons(config, base, LEARNING_RATE, head="lm", loss="logprob", remark=remark)
     runtime = start(config.parallel)
     comparisons = open_comparisons(config, base, LEARNING_RATE, runtime)
@@ -87,9 +89,12 @@ def dpo(config: DpoConfig) -> None:
         identity={
             "stage": "dpo",
             **{f"dpo.{name}": value for name, value in vars(config.dpo).items()},
-            "model": config.model,
+            # What adapters stand on is known by its weights, wherever they lie.
+            "model": None if config.lora.rank else config.model,
         },
-        publish=publisher(model, comparisons.model, template, "dpo", STORED[precision]),
+        publish=publisher(
+            model, comparisons.model, template, "dpo", STORED[precision], config.lora.spec(), base.directory
+        ),
         shown=SHOWN,
     )
     speak(f"Done: {directory} is a model directory.")
@@ -97,7 +102,7 @@ def dpo(config: DpoConfig) -> None:
 
 
 class _References:
-    """Log-probabilities by the model as it is before its first step, kept in OUT/reference."""
+    """Log-probabilities by the model as it is before its first step, its adapters off, kept in OUT/reference."""
 
     def __init__(self, model: nn.Module, config: DpoConfig, comparisons: Comparisons, precision: Precision) -> None:
         self._model, self._config, self._comparisons = model, config, comparisons
@@ -133,7 +138,7 @@ class _References:
         facts = (data.fingerprint, config.seed, self._shape.tokens_per_pack, self._precision, config.dpo.per_token)
         key = reference_key(Path(config.model), *facts, *division)
         patience = 60 * config.parallel.timeout_minutes
-        with Watchdog(patience, self._runtime.name) as dog, StopSignals() as signals:
+        with adapters_off(self._model), Watchdog(patience, self._runtime.name) as dog, StopSignals() as signals:
             return reference_logprobs(
                 self._model,
                 steps,

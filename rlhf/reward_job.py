@@ -106,7 +106,13 @@ def rm(config: RmConfig) -> None:
         ranking_objective(**vars(config.loss)),
         identity={"stage": "rm", "loss": config.loss.kind},
         publish=publisher(
-            model, lambda: judge.normalised(model_config), template.store(tokenizer), "rm", STORED[precision]
+            model,
+            lambda: judge.normalised(model_config),
+            template.store(tokenizer),
+            "rm",
+            STORED[precision],
+            config.lora.spec(),
+            base.directory,
         ),
         shown=SHOWN,
     )
