@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.data.ranked_loader import evaluation_ranked_batches
+from engine.dry_run import PlanConfig
 from engine.job import TrainConfig
 from engine.loop import CheckpointConfig, EvalConfig
 from engine.lora import LoraConfig
@@ -80,11 +82,17 @@ def test_the_reference_is_the_frozen_weights_to_the_bit_and_is_no_second_model(
 ) -> None:
     """As training of all weights reads it; and as the trained model, its adapters off, still gives it."""
     built: list[CausalLM] = []
+    is_on: list[bool] = []
 
     class Counted(CausalLM):
         def __init__(self, *arguments: Any) -> None:
             built.append(self)
             super().__init__(*arguments)
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            terms = [module.low_rank for module in self.modules() if getattr(module, "low_rank", None) is not None]
+            is_on.append(all(term.is_on for term in terms))
+            return super().forward(*arguments, **options)
 
     few = {"model": str(folder / model), "train": TrainConfig(steps=4, micro_batch_tokens=PACK)}
     before = fingerprint_weights(folder / model)
@@ -92,6 +100,7 @@ def test_the_reference_is_the_frozen_weights_to_the_bit_and_is_no_second_model(
     monkeypatch.setattr(dpo_job, "CausalLM", Counted)
     dpo(recipe(folder, tmp_path / "dpo", **few, **RANK))
     (trained,) = built
+    assert is_on == sorted(is_on) and set(is_on) == {False, True}, "off for the reference, then on"
     assert fingerprint_weights(folder / model) == before
     whole, adapted = references(tmp_path / "whole"), references(tmp_path / "dpo")
     for name, values in whole.items():
@@ -146,6 +155,27 @@ def test_a_base_that_has_moved_is_the_same_base_and_another_is_refused(folder: P
     dpo(recipe(folder, tmp_path / "dpo", model=str(tmp_path / "moved"), **few))
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("dpo", "unbroken"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    with pytest.raises(InputError, match="its adapters were trained beside weights that lay in"):
-        dpo(recipe(folder, tmp_path / "dpo", model=str(folder / "adapted"), **few))
-    stop()
+    moved = {"model": str(tmp_path / "moved"), **few}
+    for changes, refusal in (
+        ({"model": str(folder / "adapted")}, "its adapters were trained beside weights that lay in"),
+        ({"lora": LoraConfig(rank=4, alpha=3.0)}, "its checkpoint was trained with lora 'rank 4, alpha 8"),
+        ({"out": str(tmp_path / "moved")}, "is the model that the adapters stand on"),
+    ):
+        with pytest.raises(InputError, match=refusal):
+            dpo(dataclasses.replace(recipe(folder, tmp_path / "dpo", **moved), **changes))
+        stop()
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == sorted(
+        path.name for path in (folder / "sft").iterdir()
+    )
+
+
+def test_a_dry_run_says_that_the_reference_is_no_second_model(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """And as much of 13B as the page says."""
+    dpo(recipe(folder, folder / "never", dry_run=True, **RANK))
+    remark = "The reference is no second model: the same weights, adapters off, read all comparisons once before the"
+    shown = capsys.readouterr().out
+    assert remark in shown and "memory of a rank" in shown and "Learning rate at step 1" in shown
+    dpo(DpoConfig(model="ziya2-13b", lora=LoraConfig(rank=16), dry_run=True, plan=PlanConfig(1, 79.1)))
+    shown = capsys.readouterr().out
+    (fits,) = (line for line in shown.splitlines() if "it fits the 79.1 GiB that are there" in line)
+    assert remark in shown and fits in (Path(__file__).parents[2] / "docs/dpo.md").read_text()

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from engine.conversion import merge_model
+from engine.dry_run import PlanConfig
 from engine.job import TrainConfig
 from engine.loggers import read_rows
 from engine.loop import CheckpointConfig, EvalConfig
@@ -174,3 +175,16 @@ def test_adapters_learn_at_ten_times_the_rate_of_all_weights(folder: Path, tmp_p
     for name, how, rate in (("whole", {}, 1e-5), ("adapted", {"lora": LoraConfig(rank=4)}, 1e-4)):
         rm(recipe(folder, tmp_path / name, train=TrainConfig(steps=1), optim=OptimConfig(), **how))
         assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["optim"]["lr"] == pytest.approx(rate)
+
+
+def test_one_80_gb_card_will_do_for_13b_as_the_page_says(capsys: pytest.CaptureFixture) -> None:
+    rm(RmConfig(model="ziya2-13b", lora=LoraConfig(rank=16), dry_run=True, plan=PlanConfig(1, 79.1)))
+    shown = capsys.readouterr().out
+    (fits,) = (line for line in shown.splitlines() if "it fits the 79.1 GiB that are there" in line)
+    assert fits in (Path(__file__).parents[2] / "docs/rm.md").read_text()
+    # Two bytes a weight but for the head, a row of d; for each layer 4 adapters on d, d and 3 on d, F.
+    lines = dict(line.split()[:2] for line in shown.splitlines() if line.startswith("  "))
+    trained = 5120 + 40 * 16 * (8 * 5120 + 3 * (5120 + 13824))
+    assert f"adapters of rank 16: {trained:,} are trained" in shown
+    assert float(lines["frozen"]) == pytest.approx(2 * (12_890_040_320 - 5120) / 2**30, abs=0.005)
+    assert float(lines["adapters"]) == pytest.approx(4 * trained / 2**30, abs=0.005)
