@@ -20,6 +20,7 @@ from engine.publish import STATE, publish, require_model
 from engine.shard import fill
 from model.config import PRESETS, Head, ModelConfig, parameter_shapes
 from model.errors import InputError
+from model.fingerprint import fingerprint_weights
 from model.hf import load_config, read_model, write_model
 from model.init import initial_value
 from model.lora import LoraSpec, is_trained, lora_shapes
@@ -216,6 +217,8 @@ def publisher(
     """
 
     ranks = ControlGroup()
+    # Of what was read: whoever trains the base on, while this run goes on, must not pass for it.
+    fingerprint = None if base is None or lora is None else fingerprint_weights(base)
 
     def publish_to(directory: Path, step: int) -> None:
         facts = config if isinstance(config, ModelConfig) else config()
@@ -225,7 +228,7 @@ def publisher(
                 write_model(directory, facts, tensors, dtype)
             else:
                 assert base is not None
-                write_adapter(directory, facts, lora, base, tensors)
+                write_adapter(directory, facts, lora, base, tensors, fingerprint=fingerprint)
             tokenizer.save(directory)
 
         parameters = model.named_parameters()

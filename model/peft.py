@@ -190,6 +190,7 @@ def write_adapter(
     base: Path | str,
     tensors: Iterator[tuple[str, Tensor]],
     dtype: torch.dtype = torch.float32,
+    fingerprint: str | None = None,
 ) -> None:
     """Write a directory that PEFT opens beside the base, and our own tools by itself.
 
@@ -203,6 +204,7 @@ def write_adapter(
         tensors: (our name, full tensor on any device), in the order of `adapter_parameters(config, spec)`; one is held
             at a time.
         dtype: of the written weights: bfloat16, float16 or float32.
+        fingerprint: of the base's weights as they were read; by default of those that it has now.
     Raises:
         InputError: the directory cannot be written, or is the base's own.
     """
@@ -217,7 +219,7 @@ def write_adapter(
         write_safetensors(temporary(files[0]), entries, dtype, pieces)
         assert next(pieces, None) is None, "more tensors than parameters"
         facts = config_to_hf(config, str(dtype).removeprefix("torch."))
-        write_json(temporary(files[1]), {**facts, BASE_FINGERPRINT: fingerprint_weights(base)})
+        write_json(temporary(files[1]), {**facts, BASE_FINGERPRINT: fingerprint or fingerprint_weights(base)})
         write_json(temporary(files[2]), spec_to_peft(spec, config, whole, str(base.absolute())))
 
 

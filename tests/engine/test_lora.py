@@ -5,27 +5,37 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine.building import publisher
 from engine.guard import Guard, GuardConfig
-from engine.lora import LoraConfig, adapter_rate
+from engine.lora import FrozenBase, LoraConfig, adapter_rate, stand_on
 from engine.memory import Setup, plan
 from engine.mesh import ParallelConfig, start
 from engine.optim import AdamW, OptimConfig
+from engine.publish import require_model
 from engine.shard import fill, local, parallelize
 from engine.step import next_token_loss, train_step
 from model.config import PRESETS, ModelConfig, parameter_shapes
+from model.errors import InputError
+from model.fingerprint import fingerprint_weights
 from model.heads import CausalLM, ScalarModel
+from model.hf import load_config
 from model.init import initial_value
 from model.lora import LoraSpec, add_lora, lora_shapes
+from model.tokenizer import Tokenizer
 from tests.engine.test_step import LENGTHS, assert_same, pack, small_config
 from tests.model.tiny import LLAMA, batch, causal_lm
 from tests.ranks import run_ranks
+from tests.small_adapter import write_small_adapter
+from tests.small_base import write_small_base
 
 SPEC = LoraSpec(rank=3, alpha=6.0)
 WORDS = replace(SPEC, trained=("embed_tokens", "lm_head"))
@@ -212,6 +222,34 @@ def test_13b_with_adapters_of_rank_16_fits_one_80_gb_card_and_all_of_it_does_not
     adapters = sum(math.prod(shape) for shape in lora_shapes(PRESETS["ziya2-13b"], setup.lora).values())
     assert planned.frozen == 2 * parameters
     assert planned.at_rest.optimizer == 8 * adapters and planned.at_rest.gradients == 4 * adapters
+
+
+def test_a_run_never_takes_the_place_of_what_its_adapters_stand_on(tmp_path: Path) -> None:
+    """Nor of a part: `best` is written anew while the run goes on, and set aside by --resume never."""
+    base = write_small_base(tmp_path / "base")
+    best = write_small_adapter(tmp_path / "run" / "best", base)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for out in ("base", "run", "run/best", "link"):
+        with pytest.raises(InputError, match=r"takes the place of .*, which the adapters stand on"):
+            stand_on(best, "best", str(tmp_path / out))
+    found = stand_on(best, "best", str(tmp_path / "run-2"))
+    assert found == FrozenBase(str(best), fingerprint_weights(best))
+
+
+def test_a_base_that_is_trained_on_meanwhile_is_not_taken_for_the_one_that_was_read(tmp_path: Path) -> None:
+    base = write_small_base(tmp_path / "base")
+    config = load_config(base)
+    model = CausalLM(config)
+    add_lora(model, SPEC)
+    fill(model, first_values(config, SPEC))
+    publish = publisher(model, config, Tokenizer.load(base), "sft", torch.float32, SPEC, base)
+    publish(tmp_path / "before", 1)
+    path = base / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    publish(tmp_path / "after", 2)
+    for run in ("before", "after"):
+        with pytest.raises(InputError, match="are not those that this adapter was trained on"):
+            require_model(tmp_path / run)
 
 
 def test_rank_alone_says_everything() -> None:
