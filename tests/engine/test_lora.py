@@ -53,11 +53,16 @@ def first_values(config: ModelConfig, spec: LoraSpec) -> Any:
 
 
 def train(
-    spec: LoraSpec, replicas: int, precision: str, recompute: str = "none", compile_blocks: bool = False
+    spec: LoraSpec,
+    replicas: int,
+    precision: str,
+    recompute: str = "none",
+    compile_blocks: bool = False,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """A few steps over four packs a step, shared out over however many ranks there are."""
     runtime = start(ParallelConfig(replicas=replicas))
-    config = small_config(tied=False)
+    config = small_config(tied=tied)
     with torch.device("meta"):
         model = CausalLM(config)
     add_lora(model, spec)
@@ -99,6 +104,21 @@ def test_several_processes_equal_one(spec: LoraSpec) -> None:
     assert (one["norm"] > 0.1).any(), "the clip must bite for its norm to be tested"
     many = run_ranks(train, 2, spec, 1, "fp32")
     assert_same(one, many[0], 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_words_that_are_one_matrix_are_trained_once_by_embedding_and_head(precision: str) -> None:
+    (one,) = run_ranks(train, 1, WORDS, 1, precision, "none", False, True)
+    assert set(one["weights"]) == {*lora_shapes(small_config(tied=True), SPEC), "model.embed_tokens.weight"}
+    assert one["dtypes"]["model.embed_tokens.weight"] == "torch.float32"
+    if precision == "fp32":
+        assert_same(one, run_ranks(train, 2, WORDS, 1, precision, "none", False, True)[0], 1e-5)
+
+
+def test_ranks_that_hold_nothing_of_a_thin_adapter_train_with_the_others() -> None:
+    spec = LoraSpec(1, 2.0, targets=("o_proj", "down_proj"))
+    (one,) = run_ranks(train, 1, spec, 1, "fp32")
+    assert_same(one, run_ranks(train, 4, spec, 1, "fp32")[0], 1e-5)
 
 
 def test_sharded_replicas_equal_one_process() -> None:
