@@ -109,6 +109,11 @@ def stored_bytes(config: ModelConfig, setup: Setup, is_frozen: bool) -> int:
     return _Planner(config, setup, is_frozen).stored
 
 
+def master_bytes(config: ModelConfig, setup: Setup) -> int:
+    """A rank's fp32 masters of what is trained; its moments take twice as much."""
+    return _Planner(config, setup).masters
+
+
 @dataclass(frozen=True)
 class _Unit:
     """Parameters that FSDP gathers, and whose gradients it reduces, all at once; numbers of entries.

@@ -12,6 +12,8 @@ With N parameters of a role, b bytes a computed number and S ranks that share it
     generator b N of the policy, whole, during rollouts
     gradients 4 N / S of the role that is being trained
 
+A role that trains adapters is frozen but for these: b N / S, and N counts them in the masters, moments and gradients.
+
 What a role at work takes beside that is `engine.memory`'s, so the plan holds as far as those do.
 """
 
@@ -25,9 +27,9 @@ from functools import cached_property
 
 import torch
 
-from engine.memory import RESERVED_BYTES, USABLE_SHARE, Moment, Setup, plan, reading, stored_bytes
+from engine.memory import RESERVED_BYTES, USABLE_SHARE, Moment, Setup, master_bytes, plan, reading, stored_bytes
 from engine.memory_heads import FP32
-from model.config import ModelConfig, parameter_shapes
+from model.config import ModelConfig, parameter_shapes, projections
 from model.generate import PREFILL_TOKENS
 from model.kv_cache import PAGE, SHARE, page_bytes, pages_for
 
@@ -56,7 +58,7 @@ class RolesSetup:
     sampler: whose weights the generator takes: the policy's.
     roles: policy and critic (trained), reference and reward, by name, as far as they are there.
     step: of forward passes, whoever makes them: tokens of a micro-batch, longest prompt with its answer, processes,
-        precision, recompute; `loss` is set here.
+        precision, recompute, and what is trained of a role in training; `loss` is set here.
     rows: answers that a rank decodes at once.
     answers: of an iteration, over all ranks.
     cache_bytes: for keys and values; None for the generator's share of what is left.
@@ -173,7 +175,8 @@ def plan_roles(setup: RolesSetup) -> RolesPlan:
     for name, title in readers.items():
         if name in roles:
             # Only words have log-probabilities; a head of one number is known by its config.
-            moments = reading(roles[name].config, replace(step, loss="logprob"), not roles[name].is_trained)
+            role = roles[name]
+            moments = reading(role.config, replace(_own(role, step), loss="logprob"), not role.is_trained)
             phases.append(_phase(setup, title, name, moments))
     for name in ("policy", "critic"):
         if name in roles:
@@ -210,12 +213,13 @@ def _rollout(setup: RolesSetup) -> Phase:
     """The generator with all of its weights, at a prefill or while it takes them over."""
     config, step = setup.sampler, setup.step
     tokens = min(PREFILL_TOKENS, setup.rows * step.context)
-    whole = replace(step, tokens_per_pack=tokens, world=1, replicas=1, loss="logprob")
+    whole = replace(step, tokens_per_pack=tokens, world=1, replicas=1, loss="logprob", lora=None)
     block, _ = reading(config, whole, is_frozen=True)
     largest = step.number_bytes * max(math.prod(shape) for shape in parameter_shapes(config).values())
     parts = _resting(setup, at_work=None)
     parts[GENERATOR] = _generator(setup)
-    parts[GATHERED] = 2 * largest  # one at a time, and as the ranks' parts of it come in
+    # One at a time, and as the ranks' parts of it come in; or with the product of its adapters.
+    parts[GATHERED] = max(2 * largest, _merging(config, step))
     parts[ACTIVATIONS] = block.activations
     parts[HEAD] = 2 * FP32 * setup.rows * config.vocab_size  # logits of the rows that decode, and a copy to draw from
     return Phase("rollout", parts)
@@ -226,7 +230,10 @@ def _resting(setup: RolesSetup, at_work: str | None) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, role in setup.roles.items():
         if role.is_trained:
-            parts[f"{name}: fp32 weights"] = _stored(role, setup.step)
+            masters = master_bytes(role.config, setup.step)
+            if setup.step.lora is not None:
+                parts[f"{name}, frozen"] = _stored(role, setup.step) - masters
+            parts[f"{name}: fp32 weights"] = masters
             if at_work is not None or not role.is_on_host:
                 parts[f"{name}: moments"] = _waiting(role, setup.step)
         elif name == at_work or not role.is_on_host:
@@ -234,14 +241,36 @@ def _resting(setup: RolesSetup, at_work: str | None) -> dict[str, int]:
     return parts
 
 
+def _own(role: Role, step: Setup) -> Setup:
+    """The setup of a role: what is frozen has no adapters."""
+    return step if role.is_trained else replace(step, lora=None)
+
+
 def _stored(role: Role, step: Setup) -> int:
-    return stored_bytes(role.config, step, not role.is_trained)
+    return stored_bytes(role.config, _own(role, step), not role.is_trained)
 
 
 def _waiting(role: Role, step: Setup) -> int:
     """What can wait in host memory: a trained role's moments, a frozen one's weights."""
-    stored = _stored(role, step)
-    return 2 * stored if role.is_trained else stored
+    return 2 * master_bytes(role.config, step) if role.is_trained else _stored(role, step)
+
+
+def _merging(config: ModelConfig, step: Setup) -> int:
+    """What the largest `model.lora.merged` of a module holds: its weight, the parts that are done, and the next one's
+    sum in fp32, beside its weight where that is narrower; or all parts, and what they are joined to. And a tensor of
+    the module behind it, which tells that it is complete."""
+    if step.lora is None:
+        return 0
+    b, most, stacked = step.number_bytes, 0, projections(config)
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if name.endswith(".weight")}
+    for (name, shape), behind in zip(shapes.items(), [*list(shapes.values())[1:], (0,)], strict=True):
+        parts = stacked.get(name.split(".")[-2], {})
+        if any(step.lora.present(parts)):
+            rows, last = sum(parts.values()), max(parts.values())
+            in_fp32 = FP32 * last * (2 if b < FP32 else 1)
+            own = shape[1] * max(b * (2 * rows - last) + in_fp32, 3 * b * rows)
+            most = max(most, own + b * math.prod(behind))
+    return most
 
 
 def _generator(setup: RolesSetup) -> int:

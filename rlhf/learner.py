@@ -232,11 +232,12 @@ class Learner:
         return self.config.train.micro_batch_tokens
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state that is tensors, by name; loading fills them in place."""
+        """All state that is tensors, by name; loading fills them in place. Frozen weights are no state."""
         named: dict[str, Tensor] = {}
         for role, trained in (("policy", self.roles.policy), ("critic", self.roles.critic)):
             if trained is not None:
-                own = {f"model.{name}": parameter.detach() for name, parameter in trained.model.named_parameters()}
+                learnt = trained.optimizer.parameters
+                own = {f"model.{name}": parameter.detach() for name, parameter in learnt.items()}
                 own |= {**dict(trained.optimizer.state()), "guard.state": trained.guard.state}
                 named |= {f"{role}.{name}": tensor for name, tensor in own.items()}
         return named

@@ -63,7 +63,7 @@ def _roles(config: PpoConfig, policy: ModelConfig) -> dict[str, Role]:
     if config.ppo.advantage == "gae":
         critic = _size(config.value.model, reward or score)
         roles["critic"] = Role(replace(critic, head="score"), is_trained=True, is_on_host=waits)
-    if config.kl.coef > 0:
+    if config.kl.coef > 0 and not config.reference_is_policy:
         roles["reference"] = Role(_size(config.kl.reference, policy), is_on_host=config.kl.offload)
     if reward is not None:
         roles["reward"] = Role(reward, is_on_host=config.reward.offload)

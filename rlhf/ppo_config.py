@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine.config import check_range
@@ -10,11 +10,13 @@ from engine.guard import GuardConfig
 from engine.job import TrainConfig
 from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig
+from engine.lora import ADAPTER_RATE
 from engine.optim import OptimConfig
 from engine.schedule import ScheduleConfig
 from model.errors import InputError
 from rlhf.sampling_config import HeldOutPromptsConfig, SamplingConfig, SamplingJobConfig
 
+LEARNING_RATE, VALUE_LEARNING_RATE = 1e-6, 9e-6
 Advantage = Literal["gae", "group", "rloo"]
 
 
@@ -97,7 +99,7 @@ class KlConfig:
     horizon: int = 10_000
     """answers over which an adaptive coefficient moves"""
     reference: str | None = None
-    """model directory of the reference; by default the model that training starts from"""
+    """model directory of the reference; by default the model that training starts from, with adapters their base"""
     offload: bool = False
     """the reference waits in host memory while it is not at work"""
 
@@ -191,8 +193,8 @@ class ValueConfig:
 
     model: str | None = None
     """directory it starts from; by default the reward model, else the policy with a head of zeros"""
-    lr: float = 9e-6
-    """peak learning rate"""
+    lr: float | None = None
+    """peak learning rate; by default 9e-6, with adapters ten times that"""
     warmup: int = 0
     """first iterations, in which the critic learns alone"""
     clip: float = 0.2
@@ -263,7 +265,7 @@ class PpoConfig(SamplingJobConfig):
     seed: int = 0
     """of the order of prompts, of sampling and of minibatches"""
     train: PpoTrainConfig = field(default_factory=PpoTrainConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, eps=1e-5, weight_decay=0.0))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, weight_decay=0.0))
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(kind="linear", warmup_ratio=0.0, final_ratio=0.0)
     )
@@ -297,3 +299,23 @@ class PpoConfig(SamplingJobConfig):
             )
         if self.optim.z_loss:
             raise InputError("--optim.z_loss has no meaning here. Leave it at 0.")
+        if self.lora.dropout:
+            raise InputError(
+                f"--lora.dropout is {self.lora.dropout}, but ratios compare the policy with the one that answered, and "
+                "dropout would part the two. Leave it at 0."
+            )
+
+    @property
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the policy with its adapters off, and no model of its own."""
+        is_frozen = self.lora.rank > 0 and not self.lora.train_embeddings
+        return is_frozen and self.kl.coef > 0 and self.kl.reference is None
+
+    def with_rates(self) -> PpoConfig:
+        """With the peak learning rates that were not asked for: of all weights, or of adapters."""
+        times = ADAPTER_RATE if self.lora.rank else 1
+        return replace(
+            self,
+            optim=replace(self.optim, lr=self.optim.lr or times * LEARNING_RATE),
+            value=replace(self.value, lr=self.value.lr or times * VALUE_LEARNING_RATE),
+        )

@@ -17,12 +17,14 @@ from engine.job import (
     STORED,
     StepShape,
     begin_anew,
+    count_parameters,
     describe_model,
     loader_maker,
     resolve_precision,
     resolve_shape,
 )
 from engine.launch import speak
+from engine.lora import stand_on
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
 from model.config import ModelConfig
@@ -50,6 +52,8 @@ def train_ppo(config: PpoConfig) -> None:
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
+    lora = config.lora.spec()
+    bases = {} if lora is None else {"--model": stand_on(base.directory, config.model, config.out)}
     runtime = start(config.parallel)
     shape = ppo_shape(config, base.config, runtime.world)
     with runtime.main_first():
@@ -66,6 +70,9 @@ def train_ppo(config: PpoConfig) -> None:
     rollout = job.rollout(precision, config.rollout.keep)
     scorer = open_scorer(config.reward, job.reward, shape.context, shape.tokens_per_pack, recipe, precision, runtime)
     roles = make_roles(recipe, base, job.model, job.tokenizer, job.template, job.reward, precision, runtime)
+    if lora is not None and roles.critic_base is not None:
+        directory_of = roles.critic_base.directory
+        bases["--value.model"] = stand_on(directory_of, str(directory_of), config.out)
     is_cut = config.ptx.kind == "texts"
     learner = Learner(
         config=recipe,
@@ -85,12 +92,22 @@ def train_ppo(config: PpoConfig) -> None:
         "ppo.advantage": config.ppo.advantage,
         "rollout.temperature": config.rollout.temperature,
         "seed": config.seed,
-        "model": config.model,
+        # What adapters stand on is known by its weights, wherever they lie.
+        "model": None if config.lora.rank else config.model,
+        "lora": config.lora.describe(),
         "kl.reference": config.kl.reference,
         "reward.source": config.reward.source,
     }
-    publish = publisher(roles.policy.model, job.model, job.template.store(job.tokenizer), "ppo", STORED[precision])
-    ppo(learner, Session(learner, recipe, identity, publish))
+    publish = publisher(
+        roles.policy.model,
+        job.model,
+        job.template.store(job.tokenizer),
+        "ppo",
+        STORED[precision],
+        lora,
+        base.directory,
+    )
+    ppo(learner, Session(learner, recipe, identity, publish, bases))
     speak(f"Done: {directory} is a model directory.")
     stop()
 
@@ -137,7 +154,7 @@ def resolve(config: PpoConfig, shape: StepShape, prompts: int) -> PpoConfig:
         context=shape.context,
         micro_batch_tokens=shape.tokens_per_pack,
     )
-    return dataclasses.replace(config, train=train)
+    return dataclasses.replace(config.with_rates(), train=train)
 
 
 def _open_texts(config: PpoConfig, job: SamplingJob) -> Corpus | None:
@@ -155,11 +172,12 @@ def describe_ppo(recipe: PpoConfig, job: SamplingJob, world: int) -> str:
     """What is about to happen, in a few lines."""
     rollout, algorithm = recipe.rollout, recipe.ppo
     return (
-        f"{job.model.num_parameters:,} parameters; {recipe.train.steps:,} iterations of {rollout.prompts:,} prompts, "
-        f"{rollout.samples} answer{'s' if rollout.samples > 1 else ''} each of at most {rollout.max_new_tokens:,} "
-        f"tokens, on {world} process{'es' if world > 1 else ''}.\n"
+        f"{count_parameters(job.model, recipe.lora.spec())}; {recipe.train.steps:,} iterations of "
+        f"{rollout.prompts:,} prompts, {rollout.samples} answer{'s' if rollout.samples > 1 else ''} each of at most "
+        f"{rollout.max_new_tokens:,} tokens, on {world} process{'es' if world > 1 else ''}.\n"
         f"Advantage {algorithm.advantage}, {algorithm.epochs} x {algorithm.minibatches} steps an iteration; peak "
-        f"learning rate {recipe.optim.lr:.2e}; KL x {recipe.kl.coef:g} in the {recipe.kl.place}.\n"
+        f"learning rate {recipe.optim.lr:.2e}; KL x {recipe.kl.coef:g} in the {recipe.kl.place}"
+        f"{', from the policy without its adapters' if recipe.reference_is_policy else ''}.\n"
         f"{len(job.prompts):,} prompts to train on, {len(job.held_out):,} held out. The chat template is "
         f"{job.template.name}."
     )

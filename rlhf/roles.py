@@ -3,6 +3,9 @@
 A frozen model stores what the policy computes with: its weights rounded to the compute dtype, a quarter of the memory
 that a model in training takes for its weights and moments. So a reference that is a copy of the policy agrees with it
 to the bit, and their divergence begins at exactly 0.
+
+Where adapters are trained the policy holds its reference: it reads with the adapters off. The critic has adapters and a
+head of its own beside frozen weights of its own, as it begins as the reward model, whatever size that has.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from model.chat import ChatTemplate
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import CausalLM, ScalarModel
+from model.lora import adapters_off
 from model.tokenizer import Tokenizer, has_tokenizer
 from rlhf.ppo_config import PpoConfig
 from rlhf.reward_model import RewardModel, open_reward_model, require_rows
@@ -93,20 +97,38 @@ class Frozen:
                 self._parking.leave()
 
 
+class WithoutAdapters:
+    """The frozen weights of a model in training, as a reference: nothing is loaded, and nothing is held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    @contextmanager
+    def at_work(self) -> Iterator[nn.Module]:
+        """The model with its adapters off; afterwards nothing of it stays gathered."""
+        try:
+            with torch.no_grad(), adapters_off(self.model):
+                yield self.model
+        finally:
+            free_gathered(self.model)
+
+
 @dataclass(frozen=True)
 class Roles:
     """Who is there. The reward model belongs to the scorer (`rlhf.scores`).
 
     critic: None where advantages need no values.
     reference: None where nothing pulls to it.
+    critic_base: what the critic began as.
     """
 
     policy: Trained
     critic: Trained | None
-    reference: Frozen | None
+    reference: Frozen | WithoutAdapters | None
     moments: Parking | None = None
+    critic_base: Base | None = None
 
-    def at_work(self, role: Frozen) -> Any:
+    def at_work(self, role: Frozen | WithoutAdapters) -> Any:
         """A context with a frozen role's model, on its device."""
         return role.at_work()
 
@@ -140,8 +162,8 @@ def make_roles(
     is_on_gpu = runtime.device.type == "cuda"
     has_critic = config.ppo.advantage == "gae"
 
-    reference = None
-    if config.kl.coef > 0:
+    reference: Frozen | WithoutAdapters | None = None
+    if config.kl.coef > 0 and not config.reference_is_policy:
         other = base
         if config.kl.reference is not None:
             other = find_trained(config.kl.reference, "tools/sft.py", option="--kl.reference")
@@ -157,10 +179,13 @@ def make_roles(
         max(1, config.train.steps - warmup) * steps,
         runtime,
     )
-    critic = None
+    if config.reference_is_policy:
+        reference = WithoutAdapters(policy.model)
+    critic, critic_base = None, None
     if has_critic:
+        critic_base = _critic_base(config, base, model, tokenizer, template, reward)
         critic = _trained(
-            _make_critic(config, base, model, tokenizer, template, reward, precision, runtime),
+            _make_critic(config, critic_base, model, precision, runtime),
             config,
             replace(config.optim, lr=config.value.lr),
             config.train.steps * steps,
@@ -169,7 +194,7 @@ def make_roles(
     moments = None
     if config.rollout.offload_moments and is_on_gpu:
         moments = Parking(lambda: moments_of(policy, critic))
-    return Roles(policy, critic, reference, moments)
+    return Roles(policy, critic, reference, moments, critic_base)
 
 
 def moments_of(*trained: Trained | None) -> Iterator[Tensor]:
@@ -186,31 +211,33 @@ def _trained(model: nn.Module, config: PpoConfig, optim: OptimConfig, steps: int
     return Trained(model, AdamW(model, optim), Guard(config.guard, runtime.device), rate)
 
 
-def _make_critic(
+def _critic_base(
     config: PpoConfig,
     base: Base,
     model: ModelConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     reward: RewardModel | None,
-    precision: Precision,
-    runtime: Runtime,
-) -> nn.Module:
-    """From the reward model, in whatever size it has; else from a language model, with a head of zeros: V is 0."""
+) -> Base:
+    """The reward model, in whatever size it has; else a language model."""
     if config.value.model is not None:
         found = find_trained(config.value.model, "tools/rm.py", None, option="--value.model")
-        if found.config.head == "score":
-            reward = open_reward_model(config.value.model, tokenizer, template, model.vocab_size)
-        else:
+        if found.config.head == "lm":
             _check_ids(found, tokenizer, model, "--value.model")
-            reward, base = None, found
-    if reward is not None:
-        shape = reward.config.with_context(model.rope_length)
-        return make_model(NormalisedScore, shape, config, Base(reward.config, reward.directory), precision, runtime)
+            return found
+        reward = open_reward_model(config.value.model, tokenizer, template, model.vocab_size)
+    return base if reward is None else Base(reward.config, reward.directory)
+
+
+def _make_critic(
+    config: PpoConfig, base: Base, model: ModelConfig, precision: Precision, runtime: Runtime
+) -> nn.Module:
+    """With the head of the reward model that it begins as; as a language model with a head of zeros: V is 0."""
     shape = dataclasses.replace(base.config.with_context(model.rope_length), head="score")
     critic = make_model(NormalisedScore, shape, config, base, precision, runtime)
-    with torch.no_grad():
-        local(critic.score.weight).zero_()
+    if base.config.head == "lm":
+        with torch.no_grad():
+            local(critic.score.weight).zero_()
     return critic
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.mesh import Runtime
 from engine.publish import gather_full
@@ -23,6 +23,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.generate import Completion, Generator, Request
 from model.kv_cache import page_bytes, pages_for
+from model.lora import LoraSpec, merged
 from model.sampling import SamplingOptions, row_seed
 from model.tokenizer import Tokenizer
 from rlhf.prompts import Prompt
@@ -40,6 +41,7 @@ class Rollout:
         context: the longest prompt with its answer.
         rows, cache_bytes: see `Generator`.
         keep: hold weights, cache and graphs between rollouts, instead of freeing them.
+        lora: of the policy's adapters, which the generator takes over merged.
 
     Attributes:
         seconds: of the last rollout, by part: weights, generation, exchange.
@@ -59,6 +61,7 @@ class Rollout:
         rows: int = 64,
         cache_bytes: int | None = None,
         keep: bool = False,
+        lora: LoraSpec | None = None,
     ) -> None:
         needed = (1 + pages_for(context)) * page_bytes(config, dtype)
         if cache_bytes is not None and cache_bytes < needed:
@@ -70,7 +73,7 @@ class Rollout:
         self.generator: Generator | None = None
         self._config, self._tokenizer, self._stop_ids = config, tokenizer, tuple(stop_ids)
         self._seed, self._dtype, self._context, self._keep = seed, dtype, context, keep
-        self._rows, self._cache_bytes = rows, cache_bytes
+        self._rows, self._cache_bytes, self._lora = rows, cache_bytes, lora
         self._version: int | None = None  # of the weights that the generator holds
 
     def collect(
@@ -152,7 +155,8 @@ class Rollout:
                 context=self._context,
             )
         if self._version != version:
-            self.generator.load(gather_full(policy.named_parameters(), self._dtype, everywhere=True))
+            tensors: Iterator[tuple[str, Tensor]] = gather_full(policy.named_parameters(), self._dtype, everywhere=True)
+            self.generator.load(tensors if self._lora is None else merged(tensors, self._config, self._lora))
             self._version = version
         return self.generator
 

@@ -59,6 +59,7 @@ class SamplingJob:
             rows=self.config.rollout.rows,
             cache_bytes=self.config.rollout.cache_bytes,
             keep=keep,
+            lora=self.config.lora.spec(),
         )
 
     def first_prompt(self) -> str:

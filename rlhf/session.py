@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from engine.checkpoint import Checkpointer
 from engine.launch import DivergedError, StoppedError, speak
 from engine.loggers import RunLog
 from engine.loop import require_same_run
+from engine.lora import FrozenBase, require_same_base
 from engine.metrics import peak_memory_bytes
 from engine.signals import StopSignals
 from engine.watchdog import Watchdog
@@ -58,13 +59,20 @@ class Session:
         config: the resolved recipe, kept beside the model.
         identity: what a checkpoint must share with this run to be its own, by name.
         publish: writes the policy as a model directory, after so many iterations; a collective.
+        bases: what adapters stand on, by the option that names it.
     """
 
     def __init__(
-        self, learner: Learner, config: PpoConfig, identity: dict[str, Any], publish: Callable[[Path, int], None]
+        self,
+        learner: Learner,
+        config: PpoConfig,
+        identity: dict[str, Any],
+        publish: Callable[[Path, int], None],
+        bases: Mapping[str, FrozenBase] | None = None,
     ) -> None:
         assert config.train.steps is not None
         self._learner, self._config, self._identity, self._publish = learner, config, identity, publish
+        self._bases = bases or {}
         self._runtime, self._iterations = learner.runtime, config.train.steps
         self.directory = Path(config.out)
         self._checkpointer = Checkpointer(
@@ -219,6 +227,7 @@ class Session:
         """All state that is no tensor."""
         return {
             "identity": self._identity,
+            "bases": {option: asdict(base) for option, base in self._bases.items()},
             "progress": asdict(self._progress),
             "limits": dict(self._limits.counts),
             "learner": self._learner.numbers(),
@@ -231,6 +240,8 @@ class Session:
             return self._learner.begin()
         trainer = self._checkpointer.load(step, self._learner.tensors())
         require_same_run(self.directory, trainer["identity"], self._identity, step, self._iterations, "iterations")
+        for option, base in self._bases.items():
+            require_same_base(self.directory, trainer["bases"].get(option), base, option)
         self._learner.begin(trainer["learner"])
         self._progress = Progress(**trainer["progress"])
         self._limits.counts = trainer["limits"]

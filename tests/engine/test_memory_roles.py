@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,15 +15,18 @@ from engine.memory_roles import Role, RolesSetup, plan_roles
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import ParallelConfig
 from engine.optim import AdamW, OptimConfig
-from engine.shard import parallelize
+from engine.shard import Precision, parallelize
 from model import kv_cache
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.heads import CausalLM, ScalarModel
 from model.kv_cache import PAGE, KVCache, count_pages, free_memory
+from model.lora import LoraSpec, add_lora, lora_shapes, merged
+from tests.engine.live_bytes import LiveBytes
 from tests.engine.test_memory import SMALL, silent_ranks, storage_bytes
 
 H100, H200 = int(79.1 * GIB), int(139.8 * GIB)
 STEP = Setup(512, 256, world=8, micro_batches=2)
+ADAPTERS = LoraSpec(2, 4.0, trained=("score",))
 
 
 def four_roles(config: ModelConfig, on_host: tuple[str, ...] = ()) -> dict[str, Role]:
@@ -43,6 +47,8 @@ def held(role: Role, setup: Setup) -> tuple[int, int]:
             model.model.to(torch.bfloat16)
             if isinstance(model, CausalLM) and model.lm_head is not None:
                 model.lm_head.to(torch.bfloat16)
+        if role.is_trained and setup.lora is not None:
+            add_lora(model, setup.lora)
     with silent_ranks(setup) as runtime, FakeTensorMode(allow_non_fake_inputs=True):
         parallelize(model, runtime, ParallelConfig(), setup.precision, "none")
         moments = 0
@@ -52,14 +58,17 @@ def held(role: Role, setup: Setup) -> tuple[int, int]:
         return storage_bytes(iter(model.parameters())), moments
 
 
-@pytest.mark.parametrize("setup", [STEP, Setup(512, 256, world=4, precision="fp32")])
+WHOLE = Setup(512, 256, world=4, precision="fp32")
+
+
+@pytest.mark.parametrize("setup", [STEP, WHOLE, replace(STEP, lora=ADAPTERS), replace(WHOLE, lora=ADAPTERS)])
 def test_every_phase_holds_what_the_roles_hold(setup: Setup) -> None:
     roles = four_roles(SMALL)
     for phase in plan_roles(RolesSetup(SMALL, roles, setup)).at_work:
         for name, role in roles.items():
             weights, moments = held(role, setup)
             if role.is_trained:
-                assert phase.parts[f"{name}: fp32 weights"] == weights
+                assert phase.parts[f"{name}: fp32 weights"] + phase.parts.get(f"{name}, frozen", 0) == weights
                 assert phase.parts[f"{name}: moments"] == moments
             else:
                 assert phase.parts[f"{name}, frozen"] == weights
@@ -76,6 +85,26 @@ def test_generator_and_its_cache_are_counted_to_the_byte(monkeypatch: pytest.Mon
     assert planned.cached_tokens(device_bytes) == (pages - 1) * PAGE
     cache = KVCache(SMALL, pages, torch.device("cpu"), torch.bfloat16)
     assert planned.phases(device_bytes)[0].parts["keys and values"] == cache.data.nbytes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_generator_that_takes_over_adapters_holds_a_module_s_sum_beside_it(precision: Precision) -> None:
+    config = replace(SMALL, vocab_size=16)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    shapes = parameter_shapes(config) | lora_shapes(config, ADAPTERS)
+    whole = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    with torch.device("meta"):
+        model = CausalLM(config)
+    add_lora(model, ADAPTERS)
+    with LiveBytes() as live:
+        for _ in merged(((name, whole[name].clone()) for name, _ in model.named_parameters()), config, ADAPTERS):
+            pass
+    setup = replace(STEP, precision=precision, lora=ADAPTERS)
+    planned = plan_roles(RolesSetup(config, four_roles(config), setup)).rollout.parts["gathered weights"]
+    # The plan leaves out the adapters themselves: two matrices, and what is narrower than fp32 once more in that.
+    largest = max(math.prod(shape) for name, shape in shapes.items() if "lora_" in name)
+    adapters = 2 * largest * (dtype.itemsize + (4 if precision == "bf16" else 0))
+    assert planned <= live.peak() <= planned + adapters < 1.03 * planned
 
 
 def test_a_cache_is_no_larger_than_its_rows_can_use() -> None:

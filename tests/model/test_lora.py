@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def adapted(config: ModelConfig, spec: LoraSpec, is_trained: bool = True) -> Cau
     return model
 
 
-def dense(config: ModelConfig, model: CausalLM, spec: LoraSpec) -> CausalLM:
+def dense(config: ModelConfig, model: Any, spec: LoraSpec) -> Any:
     """The same function without adapters, by arithmetic of its own: in float64, projection by projection."""
     parameters = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     scale = spec.alpha / (math.sqrt(spec.rank) if spec.rslora else spec.rank)
-    made = CausalLM(config).to(next(model.parameters()).dtype)
+    made = type(model)(config).to(next(model.parameters()).dtype)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             parts = projections(config).get(name.split(".")[-2], {})
@@ -82,14 +83,22 @@ def test_loss_and_gradients_are_those_of_the_dense_model(dtype: torch.dtype, kin
     assert_close(ours.detach(), theirs.detach())
     ours.backward()
     theirs.backward()
+    check_gradients(model, whole, spec)
+
+
+def check_gradients(model: Any, whole: Any, spec: LoraSpec) -> None:
+    """Those of a model with adapters against those of `dense`."""
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
-        if kind not in ("lora_a", "lora_b"):
+        if not parameter.requires_grad:
             assert parameter.grad is None, name
             continue
         gradient = whole.get_parameter(f"{path}.weight").grad
+        if kind == "weight":
+            assert_close(parameter.grad, gradient)
+            continue
         module = model.get_submodule(path)
-        parts = projections(config)[path.rpartition(".")[2]]
+        parts = projections(model.config)[path.rpartition(".")[2]]
         of_parts = dict(zip(parts, gradient.double().split(list(parts.values())), strict=True))
         present = [part for part in parts if part in spec.targets]
         a = dict(zip(present, module.lora_a.detach().double().split(spec.rank), strict=True))

@@ -42,7 +42,7 @@ def small_recipe(folder: Path, **changes: Any) -> PpoConfig:
     config = PpoConfig(model=str(folder / "sft"), out=str(folder / "ppo"))
     config.reward.source = str(folder / "rm")
     config.train = dataclasses.replace(config.train, steps=3, context=CONTEXT, micro_batch_tokens=2 * CONTEXT)
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes).with_rates()
 
 
 def small_tokenizer(folder: Path) -> tuple[Tokenizer, ChatTemplate]:

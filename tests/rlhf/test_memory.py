@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.dry_run import PlanConfig
 from engine.job import StepShape
+from engine.lora import LoraConfig
 from engine.memory import Moment, Setup, plan, reading
 from engine.memory_heads import FP32
 from engine.memory_roles import Role, RolesSetup, plan_roles
@@ -32,6 +33,7 @@ from rlhf.ppo_config import (
     RolloutConfig,
     ValueConfig,
 )
+from rlhf.ppo_job import train_ppo
 from rlhf.rejection_config import RejectionConfig
 from rlhf.trajectory import Sample, Trajectory
 from rlhf.update import UpdateOptions, update
@@ -154,6 +156,33 @@ def test_a_directory_s_size_is_taken_where_it_is_there(tmp_path: Path) -> None:
     assert roles["reward"].config.num_parameters == SCORE.num_parameters
     assert roles["critic"].config.num_layers == PRESETS["1b"].num_layers
     assert roles["critic"].config.head == "score"
+
+
+def test_13b_with_adapters_of_rank_16_fits_four_80_gb_cards_and_all_of_it_does_not(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for rank, verdict in ((16, "it fits the 79.1 GiB"), (0, "it does not fit the 79.1 GiB")):
+        four = PlanConfig(world=4, device_gib=79.1)
+        train_ppo(PpoConfig(model="ziya2-13b", lora=LoraConfig(rank=rank), dry_run=True, plan=four))
+        assert verdict in (said := capsys.readouterr().out)
+        assert ("reference" in said) == (rank == 0)
+
+
+def test_a_frozen_role_has_no_adapters_and_a_reference_only_where_the_policy_is_none() -> None:
+    config = PpoConfig(plan=NODE, reward=RewardConfig(source="ckpt/none"), lora=LoraConfig(rank=16))
+    planned = plan_ppo(config, BASE, SHAPE)
+    assert list(planned.setup.roles) == ["policy", "critic", "reward"]
+    base = 2 * BASE.num_parameters / 8
+    for phase in planned.at_work:
+        for name in ("policy", "critic", "reward"):
+            assert phase.parts[f"{name}, frozen"] == pytest.approx(base, rel=0.02)
+        assert phase.parts["policy: moments"] == 2 * phase.parts["policy: fp32 weights"] < 0.1 * base
+    named = replace(config, kl=KlConfig(reference="ckpt/none"))
+    assert "reference" in plan_ppo(named, BASE, SHAPE).setup.roles
+    rejection = RejectionConfig(plan=NODE, lora=LoraConfig(rank=16))
+    without = RejectionConfig(plan=NODE)
+    scores = [plan_rejection(one, BASE, SHAPE).at_work[1].parts for one in (rejection, without)]
+    assert scores[0]["reward, frozen"] == scores[1]["reward, frozen"]
 
 
 def test_rejection_sampling_keeps_its_generator_while_the_reward_model_reads() -> None:

@@ -27,7 +27,28 @@ def test_the_reward_may_be_a_directory_or_a_function() -> None:
 def test_adam_is_that_of_the_first_ppo_code() -> None:
     recipe = options()
     assert (recipe.optim.eps, recipe.schedule.kind, recipe.schedule.final_ratio) == (1e-5, "linear", 0.0)
-    assert recipe.optim.lr == 1e-6
+
+
+def test_adapters_learn_ten_times_as_fast_unless_rates_are_given() -> None:
+    def rates(*words: str) -> tuple[float | None, float | None]:
+        resolved = options(*words).with_rates()
+        return resolved.optim.lr, resolved.value.lr
+
+    assert rates() == (1e-6, 9e-6)
+    assert rates("--lora.rank", "16") == pytest.approx((1e-5, 9e-5))
+    assert rates("--lora.rank", "16", "--optim.lr", "3e-4", "--value.lr", "2e-4") == (3e-4, 2e-4)
+
+
+def test_the_reference_is_the_policy_where_adapters_alone_make_the_difference() -> None:
+    adapted = ("--lora.rank", "16")
+    assert options(*adapted).reference_is_policy
+    for words in (
+        (),
+        (*adapted, "--kl.coef", "0"),
+        (*adapted, "--kl.reference", "ckpt/other"),
+        (*adapted, "--lora.train_embeddings", "true"),
+    ):
+        assert not options(*words).reference_is_policy
 
 
 def test_a_reward_that_is_found_late_is_learnt_from_and_what_is_not_finite_is_not() -> None:
@@ -56,6 +77,7 @@ def test_the_estimator_has_the_right_gradient_where_it_stands() -> None:
         ("--kl.place loss --kl.estimator k1", "pulls nowhere in the loss"),
         ("--kl.coef 0 --kl.target 6", "--kl.target steers a coefficient that is 0 and stays 0"),
         ("--kl.coef -1", "--kl.coef is -1.0. Use 0 or more."),
+        ("--lora.rank 8 --lora.dropout 0.1", "--lora.dropout is 0.1, but ratios compare the policy with the one that"),
         ("--ppo.clip 1", "--ppo.clip is 1.0. Use a value below 1"),
         ("--ppo.dual_clip 1", "--ppo.dual_clip is 1.0. Use a value above 1"),
         ("--ppo.lam 1.1", "--ppo.lam is 1.1. Use a value from 0 to 1."),

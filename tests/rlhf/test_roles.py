@@ -60,8 +60,9 @@ def make(
 class Read:
     """What models say of small samples, over the micro-batches of a rank."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.trajectory = runtime, Trajectory.of(small_samples()[1], runtime.device)
+    def __init__(self, runtime: Runtime, trajectory: Trajectory | None = None) -> None:
+        self.runtime = runtime
+        self.trajectory = Trajectory.of(small_samples()[1], runtime.device) if trajectory is None else trajectory
         everybody = np.arange(self.trajectory.num_samples)
         self.slices = micro_batches(self.trajectory, everybody, 2 * CONTEXT, runtime.rank, runtime.world)
 

@@ -119,7 +119,7 @@ def toy(
         checkpoint=CheckpointConfig(every=0),
         log=PpoLogConfig(tensorboard=False, curves=False, samples=0, every=1000),
         **{"limits": LimitsConfig(kl=None, entropy=None, truncated=None), **groups},
-    )
+    ).with_rates()
     config.check()
 
     def judge(prompts: Sequence[Prompt], samples: Sequence[Sample], trajectory: Trajectory, runtime: Runtime) -> Tensor:

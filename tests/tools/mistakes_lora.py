@@ -1,6 +1,6 @@
 """What users get wrong when they train adapters: one mistake a row of docs/errors.md.
 
-Each is played in the folder of `mistakes.py`, where `adapted` is a finished run of adapters on `chat-base`.
+Each is played in the folder of `mistakes_rm.py`, where `adapted` is a finished run of adapters on `chat-base`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tests.tools.mistakes import Mistake, pretrain_new
+from tests.tools.mistakes_ppo import ppo
 from tests.tools.mistakes_sft import sft, sft_new
 
 
@@ -33,5 +34,6 @@ MISTAKES_LORA = {
     "--lora.alpha without --lora.rank": sft_new("--lora.alpha", 32),
     "the checkpoint in --out has other adapters": adapted("--lora.rank", 2, "--lora.alpha", 8),
     "the checkpoint in --out is of adapters, and all weights are to be trained": adapted(),
+    "--lora.dropout in PPO": ppo("--lora.rank", 2, "--lora.dropout", 0.1),
     "the base of a run of adapters has changed": adapted("--lora.rank", 2, spoil=train_its_base_on),
 }
