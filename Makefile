@@ -15,7 +15,7 @@ setup: $(READY)
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[data,logs,eval,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[data,logs,eval,serve,dev]'
 	touch $(READY)
 
 demo: $(READY)

@@ -1,4 +1,4 @@
-"""Editable installation of the engine: `pip install -e .[dev,data,logs,eval] -c constraints.txt`."""
+"""Editable installation of the engine: `pip install -e .[dev,data,logs,eval,serve] -c constraints.txt`."""
 
 from setuptools import find_packages, setup
 
@@ -23,7 +23,8 @@ EXTRAS = {
     "logs": ["tensorboard", "matplotlib"],
     "wandb": ["wandb"],
     "eval": ["sacrebleu", "rouge-score"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "peft", "types-PyYAML"],
+    "serve": ["fastapi", "uvicorn"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "peft", "openai", "types-PyYAML"],
 }
 
 setup(
@@ -33,7 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
-    package_data={"evals": ["*.yaml", "*.jinja", "*.css"]},
+    package_data={"engine.serving": ["*.html"], "evals": ["*.yaml", "*.jinja", "*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -276,15 +276,14 @@ class Generator:
                 self.cancel(number)
             self._pending.clear()
 
-    def add(self, request: Request) -> int:
-        """Queue a request; its number comes back with its events.
+    def check(self, request: Request) -> None:
+        """See whether a request can be answered; safe beside a thread that steps.
 
         Raises:
             InputError: the prompt is empty, leaves no room for an answer, or holds ids that the model does not know;
-                texts cannot be streamed with the tokenizer. Nothing is queued then.
+                no samples are asked for, or stop texts without a tokenizer.
         """
-        assert not self.is_released, "load() weights before requests"
-        prompt = list(request.prompt)
+        prompt = request.prompt
         if not prompt:
             raise InputError("The prompt is empty. Give at least one token, such as the tokenizer's bos token.")
         if len(prompt) >= self.context:
@@ -301,6 +300,16 @@ class Generator:
             raise InputError(f"samples is {request.samples}. Ask for at least 1.")
         if request.options.stop_texts and self.tokenizer is None:
             raise InputError("stop_texts need a tokenizer. Give one, or use stop_ids.")
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its number comes back with its events.
+
+        Raises:
+            InputError: as `check`, or texts cannot be streamed with the tokenizer. Nothing is queued then.
+        """
+        assert not self.is_released, "load() weights before requests"
+        self.check(request)
+        prompt = list(request.prompt)
         number = self._requests
         limit = min(request.options.max_new_tokens, self.context - len(prompt))
         rows = [

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "tools/doctor.py*": "tests/tools/test_doctor.py",
     "tools/evaluate_model.py": "tests/tools/test_evaluate_bundled.py",
     "tools/evaluate_model.py --config configs/paper_evaluation.yaml *": "tests/tools/test_paper_evaluation.py",
+    "tools/serve.py *": "tests/tools/test_serve.py",
     "tools/* --config configs/*/*": "tests/tools/test_recipes.py",
 }
 # No test can run these; why, and what comes nearest.

@@ -1,0 +1,94 @@
+"""Bodies that no client should send: refused in OpenAI's shape, never a 500, and the next request is served."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.serving.limits import Limits
+from tests.engine.serving.live import NAME, Live, served
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+GOOD: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "头晕"}], "max_tokens": 1}
+COMPLETION: dict[str, Any] = {"model": NAME, "prompt": "头晕", "max_tokens": 1}
+BODIES: dict[str, tuple[str, Any]] = {
+    "nothing": (CHAT, b""),
+    "no JSON": (CHAT, b"{"),
+    "no UTF-8": (CHAT, b'{"model": "\xff"}'),
+    "a list": (CHAT, []),
+    "nesting": (CHAT, b"[" * 100_000),
+    "a number of 5000 digits": (CHAT, json.dumps(GOOD)[:-1].encode() + b', "seed": ' + b"9" * 5000 + b"}"),
+    "NaN": (CHAT, {**GOOD, "temperature": float("nan")}),
+    "infinity": (CHAT, {**GOOD, "top_p": float("inf")}),
+    "a text for a number": (CHAT, {**GOOD, "max_tokens": "5"}),
+    "true for a number": (CHAT, {**GOOD, "n": True}),
+    "half a surrogate pair": (CHAT, b'{"model": "small", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+    "no messages": (CHAT, {**GOOD, "messages": []}),
+    "an unknown role": (CHAT, {**GOOD, "messages": [{"role": "tool", "content": "x"}]}),
+    "an image": (CHAT, {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    "an option that is not served": (CHAT, {**GOOD, "logit_bias": {"5": 1}}),
+    "an option whose name is no text": (CHAT, b'{"\\ud800": 1, ' + json.dumps(GOOD)[1:].encode()),
+    "a model whose name is no text": (CHAT, b'{"model": "\\ud800", "messages": 1}'),
+    "an option that may only be off": (CHAT, {**GOOD, "presence_penalty": 0.5}),
+    "no answers": (CHAT, {**GOOD, "n": 0}),
+    "more tokens than may be": (CHAT, {**GOOD, "max_tokens": 10**9}),
+    "an empty stop text": (CHAT, {**GOOD, "stop": ""}),
+    "a seed of 65 bits": (CHAT, {**GOOD, "seed": 2**64}),
+    "a prompt longer than the context": (CHAT, {**GOOD, "messages": [{"role": "user", "content": "头晕" * 500}]}),
+    "no prompts": (TEXT, {**COMPLETION, "prompt": []}),
+    "an empty prompt of ids": (TEXT, {**COMPLETION, "prompt": [[]]}),
+    "ids that the model does not know": (TEXT, {**COMPLETION, "prompt": [2**30]}),
+    "negative ids": (TEXT, {**COMPLETION, "prompt": [-1]}),
+    "ids and texts": (TEXT, {**COMPLETION, "prompt": [1, "x"]}),
+    "log-probabilities in a stream": (TEXT, {**COMPLETION, "stream": True, "logprobs": 1}),
+    "nothing to write": (TEXT, {**COMPLETION, "max_tokens": 0}),
+    "too many log-probabilities": (TEXT, {**COMPLETION, "logprobs": 6}),
+}
+
+
+@pytest.mark.parametrize("what", BODIES)
+def test_it_is_refused_in_a_sentence(live: Live, what: str) -> None:
+    path, body = BODIES[what]
+    status, _, told = live.post(path, body)
+    assert status == 400, told
+    assert told["error"]["type"] == "invalid_request_error" and told["error"]["message"].endswith(".")
+    assert live.service.load == (0, 0)
+    assert live.post(CHAT, GOOD)[0] == 200
+
+
+def test_other_paths_methods_and_kinds_are_refused(live: Live) -> None:
+    assert live.post("/v1/embeddings", {})[0] == 404
+    assert live.send("GET", CHAT)[0] == 405
+    assert live.send("POST", CHAT, json.dumps(GOOD).encode(), content_type="text/plain")[0] == 400
+
+
+def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(directory: Path) -> None:
+    with served(directory, limits=Limits(max_body=1000)) as live:
+        status, _, told = live.post(CHAT, b" " * 1001)
+        assert status == 413 and told["error"]["code"] == "request_too_large"
+        parts = [b" " * 500] * 3  # no length is declared
+        assert live.send("POST", CHAT, parts, content_type="application/json")[0] == 413  # type: ignore[arg-type]
+
+
+def test_a_client_that_never_ends_its_body_is_sent_away(directory: Path) -> None:
+    with served(directory, limits=Limits(body_seconds=0.2)) as live:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=60) as connection:
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{{".encode())
+            assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_what_was_served_is_counted(live: Live) -> None:
+    live.post(CHAT, GOOD)
+    live.send("GET", "/nowhere/at/all")
+    status, headers, content = live.send("GET", "/metrics")
+    lines = dict(line.rsplit(" ", 1) for line in content.decode().splitlines() if line[0] != "#")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert int(lines[f'chimed_requests_total{{path="{CHAT}",status="200"}}']) >= 1
+    assert int(lines['chimed_requests_total{path="other",status="404"}']) >= 1
+    assert int(lines["chimed_generated_tokens_total"]) >= 1
+    assert lines["chimed_answers_running"] == lines["chimed_answers_waiting"] == "0"
+    assert lines['chimed_first_token_seconds_bucket{le="+Inf"}'] == lines["chimed_first_token_seconds_count"]
