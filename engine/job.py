@@ -255,8 +255,13 @@ def count_parameters(model: ModelConfig, lora: LoraSpec | None) -> str:
     if lora is None:
         return f"{model.num_parameters:,} parameters"
     shapes = parameter_shapes(model) | lora_shapes(model, lora)
-    trained = sum(math.prod(shape) for name, shape in shapes.items() if is_trained(name, lora))
-    return f"{model.num_parameters:,} parameters, frozen, and adapters of rank {lora.rank}: {trained:,} are trained"
+    trained = {name: math.prod(shape) for name, shape in shapes.items() if is_trained(name, lora)}
+    whole = [name.split(".")[-2] for name in trained if ".lora_" not in name]
+    frozen = f"frozen but for {' and '.join(whole)}" if whole else "frozen"
+    return (
+        f"{model.num_parameters:,} parameters, {frozen}, and adapters of rank {lora.rank}: {sum(trained.values()):,} "
+        "are trained"
+    )
 
 
 def planned_step(config: JobConfig, shape: StepShape) -> Setup:

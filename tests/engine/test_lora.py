@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.building import publisher
 from engine.guard import Guard, GuardConfig
+from engine.job import count_parameters
 from engine.lora import FrozenBase, LoraConfig, adapter_rate, stand_on
 from engine.memory import Setup, plan
 from engine.mesh import ParallelConfig, start
@@ -242,6 +243,21 @@ def test_13b_with_adapters_of_rank_16_fits_one_80_gb_card_and_all_of_it_does_not
     adapters = sum(math.prod(shape) for shape in lora_shapes(PRESETS["ziya2-13b"], setup.lora).values())
     assert planned.frozen == 2 * parameters
     assert planned.at_rest.optimizer == 8 * adapters and planned.at_rest.gradients == 4 * adapters
+
+
+def test_what_is_trained_is_counted_and_what_is_frozen_is_not_said_of_it() -> None:
+
+    def told(spec: LoraSpec | None, **changed: Any) -> str:
+        return count_parameters(replace(LLAMA, **changed), spec)
+
+    adapters, words = (sum(map(math.prod, lora_shapes(LLAMA, SPEC).values())), 2 * LLAMA.vocab_size * LLAMA.hidden_size)
+    total = f"{LLAMA.num_parameters:,} parameters"
+    rank = "and adapters of rank 3"
+    assert told(None) == total
+    assert told(SPEC) == f"{total}, frozen, {rank}: {adapters:,} are trained"
+    assert told(WORDS) == f"{total}, frozen but for embed_tokens and lm_head, {rank}: {adapters + words:,} are trained"
+    assert "frozen but for embed_tokens, and" in told(WORDS, tie_word_embeddings=True)
+    assert "frozen but for score, and" in told(replace(SPEC, trained=("score",)), head="score")
 
 
 def test_a_run_never_takes_the_place_of_what_its_adapters_stand_on(tmp_path: Path) -> None:
