@@ -102,19 +102,20 @@ def stand_on(directory: Path | None, model: str, out: str) -> FrozenBase:
         directory: of a model, or of an adapter and so of what the two make; None for a preset.
         model, out: as given, for messages.
     Raises:
-        InputError: fresh weights, which nobody could find again; or the run's own directory or a part of it, such as
-            `best`, which the run would put something else in the place of.
+        InputError: fresh weights, which nobody could find again; or the run's own directory, whose place it takes,
+            or one in it, such as `best`.
     """
     if directory is None:
         raise InputError(
             f"--model {model} is a preset: adapters need trained weights to stand on. Give a model directory, or leave "
             "--lora.rank out."
         )
-    for each in lineage(directory):
-        if each.resolve().is_relative_to(Path(out).resolve()):
+    run = Path(out).resolve()
+    for each in map(Path.resolve, lineage(directory)):
+        if each.is_relative_to(run):
+            is_or_holds = "is" if each == run else "holds"
             raise InputError(
-                f"--out {out} takes the place of {each}, which the adapters stand on. Give the run a directory of its "
-                "own."
+                f"--out {out} {is_or_holds} a model that the adapters stand on. Give the run a directory of its own."
             )
     return FrozenBase(str(directory.absolute()), fingerprint_weights(directory))
 
