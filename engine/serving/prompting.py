@@ -17,7 +17,8 @@ from model.errors import InputError
 from model.generate import Request
 from model.sampling import SamplingOptions, row_seed
 
-Given, Ids = TypeVar("Given"), TypeVar("Ids")
+Given = TypeVar("Given")
+Ids = TypeVar("Ids")
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how long it may be, as at OpenAI."""
 
