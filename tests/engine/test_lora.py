@@ -245,6 +245,23 @@ def test_13b_with_adapters_of_rank_16_fits_one_80_gb_card_and_all_of_it_does_not
     assert planned.at_rest.optimizer == 8 * adapters and planned.at_rest.gradients == 4 * adapters
 
 
+def test_every_option_of_adapters_belongs_to_the_run() -> None:
+    usual = LoraConfig(rank=4)
+    others: dict[str, Any] = {
+        "rank": 5,
+        "alpha": 9.0,
+        "dropout": 0.1,
+        "rslora": True,
+        "targets": ["q_proj"],
+        "train_embeddings": True,
+    }
+    assert others.keys() == vars(usual).keys()
+    assert len({replace(usual, **{name: value}).describe() for name, value in others.items()} | {usual.describe()}) == 7
+    in_order, backwards = (replace(usual, targets=targets) for targets in (["q_proj", "o_proj"], ["o_proj", "q_proj"]))
+    assert in_order.describe() == backwards.describe()
+    assert usual.describe() == replace(usual, alpha=8.0).describe() and LoraConfig().describe() is None
+
+
 def test_what_is_trained_is_counted_and_what_is_frozen_is_not_said_of_it() -> None:
 
     def told(spec: LoraSpec | None, **changed: Any) -> str:
