@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.directories import lineage
 from model.errors import InputError
 from model.hf import load_config, read_model, write_model
 from model.tokenizer import Tokenizer
@@ -25,14 +26,15 @@ def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: s
     """Write to `directory` the model with rows for `new`, and `new` beside it; weights keep their dtype.
 
     Args:
-        model: a model directory trained with `old`.
+        model: a model directory trained with `old`; of an adapter's the merged model is written, in its base's dtype.
         old, new: tokenizers; `new` holds every id of `old`.
     Returns:
         the rows of the new vocabulary: a multiple of 64, and never fewer than before.
     Raises:
         InputError: the model has fewer rows than `old` has ids, or `new` does not extend `old`.
     """
-    if Path(model).resolve() == Path(directory).resolve():
+    read_from = list(lineage(model))
+    if Path(directory).resolve() in map(Path.resolve, read_from):
         raise InputError(
             f"{directory}: the resized model cannot replace the one it is read from. Choose another --out."
         )
@@ -46,6 +48,7 @@ def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: s
     num_rows = max(new.padded_vocab_size, config.vocab_size)
     tensors = read_model(model, config)
     first_name, first = next(tensors)
+    _, stored = next(read_model(read_from[-1], load_config(read_from[-1])))
 
     def resized() -> Iterator[tuple[str, Tensor]]:
         yield first_name, extend_rows(first, rows, old.vocab_size, num_rows)
@@ -54,7 +57,7 @@ def resize_model(model: str | Path, old: Tokenizer, new: Tokenizer, directory: s
             yield name, extend_rows(tensor, rows, old.vocab_size, num_rows) if is_resized else tensor
 
     assert first_name in VOCABULARY_TENSORS
-    write_model(directory, config.with_vocab_size(num_rows), resized(), first.dtype)
+    write_model(directory, config.with_vocab_size(num_rows), resized(), stored.dtype)
     new.save(directory)
     return num_rows
 

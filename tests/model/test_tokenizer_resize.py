@@ -11,10 +11,12 @@ import torch
 from model.config import PRESETS, parameter_shapes
 from model.errors import InputError
 from model.hf import load_config, read_model, write_model
+from model.lora import LoraSpec
 from model.tokenizer import Tokenizer
 from model.tokenizer_extension import extend_tokenizer, extended_rows
 from model.tokenizer_resize import extend_rows, resize_model
 from tests.model.tokenizer_bases import write_llama
+from tests.small_adapter import write_small_adapter
 
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -63,6 +65,25 @@ def test_new_rows_are_means_of_the_pieces_they_replace(
         for row in after[name][new.vocab_size :]:
             torch.testing.assert_close(row, mean)
     assert Tokenizer.load(tmp_path / "new").fingerprint == new.fingerprint
+
+
+def test_an_adapter_is_merged_into_rows_of_its_bases_dtype(
+    tokenizers: tuple[Tokenizer, Tokenizer], tmp_path: Path
+) -> None:
+    """Its own weights are fp32, the embedding among them where that was trained whole."""
+    old, new = tokenizers
+    write_tiny(tmp_path / "base", old.padded_vocab_size, False, torch.bfloat16)
+    spec = LoraSpec(2, 4.0, trained=("embed_tokens", "lm_head"))
+    write_small_adapter(tmp_path / "adapter", tmp_path / "base", spec)
+    resize_model(tmp_path / "adapter", old, new, tmp_path / "new")
+    assert load_config(tmp_path / "new").vocab_size == new.padded_vocab_size
+    merged = dict(read_model(tmp_path / "adapter", load_config(tmp_path / "adapter")))
+    after = dict(read_model(tmp_path / "new", load_config(tmp_path / "new")))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, merged[name].bfloat16()) for name, tensor in after.items() if name not in HEADS)
+    for place in ("adapter", "base"):
+        with pytest.raises(InputError, match=f"{place}: the resized model cannot replace the one it is read from"):
+            resize_model(tmp_path / "adapter", old, new, tmp_path / place)
 
 
 def test_transformers_opens_the_resized_model(tokenizers: tuple[Tokenizer, Tokenizer], tmp_path: Path) -> None:
