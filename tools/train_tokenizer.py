@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.data.sources import ReadOptions, read_texts
 from engine.launch import run, speak
+from engine.publish import require_model
 from model.errors import InputError
 from model.hf import load_config
 from model.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def main(config: TrainTokenizer) -> None:
     if config.extend:
         open_base(config.extend, config.vocab_size)  # before hours of reading
     if config.model:
-        load_config(config.model, "lm")
+        load_config(require_model(config.model), "lm")
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -214,6 +214,14 @@ def test_a_base_with_other_weights_is_refused_and_a_copy_elsewhere_is_not(folder
         require_model(folder / "adapter")
 
 
+def test_a_vocabulary_is_not_extended_on_a_base_with_other_weights(folder: Path) -> None:
+    change_weights(folder / "base" / "model.safetensors", lambda w: w["model.norm.weight"].add_(1))
+    words = ("--data", "texts.jsonl", "--extend", "base", "--vocab_size", 420, "--out", "wider", "--model", "adapter")
+    (ended,) = run_tool("train_tokenizer", *words, cwd=folder)
+    assert ended.code == 2 and "base are not those that this adapter was trained on" in ended.stderr, ended.stderr
+    assert not (folder / "wider").exists()
+
+
 def test_a_base_that_is_not_whole_is_refused(folder: Path) -> None:
     mark_complete(folder / "base", {"model.safetensors": 1}, 1, "pretrain")
     with pytest.raises(InputError, match=r"base/model.safetensors has \d+ bytes where 1 were written"):
