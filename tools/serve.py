@@ -1,4 +1,4 @@
-"""Serve a model directory to OpenAI's clients, with a page to chat on.
+"""Serve a model directory to OpenAI's clients.
 
     python tools/serve.py --model ckpt/ppo --port 8000
 

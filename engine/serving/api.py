@@ -82,10 +82,12 @@ def create_app(
         service.metrics.count("prompt_tokens", sum(len(request.prompt) for request in requests))
         return subscription
 
-    @app.get("/", response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
-        content = files("engine.serving").joinpath("page.html").read_text(encoding="utf-8")
-        return HTMLResponse(content, headers={"Content-Security-Policy": _PAGE_POLICY})
+    page = files("engine.serving").joinpath("page.html")
+    if page.is_file():  # package data: without it there are the paths for programs alone
+
+        @app.get("/", response_class=HTMLResponse)
+        async def show_page() -> HTMLResponse:
+            return HTMLResponse(page.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _PAGE_POLICY})
 
     @app.get("/health")
     async def health() -> JSONResponse:
