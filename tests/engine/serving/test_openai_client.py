@@ -7,6 +7,7 @@ import asyncio
 import openai
 import pytest
 
+from model.sampling import row_seed
 from tests.engine.serving.live import NAME, Alone, Live
 from tests.small_base import FINDINGS
 
@@ -83,6 +84,19 @@ def test_several_prompts_are_answered_in_their_order_streamed_or_not(live: Live,
     for chunk in client.completions.create(prompt=prompts, max_tokens=7, stream=True, **GREEDY):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == expected
+
+
+def test_samples_of_several_prompts_stand_side_by_side(live: Live, alone: Alone) -> None:
+    """The first prompt draws by the seed itself, as it would alone; those behind it by seeds of their own."""
+    prompts = [alone.directory.tokenizer.encode(text) for text in ("头晕", "咳嗽三天")]
+    asked = {"model": NAME, "prompt": prompts, "n": 2, "seed": 3, "temperature": 1.0, "max_tokens": 6}
+    choices = live.client().completions.create(**asked).choices
+    expected = [
+        answer.text
+        for prompt, seed in zip(prompts, (3, row_seed(3, 1)), strict=True)
+        for answer in alone.answers(prompt, 2, seed, temperature=1.0, max_new_tokens=6)
+    ]
+    assert [choice.text for choice in choices] == expected and len(set(expected)) == 4
 
 
 def test_64_clients_at_once_get_the_answers_they_get_alone(live: Live, alone: Alone) -> None:
