@@ -16,6 +16,9 @@ from kernels.vocabulary import chunks, most, padded, runs, workspace
 from model.config import ModelConfig
 
 FP32 = 4
+# Bytes of what is one number a token on a CPU: labels (int64), weights, losses and log-sum-exps of the loss; and in the
+# backward of log-probabilities labels, three gradients, and which tokens count.
+LOSS_ROW, LOGPROB_ROW = 20, 21
 
 Loss = Literal["cross_entropy", "logprob"]
 """What is made of a language model's head: a loss whose gradient the forward pass forms, or log-probabilities."""
@@ -90,6 +93,7 @@ def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "
         return HeadCost(forward, forward, results + stream + copy + total + buffers, b * matrix)
     parts = chunks(tokens, vocabulary, dtype, torch.device(device))
     logits = FP32 * vocabulary * parts[0].stop
+    rows = LOGPROB_ROW * tokens
     is_narrow = b < FP32
     # A product's operands are widened, the weight once for all; at the end the gradients are rounded.
     weight, widened = (FP32 * matrix, FP32 * width * parts[0].stop) if is_narrow else (0, 0)
@@ -101,13 +105,13 @@ def _logprob(config: ModelConfig, tokens: int, b: int, device: Literal["cuda", "
         chunk = FP32 * width * parts[0].stop
         in_chunks = max(2 * logits + chunk, 3 * logits + widened if is_cut else 0)
         in_chunks = max(in_chunks, 2 * logits + stream if is_narrow else 0)
-        return HeadCost(forward, forward, results + weight + FP32 * tokens * width + in_chunks, 0)
+        return HeadCost(forward, forward, results + rows + weight + FP32 * tokens * width + in_chunks, 0)
     gradients = FP32 * (tokens * width + matrix)
     product = FP32 * matrix if is_cut else 0  # this chunk's part of the head's gradient
     # Logits turn into their gradient; a factor each stands beside them, and what the chunk before has left.
     in_chunks = max((3 if is_cut else 2) * logits, 2 * logits + product + widened)
     rounded = 2 * logits + b * matrix if is_narrow else 0
-    backward = weight + gradients + max(in_chunks, rounded)
+    backward = rows + weight + gradients + max(in_chunks, rounded)
     return HeadCost(forward, forward, results + backward - b * matrix, b * matrix)
 
 
@@ -117,7 +121,8 @@ def _cross_entropy(config: ModelConfig, tokens: int, b: int, device: Literal["cu
     stream, matrix = b * tokens * config.hidden_size, config.vocab_size * config.hidden_size
     if device == "cpu":
         parts = chunks(tokens, config.vocab_size, dtype, torch.device("cpu"))
-        return (_frozen_cross_entropy_on_cpu if is_frozen else _cross_entropy_on_cpu)(config, tokens, b, parts)
+        of_all = _frozen_cross_entropy_on_cpu if is_frozen else _cross_entropy_on_cpu
+        return LOSS_ROW * tokens + of_all(config, tokens, b, parts)
     shape = tokens, config.vocab_size, config.hidden_size
     group, chunk = token_groups(*shape, dtype, workspace(torch.device(device)), not is_frozen)
     groups = runs(tokens, group)

@@ -202,8 +202,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # 4.1M parameters: learns the bundled sample on two CPU cores in minutes. Few wide layers and a wide start: drawn with
-    # 0.02, the same weights learn half as much from as many tokens.
+    # 4.1M parameters: learns the bundled sample on two CPU cores in minutes. Few wide layers, drawn wide: drawn with
+    # 0.02, after 300 steps its held-out loss was 2.57 instead of 1.55.
     "tiny": ModelConfig(
         vocab_size=4096,
         hidden_size=256,

@@ -86,8 +86,8 @@ def test_the_table_shows_prompts_and_answers(folder: Path) -> None:
     own = [row for row in rows if not row["held_out"]]
     assert [row["step"] for row in own] == [step for step in (1, 2, 3, 4) for _ in range(8)]
     assert own[0]["prompt"][-1]["role"] == "user" and own[0]["end"] in ("stop", "length")
-    # A score of 5 deviations would be clipped.
-    docked = [row["score"] - (row["end"] == "length") for row in own]
+    # Scores are clipped at 5 deviations, and what has no end costs 1.
+    docked = [min(max(row["score"], -5), 5) - (row["end"] == "length") for row in own]
     assert [row["reward"] for row in own] == pytest.approx(docked)
 
 
