@@ -140,8 +140,11 @@ def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Com
                 yield Comparison(question.id, question.messages, graded)
 
     def complete(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
+        by_kind: dict[str, list[Dialogue]] = {}
         for dialogue in filter(has_full_answer, dialogues):
-            others = [one for one in dialogues if one.kind == dialogue.kind and has_full_answer(one)]
+            by_kind.setdefault(dialogue.kind, []).append(dialogue)
+        for dialogue in filter(has_full_answer, dialogues):
+            others = by_kind[dialogue.kind]
             *prompt, full = dialogue.messages
             texts = replies(dialogue, topics[dialogue.id], scripts[dialogue.kind], others)
             graded = tuple(Response(text, likeness(dialogue.kind, full.content, text)) for text in texts)
