@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from engine.memory_blocks import BlockTensors
 from engine.memory_heads import FP32, head_cost
 from engine.memory_setup import Setup as Setup
-from model.config import ModelConfig, parameter_shapes
-from model.lora import is_trained, lora_shapes
+from engine.units import Unit, all_shapes, block_unit, root_unit, score_unit, trained_shapes, unit_of
+from model.config import ModelConfig
 
 INT64 = 8
 # What holds no tensor: on a GPU the CUDA context, the libraries' workspaces and NCCL's buffers, on a CPU the
@@ -114,40 +114,8 @@ def master_bytes(config: ModelConfig, setup: Setup) -> int:
     return _Planner(config, setup).masters
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """Parameters that FSDP gathers, and whose gradients it reduces, all at once; numbers of entries.
-
-    size: as they are.
-    padded: with every rank's rows padded to rank 0's.
-    last: of the last parameter.
-    """
-
-    size: int
-    padded: int
-    last: int
-
-
-def _unit(shapes: list[tuple[int, ...]], setup: Setup) -> _Unit:
-    sizes = [math.prod(shape) for shape in shapes]
-    padded = [math.ceil(rows / setup.shards) * setup.shards * math.prod(rest) for rows, *rest in shapes]
-    return _Unit(sum(sizes), sum(padded), sizes[-1] if sizes else 0)
-
-
-# The parameters of a block, and those of its last product.
-_BLOCK, _LAST = "model.layers.0.", "model.layers.0.mlp.down_proj."
-
-
-def _learns(name: str, setup: Setup) -> bool:
-    return setup.lora is None or is_trained(name, setup.lora)
-
-
-def _of_block(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [shape for name, shape in shapes.items() if name.startswith(_BLOCK)]
-
-
-def _of_root(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [shape for name, shape in shapes.items() if not name.startswith(("model.layers.", "score."))]
+# The last product of a block.
+_LAST = "model.layers.0.mlp.down_proj."
 
 
 class _Planner:
@@ -157,14 +125,12 @@ class _Planner:
         self.config, self.setup, self.is_frozen = config, setup, is_frozen
         self.b = setup.number_bytes
         self.layers = config.num_layers
-        shapes = parameter_shapes(config)
-        if setup.lora is not None:
-            shapes |= lora_shapes(config, setup.lora)
-        trained = {name: shape for name, shape in shapes.items() if not is_frozen and _learns(name, setup)}
-        self.block, self.root = _unit(_of_block(shapes), setup), _unit(_of_root(shapes), setup)
-        self.trained_block, self.trained_root = _unit(_of_block(trained), setup), _unit(_of_root(trained), setup)
+        shapes = all_shapes(config, setup)
+        trained = {} if is_frozen else trained_shapes(shapes, setup)
+        self.block, self.root = block_unit(shapes, setup), root_unit(shapes, setup)
+        self.trained_block, self.trained_root = block_unit(trained, setup), root_unit(trained, setup)
         # The head of one number is a unit of its own, in fp32.
-        self.score = _unit([shapes["score.weight"]], setup).padded if config.head == "score" else 0
+        self.score = score_unit(shapes, setup).padded
         self.is_embedding_trained = "model.embed_tokens.weight" in trained
         self.matrix = config.vocab_size * config.hidden_size  # the embedding; also the head
         self.stream = self.b * setup.tokens_per_pack * config.hidden_size  # [T, d]
@@ -176,7 +142,7 @@ class _Planner:
         self.frozen = self.b * (self.layers * self.block.padded + self.root.padded - in_training) // setup.shards
         self.masters = FP32 * (in_training + self.score) // setup.shards
         self.stored = self.frozen + self.masters
-        self.of_down_proj = _unit([shape for name, shape in trained.items() if name.startswith(_LAST)], setup).size
+        self.of_down_proj = unit_of((shape for name, shape in trained.items() if name.startswith(_LAST)), setup).size
 
     def moments(self) -> tuple[Moment, ...]:
         in_blocks: list[Moment] = []
@@ -329,7 +295,7 @@ class _Planner:
         is_added = not self.setup.is_wrapped and self.setup.micro_batches > 1  # into those of an earlier pack
         return 0 if is_added else self.b * self.of_down_proj
 
-    def _in_reduction(self, unit: _Unit) -> int:
+    def _in_reduction(self, unit: Unit) -> int:
         """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last."""
         forgotten = self.b * unit.last if self.setup.shards > 1 else 0
         return FP32 * unit.padded + max(self.b * unit.size, FP32 * unit.padded // self.setup.shards + forgotten)
