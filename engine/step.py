@@ -160,8 +160,9 @@ def train_step(
     replicas = runtime.mesh.size(0) if runtime.mesh.ndim == 2 else 1
     totals = torch.zeros(2 + runtime.world, dtype=torch.float64, device=runtime.device)
     totals[0] = grad_norm(optimizer.local_gradients()).double() / replicas
-    totals[1] = float(wants_stop)
-    totals[2 + runtime.rank] = busy_seconds
+    # Filled in and not assigned: what is assigned to one element is copied from the host, which waits for it.
+    totals[1].fill_(float(wants_stop))
+    totals[2 + runtime.rank].fill_(busy_seconds)
     totals = runtime.sum(torch.cat([totals, sums]))
     squared, votes = totals[:2].unbind()
     _, busy, (reported, count), shown = totals.tensor_split([2, 2 + runtime.world, 4 + runtime.world])
