@@ -7,6 +7,7 @@ docs/serving.md tells more.
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from engine.chatting import DISCLAIMER
 from engine.config import check_range
 from engine.launch import run, speak
 from engine.model_directory import ModelDirectory
-from engine.serving.auth import is_loopback
+from engine.serving.auth import host_name, is_loopback
 from engine.serving.limits import Limits
 from engine.serving.service import GenerationService
 from model.errors import InputError
@@ -45,8 +46,8 @@ class LimitsConfig:
     """answers that may wait for one of max_rows places; beyond that clients are told to come again"""
     body_bytes: int = 1 << 20
     """largest request"""
-    body_seconds: float = 30.0
-    """in which a request must have come whole"""
+    client_seconds: float = 30.0
+    """in which a request's head must have come, its body after it, and a client taken something of its answer"""
     shutdown_seconds: float = 60.0
     """what is left to running answers when the server is asked to stop"""
 
@@ -65,6 +66,8 @@ class ServeConfig:
     """0 takes a free one, and says which"""
     token: str | None = None
     """what clients have to show, as OpenAI's api_key"""
+    hosts: list[str] = field(default_factory=list)
+    """names beside localhost by which clients may call the server; any by default where a token is asked for"""
     device: str | None = None
     """cuda, cuda:1 or cpu; by default the GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -78,7 +81,7 @@ class ServeConfig:
 
 
 def main(config: ServeConfig) -> int:
-    uvicorn, create_app = import_server()
+    uvicorn, create_app, server_settings = import_server()
     check(config)
     listener = listen(config.host, config.port)
     directory = ModelDirectory.open(config.model, config.chat.template)
@@ -90,16 +93,9 @@ def main(config: ServeConfig) -> int:
         generator, config.max_rows, config.limits.queue, on_failure=lambda: setattr(server, "should_exit", True)
     )
     asked = config.limits
-    limits = Limits(asked.tokens, asked.body_bytes, asked.body_seconds)
-    app = create_app(service, directory, config.name or config.model, limits, config.token)
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=asked.shutdown_seconds,
-    )
+    limits = Limits(asked.tokens, asked.body_bytes, asked.client_seconds)
+    app = create_app(service, directory, config.name or config.model, limits, config.token, config.hosts)
+    settings = server_settings(app, limits, asked.shutdown_seconds)
     server = uvicorn.Server(settings)
     stopped_by: list[int] = []
     for number in signal.SIGINT, signal.SIGTERM:
@@ -115,25 +111,26 @@ def main(config: ServeConfig) -> int:
     return 130 if signal.SIGINT in stopped_by else 143
 
 
-def import_server() -> tuple[Any, Any]:
-    """(uvicorn, create_app). Raises InputError: they are not installed."""
+def import_server() -> tuple[Any, Any, Any]:
+    """(uvicorn, create_app, server_settings). Raises InputError: they are not installed."""
     try:
         import uvicorn
 
         from engine.serving.api import create_app
+        from engine.serving.connection import server_settings
     except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "fastapi", "pydantic", "starlette"):
+        if error.name not in ("uvicorn", "h11", "fastapi", "pydantic", "starlette"):
             raise
         raise InputError(
             f"Serving needs {error.name}, which is not installed. Install it with pip install -e '.[serve]'."
         ) from None
-    return uvicorn, create_app
+    return uvicorn, create_app, server_settings
 
 
 def check(config: ServeConfig) -> None:
     """See to what can be seen before a model is loaded. Raises InputError."""
     check_range("limits", config.limits, 1, "tokens", "body_bytes")
-    check_range("limits", config.limits, 0, "queue", "body_seconds", "shutdown_seconds")
+    check_range("limits", config.limits, 0, "queue", "client_seconds", "shutdown_seconds")
     if config.max_rows < 1:
         raise InputError(f"--max_rows is {config.max_rows}. Use at least 1.")
     if not 0 <= config.port < 65536:
@@ -141,6 +138,9 @@ def check(config: ServeConfig) -> None:
     token = config.token
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
         raise InputError("--token is empty, or holds more than letters, digits and signs of ASCII. Give another.")
+    for name in config.hosts:
+        if name != host_name(name) or not re.fullmatch(r"[a-z0-9_.:-]+", name):
+            raise InputError(f"--hosts {name}: a name alone is meant. Leave out scheme and port, as in ward.example.")
     if token is None and not is_loopback(config.host):
         raise InputError(
             f"--host {config.host}: others can reach the model there, and nobody asks who they are. Give --token TEXT."

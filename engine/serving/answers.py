@@ -161,8 +161,8 @@ def list_logprobs(
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a text of its own; part of a character as bytes:\\xe4."""
-    data = tokenizer.token_bytes(token)
+    """A token as a text of its own; part of a character as bytes:\\xe4; "" for a row that pads the vocabulary."""
+    data = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
     try:
         return data.decode()
     except UnicodeDecodeError:

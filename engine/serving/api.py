@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
@@ -21,8 +21,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from engine.model_directory import ModelDirectory
+from engine.serving import openapi
 from engine.serving.answers import Answers, sent
-from engine.serving.auth import TokenRequired
+from engine.serving.auth import KnownHosts, TokenRequired
 from engine.serving.errors import ApiError
 from engine.serving.limits import BoundedBodies, Limits
 from engine.serving.metrics import Measured
@@ -41,14 +42,20 @@ _PAGE_POLICY = (
 
 
 def create_app(
-    service: GenerationService, directory: ModelDirectory, name: str, limits: Limits, token: str | None = None
+    service: GenerationService,
+    directory: ModelDirectory,
+    name: str,
+    limits: Limits,
+    token: str | None = None,
+    hosts: Iterable[str] = (),
 ) -> FastAPI:
     """The application.
 
     Args:
         directory: of the model that the service's generator runs.
         name: what clients call the model.
-        token: what they have to show; None lets everybody in.
+        token: what they have to show; None lets everybody in who calls the server by a name of this machine.
+        hosts: further such names; with a token, and none given, any name will do.
     """
     tokenizer, prompter = directory.tokenizer, Prompter(directory, limits)
     created = int(time.time())
@@ -63,8 +70,11 @@ def create_app(
     app.add_middleware(BoundedBodies, limits=limits)
     if token is not None:
         app.add_middleware(TokenRequired, token=token)
+    if token is None or hosts:  # a page from elsewhere knows no token, whatever its name resolves to
+        app.add_middleware(KnownHosts, names=hosts)
     app.add_middleware(Measured, metrics=service.metrics)
     _answer_errors(app)
+    openapi.declare(app)
 
     def subscribe(asked: Sampled, requests: list[GeneratorRequest], **how: Any) -> Subscription:
         if asked.model != name:
@@ -89,20 +99,20 @@ def create_app(
         async def show_page() -> HTMLResponse:
             return HTMLResponse(page.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _PAGE_POLICY})
 
-    @app.get("/health")
+    @app.get("/health", responses=openapi.health())
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok" if service.is_open else "closed"}, 200 if service.is_open else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.errors())
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text(*service.load), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=openapi.ModelList, responses=openapi.errors())
     async def models() -> dict[str, Any]:
         facts = {"id": name, "object": "model", "created": created, "owned_by": "chimed-engine"}
         return {"object": "list", "data": [{**facts, "context_length": service.context}]}
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=openapi.answers(openapi.ChatAnswer))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         requests = [await prompter.chat(asked)]
         answers = Answers("chat.completion", name, requests)
@@ -112,7 +122,7 @@ def create_app(
         await _collect(subscription, answers, request)
         return JSONResponse(answers.chat())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=openapi.answers(openapi.TextAnswer))
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         if asked.stream and (asked.echo or asked.logprobs is not None):
             raise ApiError(400, "echo and logprobs cannot be streamed. Leave out stream.")

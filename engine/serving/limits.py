@@ -14,12 +14,13 @@ class Limits:
     """
     max_tokens: of one answer, also where none is asked for in a conversation.
     max_body: bytes of a request.
-    body_seconds: in which a request must have come whole.
+    client_seconds: in which a request's head must have come, its body after it, and in which a client must take
+        something of what waits for it.
     """
 
     max_tokens: int = 2048
     max_body: int = 1 << 20
-    body_seconds: float = 30.0
+    client_seconds: float = 30.0
 
 
 class BoundedBodies:
@@ -33,9 +34,9 @@ class BoundedBodies:
             await self._app(scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(scope, receive), self._limits.body_seconds)
+            body = await asyncio.wait_for(self._read(scope, receive), self._limits.client_seconds)
         except asyncio.TimeoutError:
-            seconds = f"{self._limits.body_seconds:g} seconds"
+            seconds = f"{self._limits.client_seconds:g} seconds"
             closing = {"connection": "close"}
             await ApiError(408, f"The request did not come whole within {seconds}. Send it again.", None, closing).send(
                 send
@@ -59,9 +60,8 @@ class BoundedBodies:
 
     async def _read(self, scope: Any, receive: Any) -> bytes | None:
         most = self._limits.max_body
-        too_large = ApiError(
-            413, f"The request is larger than {most} bytes. Shorten it.", "request_too_large", {"connection": "close"}
-        )
+        # The connection stays: closed on a client that still sends, it would lose the answer.
+        too_large = ApiError(413, f"The request is larger than {most} bytes. Shorten it.", "request_too_large")
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared[:20]) > most:
             raise too_large

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,23 @@ def alone(directory: Path) -> Alone:
 def live(directory: Path) -> Iterator[Live]:
     with served(directory) as running:
         yield running
+
+
+@pytest.fixture
+def nothing_fails() -> Iterator[None]:
+    """Of servers: neither the application nor a connection has raised."""
+    failures: list[str] = []
+
+    def keep(record: LogRecord) -> bool:
+        if record.levelno >= ERROR:
+            failures.append(record.getMessage())
+        return True
+
+    # Filters, as a server that starts takes handlers away.
+    loggers = [getLogger("uvicorn.error"), getLogger("asyncio")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    yield
+    for logger in loggers:
+        logger.removeFilter(keep)
+    assert failures == []

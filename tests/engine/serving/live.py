@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import uvicorn
 
 from engine.model_directory import ModelDirectory
 from engine.serving.api import create_app
+from engine.serving.connection import server_settings
 from engine.serving.limits import Limits
 from engine.serving.service import GenerationService
 from model.chat import Message
@@ -29,7 +30,7 @@ NAME = "small"
 class Live:
     """A server that runs. gate: while it is closed the generator makes no step."""
 
-    def __init__(self, directory: Path, max_rows: int, max_queue: int, limits: Limits, token: str | None) -> None:
+    def __init__(self, directory: Path, max_rows: int, max_queue: int, limits: Limits, *who: Any) -> None:
         opened = ModelDirectory.open(str(directory))
         self.directory, self.generator = opened, opened.generator(device="cpu", max_rows=max_rows)
         self.gate = threading.Event()
@@ -42,11 +43,11 @@ class Live:
 
         self.generator.step = gated_step  # type: ignore[method-assign]
         self.service = GenerationService(self.generator, max_rows, max_queue)
-        app = create_app(self.service, opened, NAME, limits, token)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
-        self.thread = threading.Thread(target=self.server.run, args=([self._listener],), daemon=True)
+        app = create_app(self.service, opened, NAME, limits, *who)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.server = uvicorn.Server(server_settings(app, limits))
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
         self.thread.start()
 
     def client(self, kind: Any = openai.OpenAI, token: str = "-") -> Any:
@@ -77,9 +78,14 @@ class Live:
 
 @contextmanager
 def served(
-    directory: Path, max_rows: int = 8, max_queue: int = 256, limits: Limits | None = None, token: str | None = None
+    directory: Path,
+    max_rows: int = 8,
+    max_queue: int = 256,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
 ) -> Iterator[Live]:
-    live = Live(directory, max_rows, max_queue, limits or Limits(max_tokens=200), token)
+    live = Live(directory, max_rows, max_queue, limits or Limits(max_tokens=200), token, hosts)
     try:
         yield live
     finally:

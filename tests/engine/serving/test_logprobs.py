@@ -45,3 +45,12 @@ def test_a_prompt_can_be_scored_with_nothing_written(live: Live, alone: Alone) -
     assert answer.choices[0].text == "患者因头晕"
     assert len(answer.choices[0].logprobs.token_logprobs) == len(prompt)
     assert all(3 <= len(top) <= 4 for top in answer.choices[0].logprobs.top_logprobs[1:])
+
+
+def test_rows_that_pad_the_vocabulary_are_scored_too_and_have_no_text(live: Live, alone: Alone) -> None:
+    rows, pieces = alone.generator.config.vocab_size, alone.directory.tokenizer.vocab_size
+    assert rows > pieces
+    for padding in pieces, rows - 1:
+        answer = live.client().completions.create(**{**ASKED, "prompt": [5, padding, 6], "logprobs": 5})
+        lists = answer.choices[0].logprobs
+        assert lists.tokens[1] == "" and len(lists.token_logprobs) == 4
