@@ -33,6 +33,7 @@ class Case:
     products: the instruction that 16-bit matrix products should become, for each architecture.
     is_model: candidates of the launch table are tried on this case; they would do the same on its like.
     work: the least that each pass must move and compute, where that is worth a line in the report.
+    chips: those it is compiled for; numbers of 8 bits are none of sm_80.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Case:
     products: dict[int, str] | None = None
     is_model: bool = False
     work: Works | None = None
+    chips: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audi
     asked: set[Lookup] = set()
     forms: dict[tuple[Case, str, int], list[_Form]] = {}
     for arch in ARCHITECTURES:
-        for case in cases:
+        for case in _of_chip(cases, arch):
             launched, lookups = _launches(case, arch)
             asked.update(lookups)
             for stage, launches in launched.items():
@@ -153,7 +155,7 @@ def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audi
                 for job in these:
                     jobs.setdefault(job.form, job)
     for arch in ARCHITECTURES:
-        for case in cases:
+        for case in _of_chip(cases, arch):
             for job in _trials(case, arch) if case.is_model else ():
                 jobs.setdefault(job.form, job)
     rows = dict(zip(jobs, _compile_all(list(jobs.values()), workers or os.cpu_count() or 1), strict=True))
@@ -163,6 +165,10 @@ def audit_cases(cases: Iterable[Case], workers: int | None = None) -> tuple[Audi
         for reason in _silent(case, arch, [rows[form] for form in of_stage])
     ]
     return Audit(list(rows.values()), silent), asked
+
+
+def _of_chip(cases: Iterable[Case], arch: int) -> Iterable[Case]:
+    return (case for case in cases if arch in case.chips)
 
 
 def _silent(case: Case, arch: int, rows: list[Row]) -> Iterable[str]:

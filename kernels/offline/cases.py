@@ -19,6 +19,7 @@ from kernels.attention import attention
 from kernels.attention.decode import decode_attention
 from kernels.bench import work
 from kernels.cross_entropy import cross_entropy
+from kernels.fp8_linear import fp8_linear
 from kernels.gae import gae
 from kernels.grad_norm import grad_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -44,7 +45,7 @@ def cases() -> Iterator[Case]:
     """
     ops = (
         _norms, _head_norms, _rotary, _swiglu, _attention, _decoding, _cross_entropy, _heads_of_models, _low_rank,
-        _updates, _sampling, _advantages,
+        _eight_bits, _updates, _sampling, _advantages,
     )  # fmt: skip
     for of_op in ops:
         yield from of_op(0)
@@ -282,6 +283,18 @@ def _low_rank(less: int) -> Iterator[Case]:
         yield case(low_rank_linear, (4096,), (True,), 32, dtype)
         for rank in (64, 256):  # no kernel takes part in these gradients
             yield case(torch.no_grad()(low_rank_linear), (4096,), (True,), rank, dtype)
+
+
+def _eight_bits(less: int) -> Iterator[Case]:
+    """Into and out of a feed-forward layer, and of a small model."""
+    T = TOKENS - less
+
+    def arguments(out: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return _empty(T, width, dtype=dtype, grad=True), _empty(out, width, dtype=dtype, grad=True)
+
+    for out, width, dtype in ((22016, 4096, BF16), (4096, 11008, BF16), (384, 128, BF16), (22016, 4096, FP32)):
+        shape, inputs = f"T {T}, {width} to {out}", partial(arguments, out, width, dtype)
+        yield Case("fp8_linear", shape, dtype, width, fp8_linear, inputs, chips=(90,))
 
 
 def _updates(less: int) -> Iterator[Case]:

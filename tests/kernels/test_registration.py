@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
 from kernels.attention import attention
+from kernels.fp8_linear import fp8_linear
 from kernels.linear import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
@@ -41,6 +42,8 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
         ("rms_norm", lambda: (leaf(8, 16), leaf(16, seed=1), 1e-6)),
         ("add_rms_norm", lambda: (leaf(8, 16), leaf(8, 16, seed=2), leaf(16, seed=1), 1e-6)),
         ("swiglu", lambda: (leaf(8, 16),)),
+        ("fp8_linear", lambda: (leaf(8, 16), leaf(32, 16, seed=1), leaf(32, seed=2))),
+        ("fp8_linear_bwd", lambda: (random(8, 32), random(8, 16), None, torch.ones(()), torch.ones(()))),
         ("matmul_nt", lambda: (leaf(8, 16), leaf(5, 16, seed=1))),
         (
             "low_rank_linear",
@@ -73,6 +76,7 @@ def block(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
     heads = linear(y, weight).unflatten(1, (4, 16))
     q, k = rotary(heads, heads, POSITIONS, TABLE, TABLE)
     y = x + attention(q, k, heads, CU, CU, 8, 8).flatten(1)
+    y = y + fp8_linear(y, weight)
     y = low_rank_linear(y, weight.detach(), None, weight[:4], weight[:, :2], 0.5, (40, 24))
     y = torch.cat((swiglu(y), x[:, :32]), dim=1)
     nll, z = linear_cross_entropy(y, weight, TARGETS, z_loss=0.1)
