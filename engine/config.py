@@ -44,6 +44,10 @@ def parse(
         prog: the program's name, for --help.
         aliases: short flags, such as {"data": "data.paths"}.
         default_config: a YAML file read beneath everything else.
+
+    A group of options with a method `settle(config, recipe, named)` is called with the whole configuration, what the
+    YAML files alone make of it, and the names of the options on the command line.
+
     Raises:
         InputError: unknown option, wrong type, missing or malformed file; the message names the remedy.
         SystemExit: after --help or --print_config, code 0.
@@ -57,15 +61,24 @@ def parse(
     places = {name: place for name, place in places.items() if not any(word.startswith(f"--{name}=") for word in words)}
     parser = _build_parser(config_class, prog, default_config)
     _mend_help(parser, fields, aliases or {})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = parser.instantiate(parser.parse_args(words))
-    except InputError:
-        raise
-    except Exception as error:  # jsonargparse raises several kinds; each is a sentence about the user's input
-        raise InputError(_explain(str(error), fields, places)) from None
-    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+    def read(words: Sequence[str]) -> Config:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                values = parser.instantiate(parser.parse_args(words))
+        except InputError:
+            raise
+        except Exception as error:  # jsonargparse raises several kinds; each is a sentence about the user's input
+            raise InputError(_explain(str(error), fields, places)) from None
+        return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+    config = read(words)
+    for group in vars(config).values():
+        if hasattr(group, "settle"):
+            files = [part for at, word in enumerate(words) if word == "--config" for part in words[at : at + 2]]
+            group.settle(config, read(files), {word[2:].partition("=")[0] for word in words})
+    return config
 
 
 def to_yaml(config: Any) -> str:

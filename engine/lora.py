@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.config import check_range
+from engine.launch import speak
 from model.config import ModelConfig
 from model.directories import lineage
 from model.errors import InputError
@@ -35,6 +36,31 @@ class LoraConfig:
     """projections that get an adapter"""
     train_embeddings: bool = False
     """also train the embedding and the head of words whole, as new words need it"""
+
+    def __post_init__(self) -> None:
+        # No option: what `settle` finds.
+        self.of_all_weights: dict[str, float] = {}
+
+    def settle(self, config: Any, recipe: Any, named: Set[str]) -> None:
+        """Set aside the learning rates of a recipe that trains all weights, where the command line asks for adapters.
+
+        Those on the command line hold, and so do those of a recipe that names a rank.
+        """
+        if self.rank == 0 or recipe.lora.rank:
+            return
+        for name in ("optim", "value"):
+            group = getattr(config, name, None)
+            if group is not None and group.lr is not None and f"{name}.lr" not in named:
+                speak(f"The recipe's {name}.lr {group.lr:g} is for all weights; adapters take another (docs/lora.md).")
+                self.of_all_weights[name], group.lr = group.lr, None
+
+    def rate(self, usual: float, group: str = "optim") -> float:
+        """Peak learning rate of what is trained, where none is given.
+
+        Args:
+            usual: the job's own, for all weights. group: of options that it belongs to.
+        """
+        return ADAPTER_RATE * self.of_all_weights.get(group, usual) if self.rank else usual
 
     def check(self) -> None:
         """Raises InputError where a value makes no sense."""

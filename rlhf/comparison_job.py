@@ -35,7 +35,7 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import EvalConfig, Run, train
-from engine.lora import ADAPTER_RATE, FrozenBase, stand_on
+from engine.lora import FrozenBase, stand_on
 from engine.memory_heads import Loss
 from engine.mesh import Runtime
 from engine.optim import AdamW
@@ -204,7 +204,7 @@ def plan_on_comparisons(
 
 def _resolve(config: ComparisonConfig, shape: StepShape, packs: int, lr: float) -> ComparisonConfig:
     steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
-    return resolve_recipe(config, shape, steps, ADAPTER_RATE * lr if config.lora.rank else lr)
+    return resolve_recipe(config, shape, steps, config.lora.rate(lr))
 
 
 def _show_group(comparisons: PreferenceSet, tokenizer: Tokenizer) -> str:

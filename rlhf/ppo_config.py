@@ -10,7 +10,6 @@ from engine.guard import GuardConfig
 from engine.job import TrainConfig
 from engine.loggers import LogConfig
 from engine.loop import CheckpointConfig
-from engine.lora import ADAPTER_RATE
 from engine.optim import OptimConfig
 from engine.schedule import ScheduleConfig
 from model.errors import InputError
@@ -313,9 +312,8 @@ class PpoConfig(SamplingJobConfig):
 
     def with_rates(self) -> PpoConfig:
         """With the peak learning rates that were not asked for: of all weights, or of adapters."""
-        times = ADAPTER_RATE if self.lora.rank else 1
         return replace(
             self,
-            optim=replace(self.optim, lr=self.optim.lr or times * LEARNING_RATE),
-            value=replace(self.value, lr=self.value.lr or times * VALUE_LEARNING_RATE),
+            optim=replace(self.optim, lr=self.optim.lr or self.lora.rate(LEARNING_RATE)),
+            value=replace(self.value, lr=self.value.lr or self.lora.rate(VALUE_LEARNING_RATE, "value")),
         )

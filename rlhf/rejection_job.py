@@ -24,7 +24,7 @@ from engine.job import (
 )
 from engine.launch import speak
 from engine.loop import require_same_identity
-from engine.lora import ADAPTER_RATE, FrozenBase, require_same_base, stand_on
+from engine.lora import FrozenBase, require_same_base, stand_on
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
 from rlhf.draws import Draws
@@ -114,11 +114,10 @@ def describe(config: RejectionConfig, job: SamplingJob, world: int) -> str:
 
 def _resolve(config: RejectionConfig, shape: StepShape) -> RejectionConfig:
     """The recipe with the defaults filled in that all rounds share."""
-    rate = config.optim.lr or LEARNING_RATE * (ADAPTER_RATE if config.lora.rank else 1)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, context=shape.context),
-        optim=dataclasses.replace(config.optim, lr=rate),
+        optim=dataclasses.replace(config.optim, lr=config.optim.lr or config.lora.rate(LEARNING_RATE)),
     )
 
 

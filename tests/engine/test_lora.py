@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,7 @@ def test_every_option_of_adapters_belongs_to_the_run() -> None:
         "targets": ["q_proj"],
         "train_embeddings": True,
     }
-    assert others.keys() == vars(usual).keys()
+    assert others.keys() == {option.name for option in fields(usual)}
     assert len({replace(usual, **{name: value}).describe() for name, value in others.items()} | {usual.describe()}) == 7
     in_order, backwards = (replace(usual, targets=targets) for targets in (["q_proj", "o_proj"], ["o_proj", "q_proj"]))
     assert in_order.describe() == backwards.describe()
