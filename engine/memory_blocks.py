@@ -16,14 +16,15 @@ from model.lora import is_trained
 class BlockTensors:
     """The tensors of one block.
 
-    Where all weights are trained, every product's input is kept for the gradient of its weight. Where adapters are,
-    those of products that have one; and in the first block, whose input no gradient reaches unless the embedding is
-    trained, nothing that would only pass a gradient down.
+    Where all weights are trained, every product's input is kept for the gradient of its weight, or what it is made of
+    again. Where adapters are, those of products that have one; and in the first block, whose input no gradient reaches
+    unless the embedding is trained, nothing that would only pass a gradient down.
     """
 
     def __init__(self, config: ModelConfig, setup: Setup) -> None:
         self.config, self.setup = config, setup
         self.is_input_reached = setup.lora is None or is_trained("model.embed_tokens.weight", setup.lora)
+        self.has_dropout = setup.lora is not None and setup.lora.dropout > 0
         tokens = setup.tokens_per_pack
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
         row = setup.number_bytes * tokens
@@ -36,6 +37,7 @@ class BlockTensors:
             # For attention, which keeps them; the norms of queries and keys keep the product, and the values in it.
             "queries, keys, values": row * (heads + (1 if config.qk_norm else 2) * kv_heads) * width,
             "attention": row * heads * width,
+            "attention, dropped": row * heads * width,  # read by the adapter of o_proj
             "attention's log-sum-exp": FP32 * tokens * heads,
             "o_proj": row * config.hidden_size,
             "stream after attention": row * config.hidden_size,
@@ -55,20 +57,14 @@ class BlockTensors:
         """For the backward pass; sums that only pass through are let go."""
         if self.setup.recompute == "full":
             return self.bytes["input"]
-        if self.setup.recompute == "selective":
-            products = ("qkv_proj", "attention", "attention's log-sum-exp", "o_proj", "gate_up_proj", "down_proj")
-            return self.bytes["input"] + self._sum(products) + sum(self.low_rank.values())
-        return self._sum(self._needed(is_first)) + self._dropped_beside() + sum(self.low_rank.values())
+        return self._sum(self._needed(is_first)) + sum(self.low_rank.values())
 
     def at_work(self, is_first: bool) -> int:
         """When the backward pass has reached the activation function: what is kept or was made again, and gradients."""
         needed = self._needed(is_first) - {"activation"}
-        if self.setup.recompute != "none":
+        if self.setup.recompute == "full":
             needed |= {"input"}
-        kept = self._sum(needed) + self._dropped_beside() + sum(self.low_rank.values()) - self.low_rank["down_proj"]
-        is_torch_product = self.setup.device == "cuda" or self.setup.number_bytes < FP32
-        if self.setup.recompute == "selective" and is_torch_product and not self.low_rank["down_proj"]:
-            kept += self.bytes["down_proj"]  # kept like every product; recomputing ends before it would be taken
+        kept = self._sum(needed) + sum(self.low_rank.values()) - self.low_rank["down_proj"]
         return kept + self._sum(("input", "activation", "gate_up_proj"))  # gradients, each as large as what it is of
 
     def reading(self) -> int:
@@ -81,7 +77,7 @@ class BlockTensors:
         return sum(self.bytes[name] for name in names)
 
     def _needed(self, is_first: bool) -> set[str]:
-        """What the backward pass asks for, of `bytes`."""
+        """What the backward pass asks for, of `bytes`, and does not make again from the rest."""
         is_full = self.setup.lora is None
         reads = {module: is_full or size > 0 for module, size in self.low_rank.items()}
         # What a gradient reaches: the block's input, the queries, the stream behind them, gate and up.
@@ -98,15 +94,22 @@ class BlockTensors:
             "first norm": reads["qkv_proj"],
             **dict.fromkeys(of_queries, are_queries),
             "attention": are_queries or reads["o_proj"],
+            # Dropout gives adapters a copy to read, in place of the original but where that is kept for itself.
+            "attention, dropped": are_queries and self.has_dropout and self.low_rank["o_proj"] > 0,
             "stream after attention": is_stream,
             "second norm's scales": is_stream,
             "second norm": reads["gate_up_proj"],
             "gate_up_proj": are_gates,
             "activation": reads["down_proj"],
         }
+        if self.setup.recompute == "selective":
+            # What an op has made that keeps its own inputs, because a gradient reaches it.
+            made_again = {
+                "first norm": is_input,
+                "queries, keys, values": are_queries and self.config.qk_norm,
+                "attention, dropped": are_queries,
+                "second norm": is_stream,
+                "activation": are_gates,
+            }
+            wanted |= dict.fromkeys((name for name, is_made in made_again.items() if is_made), False)
         return {name for name, is_wanted in wanted.items() if is_wanted}
-
-    def _dropped_beside(self) -> int:
-        """Dropout gives adapters a copy to read; attention's result is kept for itself, too."""
-        has_dropout = self.setup.lora is not None and self.setup.lora.dropout > 0
-        return self.bytes["attention"] if has_dropout and self.low_rank["o_proj"] else 0

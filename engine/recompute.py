@@ -1,6 +1,6 @@
 """Activation checkpointing: keep less in the forward pass, compute it again in the backward pass.
 
-none       everything is kept
+none       everything that the backward pass reads is kept
 selective  products and attention are kept; norms, rotary and activation are computed again, almost free
 full       only each block's input is kept; the block's forward runs twice
 """
@@ -14,6 +14,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kernels.recipes import recipes_kept
+
 Recompute = Literal["none", "selective", "full"]
 _COSTLY = re.compile(
     r"aten::(mm|addmm|bmm)"
@@ -24,15 +26,24 @@ _COSTLY = re.compile(
 )
 
 
-def apply_recompute(blocks: nn.ModuleList, mode: Recompute) -> None:
-    """Wrap each block's `forward`; parameter names stay as they are. Comes before compile and sharding."""
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_costly)
+def apply_recompute(blocks: nn.ModuleList, mode: Recompute, is_compiled: bool = False) -> None:
+    """Wrap each block's `forward`; parameter names stay as they are. Comes before compile and sharding.
+
+    Args:
+        is_compiled: torch.compile comes next. It cannot trace what `kernels.recipes` does; PyTorch's selective
+            checkpointing, slow where every op asks it, is in a graph a mark on each op, and costs a step nothing.
+    """
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        if mode == "full":
+            block.forward = functools.partial(_checkpointed, block.forward)
+        elif mode == "selective" and is_compiled:
+            contexts = functools.partial(create_selective_checkpoint_contexts, _keep_the_costly)
+            block.forward = functools.partial(_checkpointed, block.forward, context_fn=contexts)
+        elif mode == "selective":
+            block.forward = recipes_kept()(block.forward)
+
+
+_checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def _keep_the_costly(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -38,7 +38,7 @@ def parallelize(
             gradient are frozen for good.
     """
     blocks = model.model.layers
-    apply_recompute(blocks, recompute)
+    apply_recompute(blocks, recompute, compile_blocks)
     if compile_blocks:
         for block in blocks:
             # Not `block.compile()`: that would draw the hooks of sharding and timing into the graph.

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, cdiv, chip, launch, next_power_of_2, register_op, use_reference
+from kernels.recipes import offer_recipe
 
 # The widest row: a program of the forward holds one row in registers.
 MAX_COLUMNS = 16384
@@ -396,7 +397,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     if use_reference():
         return rms_norm_reference(x, weight, eps)
-    return _rms_norm_op(x, weight, eps)[0]
+    y = _rms_norm_op(x, weight, eps)[0]
+    offer_recipe((y,), _rms_norm_op, x, weight, eps)
+    return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -417,7 +420,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}")
     if use_reference():
         return add_rms_norm_reference(x, residual, weight, eps)
-    return _add_rms_norm_op(x, residual, weight, eps)[:2]
+    y, total, _ = _add_rms_norm_op(x, residual, weight, eps)
+    offer_recipe((y,), _rms_norm_op, total, weight, eps)
+    return y, total
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, cdiv, launch, next_power_of_2, register_op, use_reference
+from kernels.recipes import offer_recipe
 
 
 def rotary_reference(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,7 +355,9 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) ->
     _check(q, positions, cos, sin)
     if use_reference():
         return rotary_reference(q, k, positions, cos, sin)
-    return _rotary_op(q, k, positions, cos, sin, False)
+    turned = _rotary_op(q, k, positions, cos, sin, False)
+    offer_recipe(turned, _rotary_op, q, k, positions, cos, sin, False)
+    return turned
 
 
 def split_rotary(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backend import accumulation_dtype, cdiv, launch, next_power_of_2, register_op, use_reference
+from kernels.recipes import offer_recipe
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -145,4 +146,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up {tuple(gate_up.shape)} must hold gate and up, so an even number of columns")
     if use_reference():
         return swiglu_reference(gate_up)
-    return _swiglu_op(gate_up)
+    y = _swiglu_op(gate_up)
+    offer_recipe((y,), _swiglu_op, gate_up)
+    return y

@@ -17,30 +17,37 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         log: (name of the op, bytes alive right after it), in order.
+        makers: name of the op that made each storage, by its address.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.log: list[tuple[str, int]] = []
+        self.makers: dict[int, str] = {}
         self._storages: dict[int, StorageWeakRef] = {}
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor, maker: str = "") -> None:
         """Follow a tensor that was made before, too."""
         storage = tensor.untyped_storage()
         known = self._storages.get(storage._cdata)
         if known is None or known.expired():
             self._storages[storage._cdata] = StorageWeakRef(storage)
+            self.makers[storage._cdata] = maker
 
-    def total(self) -> int:
-        """Bytes alive now. FSDP empties storages without freeing them, so their size is asked anew."""
-        total = 0
+    def alive(self) -> dict[int, int]:
+        """Bytes of every storage alive now, by its address. FSDP empties storages without freeing them."""
+        sizes = {}
         for key, reference in list(self._storages.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._storages[key]
             else:
-                total += storage.nbytes()
-        return total
+                sizes[key] = storage.nbytes()
+        return sizes
+
+    def total(self) -> int:
+        """Bytes alive now."""
+        return sum(self.alive().values())
 
     def peak(self) -> int:
         return max(total for _, total in self.log)
@@ -53,6 +60,6 @@ class LiveBytes(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
-                self.add(leaf)
+                self.add(leaf, str(op))
         self.log.append((str(op), self.total()))
         return result

@@ -241,6 +241,17 @@ STEPS = {
     ),
     "adapters of outputs": (SMALL, Setup(512, 256, lora=OUTPUTS)),
     "adapters with dropout": (SMALL, Setup(512, 256, world=2, lora=replace(LORA, dropout=0.1))),
+    "adapters with dropout, selective": (
+        TIED_QWEN3,
+        Setup(512, 256, world=2, recompute="selective", lora=replace(LORA, dropout=0.1)),
+    ),
+    "adapters of outputs, selective": (SMALL, Setup(512, 256, recompute="selective", lora=OUTPUTS)),
+    "adapters of outputs with dropout": (SMALL, Setup(512, 256, lora=replace(OUTPUTS, dropout=0.1))),
+    "adapters of outputs with dropout, selective": (
+        SMALL,
+        Setup(512, 256, recompute="selective", lora=replace(OUTPUTS, dropout=0.1)),
+    ),
+    "adapters and embeddings, selective": (SMALL, Setup(512, 256, world=4, recompute="selective", lora=WORDS)),
     "adapters and embeddings": (
         SMALL,
         Setup(512, 256, world=4, lora=WORDS),

@@ -130,6 +130,15 @@ def test_recomputing_activations_changes_no_bit(recompute: str) -> None:
     assert_same(kept, recomputed, 0.0)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(("world", "replicas", "precision"), [(2, 1, "fp32"), (2, 1, "bf16"), (4, 2, "bf16")])
+def test_nor_does_it_with_weights_that_are_gathered_again_before_a_backward(
+    world: int, replicas: int, precision: str, recompute: str
+) -> None:
+    kept = run_ranks(train, world, False, replicas, precision, "none", 1.0)[0]
+    assert_same(kept, run_ranks(train, world, False, replicas, precision, recompute, 1.0)[0], 0.0)
+
+
 def test_bf16_follows_fp32_and_keeps_fp32_masters() -> None:
     (exact,) = run_ranks(train, 1, True, 1, "fp32", "none", 1.0)
     (half,) = run_ranks(train, 2, True, 1, "bf16", "none", 1.0)[:1]
@@ -193,7 +202,7 @@ def train_compiled(recompute: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks_train_as_plain_ones(recompute: str) -> None:
     (plain,) = run_ranks(train, 1, False, 1, "fp32", "none", 1.0)
     (compiled,) = run_ranks(train_compiled, 1, recompute)
