@@ -12,8 +12,8 @@ backward reads x and W transposed, and dy both ways. On a CPU the products are t
 
 Kept for the backward are x and W as they came, and their largest numbers: what a block keeps is what it keeps without
 8 bits, FSDP may free and gather W as ever, and attention's result, which attention keeps too, is there once. An 8-bit
-x instead would save d + F bytes a token and layer, and cost 3d + F under selective recomputation, where products
-keep their results anyway.
+x instead would save d + F bytes a token and layer, and cost 3d + F under selective recomputation, which computes x
+again or finds it kept by attention.
 
 Traffic in 16 bits, for numbers of x, W and dy: 8, 8 and 6 bytes each, of which 5, 5 and 0 in the forward. That of W is
 paid for every micro-batch. By arithmetic, not by measurement, on an H200 with copies at 4.3 TB/s and products at 790
