@@ -3,7 +3,8 @@
 With S ranks that share a copy of the model, R copies, M micro-batches, b bytes a computed number, and a model of P
 entries of which Q are trained, a rank hands to collectives, a step:
 
-    all-gather       M b P of the forward pass, once more for the backward pass but for the root's; over S ranks
+    all-gather       M b P of the forward pass, once more for the backward pass but for the root's; over S ranks. Where
+                     weights stay gathered b P
     reduce-scatter   M 4 Q, over S ranks: gradients are added up in fp32, and stay sharded between micro-batches
     all-reduce       4 Q / S over R ranks, after the last micro-batch only; and some totals over all ranks
 
@@ -106,11 +107,16 @@ class _Step:
         self.reduced["score"] = FP32 * score_unit(trained, setup).padded
 
     def micro_batch(self, index: int) -> Iterator[Event]:
-        yield from self._forward()
+        # What stays gathered after a forward pass stays so for the whole step.
+        yield from self._forward(is_gathered=index > 0 and not self.setup.reshard_after_forward)
         yield from self._backward(is_last=index == self.setup.micro_batches - 1)
 
-    def _forward(self) -> Iterator[Event]:
+    def _forward(self, is_gathered: bool) -> Iterator[Event]:
         """Each block's weights are fetched while the one before it computes."""
+        if is_gathered:
+            yield from (Compute(f"block {layer}") for layer in range(self.layers))
+            yield Compute("head")
+            return
         yield (root := self._gather("root"))
         yield Wait(root)
         yield (ahead := self._gather("block 0"))

@@ -25,7 +25,7 @@ class ParallelConfig:
     replicas: int = 1
     """groups that each hold a whole sharded model (HSDP); 1 shards over all processes (FSDP)"""
     reshard_after_forward: bool = True
-    """free a block's gathered weights between forward and backward; false trades memory for one gather less"""
+    """free a block's gathered weights after each pass; false trades memory for one gather a step"""
     timeout_minutes: float = 15.0
     """a step, a save or a publication that takes longer ends the run with the stacks of all ranks"""
 
@@ -52,6 +52,11 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share a copy of the model."""
+        return self.mesh.size(self.mesh.ndim - 1)
 
     @property
     def name(self) -> str:
@@ -98,6 +103,7 @@ def start(config: ParallelConfig) -> Runtime:
                 f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}."
             )
         device = torch.device("cuda", local_rank)
+        _let_segments_grow()
         torch.cuda.set_device(device)
     _make_deterministic()
     # Longer than the watchdog's patience, so that it speaks first: it knows the stacks.
@@ -123,6 +129,12 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _let_segments_grow() -> None:
+    """Blocks of changing sizes leave fewer gaps in the allocator's memory. Read at the first allocation."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _make_deterministic() -> None:

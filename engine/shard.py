@@ -9,6 +9,7 @@ and all of a unit is gathered in one dtype. The head of a reward or value model 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +22,18 @@ from engine.recompute import Recompute, apply_recompute
 from model.heads import ScalarModel
 
 Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """What a sharded model does between the micro-batches of a step.
+
+    keeps_weights: what stays gathered after a forward pass stays so until the step's last backward pass.
+    keeps_gradients: they are added up where they are, and reduced once.
+    """
+
+    keeps_weights: bool
+    keeps_gradients: bool
 
 
 def parallelize(
@@ -61,8 +74,9 @@ def parallelize(
         if isinstance(model, ScalarModel):
             full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(model.score, mesh=runtime.mesh, mp_policy=full, reshard_after_forward=False)
-        # The root holds embedding, final norm and the head of words: used first and last, so gathered once a step.
+        # The root holds embedding, final norm and the head of words: used first and last, so gathered once a pass.
         fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
+        model.accumulation = Accumulation(not parallel.reshard_after_forward, runtime.shards == 1)
     model.to_empty(device=runtime.device)
 
 
@@ -97,12 +111,21 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
-    """Reduce over replicas (HSDP) once a step; reduce-scatter within a replica at every micro-batch.
+    """Say of a backward pass whether it is the last one of a step.
 
-    Gradients stay sharded between micro-batches, so accumulation costs no memory.
+    Gradients are reduced over replicas (HSDP) once a step, but scattered within a replica at every micro-batch: they
+    stay sharded, and accumulation costs no memory. A replica of one rank has nothing to scatter. There they pass
+    through FSDP's buffers once a step.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
+        does = model.accumulation
+        assert isinstance(does, Accumulation)
+        if does.keeps_gradients:
+            model.set_requires_gradient_sync(is_last)
+        else:
+            model.set_requires_all_reduce(is_last)
+        if does.keeps_weights:
+            model.set_reshard_after_backward(is_last)
         model.set_is_last_backward(is_last)
 
 
