@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from engine.config import check_range
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
 from engine.dry_run import PlanConfig, planned_device, planned_setup, planned_world, schedule_report
+from engine.fp8 import check_fp8, use_fp8
 from engine.guard import GuardConfig
 from engine.launch import speak
 from engine.loggers import LogConfig
@@ -60,6 +61,8 @@ class TrainConfig:
     """tokens of one optimizer step over all processes; by default 16 times the context"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """compute dtype; weights and reductions stay fp32; auto: bf16 on a GPU, fp32 elsewhere"""
+    fp8: bool = False
+    """products of the blocks in 8 bits, on an H100 or newer; head, norms and attention stay as they are"""
     recompute: Recompute = "none"
     """activation checkpointing"""
     compile: bool = False
@@ -77,6 +80,8 @@ class TrainConfig:
 class JobConfig:
     """What every job can be told; each adds its own data, and defaults of its own."""
 
+    takes_fp8: ClassVar[bool] = False
+    """whether losses with 8-bit products are held to those without; what policies differ by may be too little"""
     model: str
     """Hugging Face model directory"""
     out: str
@@ -105,6 +110,13 @@ class JobConfig:
         for group in dataclasses.fields(self):
             if hasattr(options := getattr(self, group.name), "check"):
                 options.check()
+        if self.train.fp8 and not self.takes_fp8:
+            raise InputError(
+                "--train.fp8 is for pre-training, fine-tuning and reward models: 8 bits are too coarse for what "
+                "policies differ by. Leave it out."
+            )
+        if self.train.fp8 and self.lora.rank:
+            raise InputError("--train.fp8 trains all weights, --lora.rank adapters beside them. Leave out one of them.")
 
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -135,6 +147,8 @@ def resolve_shape(config: TrainConfig, model: ModelConfig, world: int, largest: 
     pack = config.micro_batch_tokens or max(context, 1024, -(-largest // 64) * 64)
     step = config.batch_tokens or -(-16 * context // pack) * pack
     model.with_context(context)  # refuses what the positions and their scaling do not reach
+    if config.fp8:
+        check_fp8(model)
     if pack < context:
         raise InputError(
             f"--train.micro_batch_tokens {pack} cannot hold a document of --train.context {context} tokens. "
@@ -191,6 +205,8 @@ def make_model(
         made = root(model)
     if lora is not None:
         add_lora(made, lora, config.seed)
+    if config.train.fp8:
+        use_fp8(made, runtime.device)
     parallelize(made, runtime, config.parallel, precision, config.train.recompute, config.train.compile)
     fill_from_base(made, model, base, config.seed, runtime, lora)
     return made
@@ -271,6 +287,7 @@ def planned_step(config: JobConfig, shape: StepShape) -> Setup:
         **dataclasses.asdict(shape),
         replicas=config.parallel.replicas,
         precision=config.train.precision,
+        fp8=config.train.fp8,
         recompute=config.train.recompute,
         reshard_after_forward=config.parallel.reshard_after_forward,
         lora=config.lora.spec(),

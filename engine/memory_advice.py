@@ -56,8 +56,9 @@ def describe(memory: MemoryPlan, device_bytes: int | None = None) -> str:
     """
     setup, peak, rest = memory.setup, memory.peak, memory.at_rest
     lines = [
-        f"memory of a rank: {setup.world} process{'es' if setup.world > 1 else ''}, {setup.precision}, "
-        f"{setup.tokens_per_pack:,} tokens a pack, recompute {setup.recompute}",
+        f"memory of a rank: {setup.world} process{'es' if setup.world > 1 else ''}, {setup.precision}"
+        f"{' with 8-bit products' if setup.fp8 else ''}, {setup.tokens_per_pack:,} tokens a pack, "
+        f"recompute {setup.recompute}",
         f"{'GiB':<14}{'at rest':>9}{'peak':>9}   peak: {peak.name}",
     ]
     for category in ("weights", "gradients", "optimizer", "activations", "head", "total"):

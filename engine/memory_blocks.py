@@ -67,6 +67,21 @@ class BlockTensors:
         kept = self._sum(needed) + sum(self.low_rank.values()) - self.low_rank["down_proj"]
         return kept + self._sum(("input", "activation", "gate_up_proj"))  # gradients, each as large as what it is of
 
+    def in_8_bits(self, is_first: bool) -> int:
+        """When the backward pass is in the product of gates, with 8-bit copies of what is multiplied.
+
+        The activation's gradient and what that was made of are gone. Copies of the upstream gradient lie both ways;
+        that of the weight gives way to that of the input when one result is there.
+        """
+        there = self.at_work(is_first) - self._sum(("activation", "gate_up_proj"))
+        if self.setup.recompute == "selective":
+            there += self.bytes["second norm"]  # made again
+        b, tokens, width = self.setup.number_bytes, self.setup.tokens_per_pack, self.config.hidden_size
+        out = 2 * self.config.intermediate_size
+        of_input = 2 * tokens * out + out * width + b * tokens * width
+        of_weight = tokens * (out + width) + b * (tokens + out) * width
+        return there + max(of_input, of_weight)
+
     def reading(self) -> int:
         """At most, in a forward pass that nothing is kept of."""
         queries = ("qkv_proj", "queries, keys, values", "attention", "o_proj")

@@ -19,6 +19,7 @@ class Setup:
     context: the longest document; no pack can be shorter.
     world, replicas: processes, and groups of them that each hold a whole model (HSDP).
     micro_batches: forward passes of one rank in a step; from the second on there are gradients already.
+    fp8: the blocks' products take 8-bit copies, which are there while a product works.
     loss: what a language model's head is asked for.
     device: where the head computes; it sets the size of its chunks.
     lora: what is trained; None for all of a model.
@@ -29,6 +30,7 @@ class Setup:
     world: int = 1
     replicas: int = 1
     precision: Precision = "bf16"
+    fp8: bool = False
     recompute: Recompute = "none"
     reshard_after_forward: bool = True
     micro_batches: int = 1

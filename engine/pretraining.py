@@ -64,6 +64,8 @@ class PretrainConfig(JobConfig):
     """of fresh weights and of the order of documents"""
     data: DataConfig = field(default_factory=DataConfig)
 
+    takes_fp8 = True
+
 
 def default_learning_rate(model: ModelConfig, is_pretrained: bool, is_adapted: bool = False) -> float:
     """3e-4 at width 4096, falling with the root of the width; a tenth of it on trained weights.

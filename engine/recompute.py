@@ -19,7 +19,7 @@ from kernels.recipes import recipes_kept
 Recompute = Literal["none", "selective", "full"]
 _COSTLY = re.compile(
     r"aten::(mm|addmm|bmm)"
-    r"|chimed::(matmul_nt|low_rank_linear|attention)"
+    r"|chimed::(matmul_nt|low_rank_linear|fp8_linear|attention)"
     r"|aten::_scaled_dot_product_(?!\w*backward)\w+"
     r"|torch_attn::_varlen_attn"
     r"|flash_attn\w*::\w*(fwd|forward)"

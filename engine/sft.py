@@ -99,6 +99,8 @@ class SftConfig(JobConfig):
     data: ConversationDataConfig = field(default_factory=ConversationDataConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
 
+    takes_fp8 = True
+
 
 def sft(config: SftConfig) -> None:
     """Run the whole job: prepare what is not prepared, resume or begin, train, publish.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.dropout import dropout
+from kernels.fp8_linear import fp8_linear
 from kernels.linear import linear
 from kernels.low_rank import low_rank_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -50,6 +51,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.low_rank: LowRank | None = None
+        self.is_fp8 = False  # whether the product is one of 8-bit numbers
 
     def add_low_rank(self, rank: int, term: LowRank) -> None:
         """Add adapters of this rank, empty, in the weight's dtype and on its device."""
@@ -62,7 +64,7 @@ class Linear(nn.Module):
         """[T, in] -> [T, out]"""
         term = self.low_rank
         if term is None:
-            return linear(x, self.weight, self.bias)
+            return (fp8_linear if self.is_fp8 else linear)(x, self.weight, self.bias)
         dropped = None
         if term.is_on and term.dropout > 0 and torch.is_grad_enabled():
             assert term.seed is not None

@@ -59,6 +59,8 @@ class RmConfig(ComparisonConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_ratio=0.03))
 
+    takes_fp8 = True
+
     def check(self) -> None:
         """Raises InputError where a value makes no sense by itself, or nothing is left to normalise by."""
         super().check()
