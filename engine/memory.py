@@ -5,7 +5,7 @@ and the largest total is the peak. With N parameters, b bytes a computed number 
 ranks that share a copy of the model:
 
     weights      4 N / S masters; and in b bytes, gathered by FSDP, the root (embedding, final norm, head) for the
-                 whole step and each block while it computes
+                 whole step and each block while it computes, or all of them from the first to the last micro-batch
     gradients    4 N / S; and what a unit needs until it is reduced: its gradients in b bytes, then whole in fp32
     optimizer    8 N / S: two moments
     activations  what the forward keeps for the backward, by recompute mode, and the work of one block
@@ -142,6 +142,8 @@ class _Planner:
         self.frozen = self.b * (self.layers * self.block.padded + self.root.padded - in_training) // setup.shards
         self.masters = FP32 * (in_training + self.score) // setup.shards
         self.stored = self.frozen + self.masters
+        # Blocks whose weights wait for the next micro-batch.
+        self.stay = 0 if setup.reshard_after_forward or setup.micro_batches == 1 else self.layers
         self.of_down_proj = unit_of((shape for name, shape in trained.items() if name.startswith(_LAST)), setup).size
 
     def moments(self) -> tuple[Moment, ...]:
@@ -162,7 +164,8 @@ class _Planner:
 
     def _loss(self) -> Moment:
         """The last chunk of the cross-entropy, when the forward pass has kept all it keeps."""
-        late_buffer = self.b * self.block.padded if self.setup.shards > 1 else 0  # of the last block's gather
+        is_fetched = self.setup.shards > 1 and not self.stay
+        late_buffer = self.b * self.block.padded if is_fetched else 0  # of the last block's gather
         kept_gathered = 0 if self.setup.reshard_after_forward else self.layers
         return self._moment(
             "loss",
@@ -188,7 +191,7 @@ class _Planner:
         is_first = layer == self.layers - 1
         return self._moment(
             f"backward of block {layer}",
-            weights=self._gathered_in_backward(layer) + self._gathered_once(),
+            weights=self._gathered_in_backward(layer) + (0 if self.stay else self._gathered_once()),
             gradients=self._finished(layer + 1) + self._unreduced(is_first) + self._of_down_proj(),
             activations=self._kept(layer) + self.tensors.at_work(is_first=layer == 0),
         )
@@ -212,7 +215,7 @@ class _Planner:
         """The embedding's gradient, beside the head's: with tied weights they are added once both are there."""
         return self._moment(
             "backward of the embedding",
-            weights=self._gathered(0),
+            weights=self._gathered(self.stay),
             gradients=self._finished(0) + self._unreduced(is_first=False) + self.b * self.matrix,
             activations=self.stream,
         )
@@ -221,7 +224,7 @@ class _Planner:
         """The gradients of embedding, final norm and head are summed over ranks."""
         return self._moment(
             "reduction of the root",
-            weights=0,
+            weights=self._gathered(self.stay) if self.stay else 0,
             gradients=self._finished(0) + self._in_reduction(self.trained_root),
         )
 
@@ -268,7 +271,7 @@ class _Planner:
     def _gathered_in_backward(self, layer: int) -> int:
         """The root and the blocks below a layer: all of them if they stayed, or the next one's, fetched ahead."""
         if not self.setup.reshard_after_forward:
-            return self._gathered(layer)
+            return self._gathered(self.stay or layer)
         return self._gathered(1 if self.setup.shards > 1 and layer > 0 else 0)
 
     # Gradients.
@@ -277,7 +280,8 @@ class _Planner:
         """From the step's earlier micro-batches: all gradients, and the last unit's buffer, which FSDP lets go late."""
         if self.setup.micro_batches == 1:
             return 0
-        return self.masters + (FP32 * self._last_reduced() if self.setup.is_wrapped else 0)
+        is_reduced = self.setup.is_wrapped and self.setup.shards > 1
+        return self.masters + (FP32 * self._last_reduced() if is_reduced else 0)
 
     def _last_reduced(self) -> int:
         """Entries of the unit whose gradients are reduced last: the root's, or the first block's."""
@@ -295,7 +299,8 @@ class _Planner:
             return FP32 * self.head.gradient // self.b if self.setup.micro_batches == 1 else 0
         buffer = FP32 * self.trained_block.padded
         if is_first:
-            buffer = FP32 * (self.score or (self._last_reduced() if self.setup.micro_batches > 1 else 0))
+            is_late = self.setup.micro_batches > 1 and self.setup.shards > 1
+            buffer = FP32 * (self.score or (self._last_reduced() if is_late else 0))
         return self.head.gradient + buffer
 
     def _of_down_proj(self) -> int:
@@ -304,7 +309,12 @@ class _Planner:
         return 0 if is_added else self.b * self.of_down_proj
 
     def _in_reduction(self, unit: Unit) -> int:
-        """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last."""
+        """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last.
+
+        Without shards those of several micro-batches are fp32 already, and what was theirs is this rank's part.
+        """
+        if self.setup.shards == 1 and self.setup.micro_batches > 1:
+            return FP32 * unit.padded
         forgotten = self.b * unit.last if self.setup.shards > 1 else 0
         return FP32 * unit.padded + max(self.b * unit.size, FP32 * unit.padded // self.setup.shards + forgotten)
 
