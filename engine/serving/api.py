@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,6 +26,7 @@ from engine.serving.auth import KnownHosts, TokenRequired
 from engine.serving.errors import ApiError
 from engine.serving.limits import BoundedBodies, Limits
 from engine.serving.metrics import Measured
+from engine.serving.page import load_page
 from engine.serving.prompting import Prompter
 from engine.serving.schema import ChatRequest, CompletionRequest, Sampled
 from engine.serving.service import GenerationService, QueueFull, ServiceClosed
@@ -34,11 +34,6 @@ from engine.serving.subscription import Subscription
 from model.errors import InputError
 from model.generate import Event
 from model.generate import Request as GeneratorRequest
-
-_PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 def create_app(
@@ -92,12 +87,11 @@ def create_app(
         service.metrics.count("prompt_tokens", sum(len(request.prompt) for request in requests))
         return subscription
 
-    page = files("engine.serving").joinpath("page.html")
-    if page.is_file():  # package data: without it there are the paths for programs alone
+    page, page_headers = load_page()
 
-        @app.get("/", response_class=HTMLResponse)
-        async def show_page() -> HTMLResponse:
-            return HTMLResponse(page.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _PAGE_POLICY})
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health", responses=openapi.health())
     async def health() -> JSONResponse:
