@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets. H800 and A800 compute as H100 and A100.
-_PEAKS = {
+PEAKS = {
     "A100": 312e12,
     "A800": 312e12,
     "H100 PCIe": 756e12,
@@ -31,8 +31,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = [known for known in _PEAKS if known in name]
-    return _PEAKS[max(found, key=len)] if found else None
+    found = [known for known in PEAKS if known in name]
+    return PEAKS[max(found, key=len)] if found else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
