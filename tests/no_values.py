@@ -8,6 +8,7 @@ started, and everything around them is done, in their Triton face.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -119,3 +120,11 @@ def make(root: type[nn.Module], config: Any, recompute: Recompute = "none") -> t
 
 def step(trained: tuple[nn.Module, AdamW, Guard], objective: Objective, batches: Sequence[Any]) -> None:
     train_step(*trained, objective, batches, NOWHERE, lr=1e-3, wants_stop=True, busy_seconds=0.5)
+
+
+def pinned(batch: Any) -> Any:
+    """A dataclass of tensors, as a loader makes it."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    moved = {name: x.pin_memory() for name, x in values.items() if isinstance(x, Tensor)}
+    nested = {name: pinned(x) for name, x in values.items() if dataclasses.is_dataclass(x)}
+    return dataclasses.replace(batch, **moved, **nested)

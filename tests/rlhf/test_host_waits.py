@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.data.ranked_batch import RankedBatch
 from engine.step import Objective, PendingReport
@@ -22,17 +21,9 @@ from rlhf.trajectory import Trajectory
 from rlhf.update import Trained, UpdateOptions, update
 from tests.engine.test_host_waits import packs
 from tests.model.tiny import LLAMA
-from tests.no_values import DEVICE, NOWHERE, HostWaits, make, step, watched
+from tests.no_values import DEVICE, NOWHERE, HostWaits, make, pinned, step, watched
 from tests.rlhf.ranked_groups import ranked_groups
 from tests.rlhf.trajectories import SCORED, some_samples
-
-
-def pinned(batch: Any) -> Any:
-    """A dataclass of tensors, as a loader makes it."""
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    moved = {name: x.pin_memory() for name, x in values.items() if isinstance(x, Tensor)}
-    nested = {name: pinned(x) for name, x in values.items() if dataclasses.is_dataclass(x)}
-    return dataclasses.replace(batch, **moved, **nested)
 
 
 def comparisons() -> list[RankedBatch]:
