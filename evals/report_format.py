@@ -96,7 +96,8 @@ def _is_count(word: str) -> bool:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers that span [low, high]: steps of 1, 2 or 5 times a power of ten, at most `most` of them."""
-    span = high - low or abs(high) or 1.0
+    span = high - low or abs(high)
+    span = span if span > 1e-300 else 1.0  # of smaller numbers not every part is a number
     step = 10.0 ** math.floor(math.log10(span / most))
     for factor in (1, 2, 5, 10, 20):
         first, last = math.floor(low / (step * factor) + 1e-9), math.ceil(high / (step * factor) - 1e-9)

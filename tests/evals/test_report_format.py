@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from evals.plots import Point, scale_of
@@ -110,6 +110,7 @@ def test_visible_text_keeps_spaces_of_chinese_and_line_ends() -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+@example(5e-324, 0.0)
 def test_ticks_are_few_round_and_span_the_values(low: float, width: float) -> None:
     if 0 < width < 1e-6 * max(1.0, abs(low)):
         return  # closer together than a float can be drawn

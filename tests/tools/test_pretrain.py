@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from engine.data.loader import PackLoader
+from engine.data import loader
 from tests.small_base import small_texts
 from tests.tools.in_child import TOOLS, run_tool
 from tests.tools.small_job import checkpoints, held_out_losses, losses, pretrain, rows, weights, write_small_job
@@ -203,15 +206,17 @@ def test_bf16_trains_and_publishes_bf16(folder: Path) -> None:
     assert json.loads((folder / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+class SlowQueue(queue.Queue):
+    """Whoever takes from it waits, however far ahead others have read."""
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return super().get(*args, **kwargs)
+
+
 def slow_down_reading() -> None:
     """Have every step wait for its data."""
-    read = PackLoader._batches
-
-    def read_slowly(self: PackLoader, packs: list, first: int) -> list:
-        time.sleep(0.2)
-        return read(self, packs, first)
-
-    PackLoader._batches = read_slowly  # type: ignore[method-assign]
+    loader.queue = SimpleNamespace(Queue=SlowQueue, Empty=queue.Empty)
 
 
 def test_speed_is_that_of_each_step_although_its_numbers_are_read_later(folder: Path) -> None:
