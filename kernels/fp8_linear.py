@@ -4,8 +4,9 @@
 
 Q4 and Q5 round to E4M3 and E5M2 with one scale a tensor (`kernels.fp8_cast`); Q passes gradients on as if it were not
 there. Weights and activations need places more than range, gradients range more than places (Micikevicius et al. 2022,
-section 3). Sums are taken in fp32 and results rounded to the dtype of x. Only the forward product may add up with fewer
-places, the tensor core's own: it is cast once more by what follows, while gradients are summed over steps.
+section 3). Results are rounded to the dtype of x. Hopper's tensor core adds 8-bit products up with some 14 bits
+(DeepSeek-AI 2024, section 3.3.2): the forward, whose result the next product rounds anyway, leaves whole sums to it;
+the backward adds up in fp32 what it gives for some of the terms at a time.
 
 On a GPU the products are cuBLAS's, by `torch._scaled_mm`. It wants the rows of both operands along the sum, so the
 backward reads x and W transposed, and dy both ways. On a CPU the products are those of rounded operands.

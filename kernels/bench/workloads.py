@@ -14,6 +14,7 @@ import torch
 from kernels.bench import targets
 from kernels.bench.adapting import low_rank_workload
 from kernels.bench.attending import attention_workload, decode_workload
+from kernels.bench.eight_bits import fp8_linear_workload
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
 from kernels.bench.rowwise import cross_entropy_workload, norm_workload, swiglu_workload
 from kernels.bench.turning import rotary_workload
@@ -93,6 +94,11 @@ def _low_rank_linear(device: torch.device) -> Iterator[Workload]:
                     yield low_rank_workload(8192, columns, sizes, rank, BF16, device)
 
 
+def _fp8_linear(device: torch.device) -> Iterator[Workload]:
+    for columns, out in ((4096, 22016), (11008, 4096), (4096, 12288), (5120, 27392), (13696, 5120)):
+        yield fp8_linear_workload(8192, columns, out, BF16, device)
+
+
 def _attention(device: torch.device) -> Iterator[Workload]:
     tokens = 32768
     aims = (targets.teraflops("forward", 450), targets.teraflops("backward", 330))
@@ -154,6 +160,7 @@ BY_OP = {
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_logprob": _linear_logprob,
     "low_rank_linear": _low_rank_linear,
+    "fp8_linear": _fp8_linear,
     "attention": _attention,
     "decode_attention": _decode_attention,
     "adamw": _adamw,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine.fp8 import use_fp8
 from engine.guard import Guard, GuardConfig
 from engine.memory import Setup, plan
 from engine.mesh import ParallelConfig, Runtime, start, stop
@@ -15,10 +16,12 @@ from engine.optim import AdamW, OptimConfig
 from engine.recompute import Recompute
 from engine.shard import Precision, fill, parallelize
 from engine.step import next_token_loss, train_step
+from kernels.fp8_linear import has_fp8
 from model.batch import IGNORE, PackedBatch
 from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.heads import CausalLM
 from model.init import initial_value
+from tests.kernels.faces import DEVICE
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +50,8 @@ def train(config: ModelConfig, setup: Setup, runtime: Runtime, steps: int) -> li
     """Steps on the same micro-batches, at the precision and recompute mode of the setup; the losses."""
     with torch.device("meta"):
         model = CausalLM(config)
+    if setup.fp8:
+        use_fp8(model, runtime.device)
     parallel = ParallelConfig(reshard_after_forward=setup.reshard_after_forward)
     parallelize(model, runtime, parallel, setup.precision, setup.recompute)
     shapes = parameter_shapes(config)
@@ -61,10 +66,15 @@ def train(config: ModelConfig, setup: Setup, runtime: Runtime, steps: int) -> li
     ]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_loss_falls_and_repeats_bitwise(runtime: Runtime, precision: Precision) -> None:
+has_8_bits = pytest.mark.skipif(not has_fp8(torch.device(DEVICE)), reason="needs a GPU with 8-bit products")
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp8"), [("bf16", False), ("fp32", False), pytest.param("bf16", True, marks=has_8_bits)]
+)
+def test_loss_falls_and_repeats_bitwise(runtime: Runtime, precision: Precision, fp8: bool) -> None:
     config = PRESETS["tiny"]
-    setup = Setup(1024, 256, precision=precision, micro_batches=2)
+    setup = Setup(1024, 256, precision=precision, fp8=fp8, micro_batches=2)
     losses = train(config, setup, runtime, 12)
     assert losses[-1] < losses[0] - 0.5
     assert train(config, setup, runtime, 12) == losses
@@ -82,12 +92,15 @@ def test_recomputing_changes_no_loss(runtime: Runtime, recompute: Recompute) -> 
     ("preset", "setup"),
     [
         ("1b", Setup(8192, 4096)),
+        pytest.param("1b", Setup(8192, 4096, fp8=True), marks=has_8_bits),
         ("1b", Setup(16384, 4096, recompute="selective", micro_batches=2)),
         ("1b", Setup(8192, 4096, recompute="full")),
         ("7b", Setup(4096, 4096, recompute="selective")),
         ("7b", Setup(8192, 4096, recompute="full", micro_batches=2)),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.tokens_per_pack}-{value.recompute}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{value.tokens_per_pack}-{value.recompute}{'-fp8' * value.fp8}"
+    ),
 )
 def test_plan_holds_what_the_device_allocates(runtime: Runtime, preset: str, setup: Setup) -> None:
     config = PRESETS[preset].with_context(setup.context)

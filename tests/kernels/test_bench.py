@@ -15,6 +15,7 @@ from kernels.bench.adapting import low_rank_workload
 from kernels.bench.attending import attention_workload, decode_workload
 from kernels.bench.ceilings import Ceilings, measure_ceilings
 from kernels.bench.clock import CpuClock, Round, Times, race
+from kernels.bench.eight_bits import fp8_linear_workload
 from kernels.bench.head import linear_cross_entropy_workload, linear_logprob_workload
 from kernels.bench.rowwise import cross_entropy_workload, norm_workload, swiglu_workload
 from kernels.bench.turning import rotary_workload
@@ -55,6 +56,13 @@ def test_adapters_are_counted_beside_the_products_of_the_frozen_weight() -> None
     assert counted["forward"] == Work(2 * (10 * 6 + 10 * 7 + 6 * 7 + 2 * 6 + 5 * 2), frozen + thin)
     # dy, x, the weight and the adapters in, their gradients and dx out; du, dB, dA and dx of each adapter
     assert counted["backward"] == Work(2 * (10 * 7 + 2 * 10 * 6 + 6 * 7 + 2 * (2 * 6 + 5 * 2)), frozen + 2 * thin)
+
+
+def test_operations_of_8_bits_count_half() -> None:
+    # 10 tokens, 16 inputs, 32 outputs, 2 operations each.
+    counted = work.fp8_linear_work(10, 16, 32, 2)
+    assert counted["forward"] == Work(2 * (160 + 320 + 512), 10 * 16 * 32)
+    assert counted["backward"] == Work(2 * (320 + 2 * 160 + 2 * 512), 2 * 10 * 16 * 32)
 
 
 def test_attention_counts_visible_pairs_only() -> None:
@@ -268,6 +276,7 @@ def tiny() -> Iterator[Workload]:
     yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=True)
     yield linear_logprob_workload(40, 16, 100, FP32, CPU, with_entropy=False)
     yield low_rank_workload(40, 16, (20, 12), 4, FP32, CPU)
+    yield fp8_linear_workload(40, 16, 48, FP32, CPU)
     yield attention_workload([20, 20], 4, 2, 16, FP32, CPU)
     yield attention_workload([300, 8, 2], 4, 4, 16, FP32, CPU, name="ragged", equal_work=[290])
     yield decode_workload(3, 40, 4, 2, 16, FP32, CPU)

@@ -54,8 +54,8 @@ def test_results_are_the_exact_products_of_rounded_operands(
     place = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
     for ours, true, size, count in zip(run(x, weight, dy), exact, sizes, terms, strict=True):
         assert ours.dtype == dtype and ours.shape == true.shape
-        # The tensor core's own sum, on a GPU and forward alone, has 14 bits at the least.
-        bits = 2**-13 if DEVICE == "cuda" and true is exact[0] else 2**-23
+        # The tensor core's own sums, of all terms forward and of some of them backward, have 14 bits at the least.
+        bits = 2**-13 if DEVICE == "cuda" else 2**-23
         assert ((ours.double() - true).abs() <= place * true.abs() + count * bits * size).all()
 
 
