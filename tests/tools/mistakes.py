@@ -165,6 +165,7 @@ OPTIONS = {
     "an option that does not exist": pretrain("--train.step", 4),
     "a value of the wrong type": pretrain("--train.steps", "many"),
     "a value that is none of the choices": pretrain("--train.precision", "fp16"),
+    "8-bit products of sizes that are no multiples of 16": pretrain_new("--train.fp8"),
     "an option without its value": pretrain("--train.steps"),
     "a word that belongs to no option": Mistake("pretrain", ("data.jsonl",)),
     "a number out of its range": pretrain("--checkpoint.keep", 0),

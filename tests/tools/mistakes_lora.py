@@ -34,6 +34,8 @@ MISTAKES_LORA = {
     "--lora.alpha without --lora.rank": sft_new("--lora.alpha", 32),
     "the checkpoint in --out has other adapters": adapted("--lora.rank", 2, "--lora.alpha", 8),
     "the checkpoint in --out is of adapters, and all weights are to be trained": adapted(),
+    "adapters beside 8-bit products": sft_new("--lora.rank", 2, "--train.fp8"),
+    "8-bit products in PPO": ppo("--train.fp8"),
     "--lora.dropout in PPO": ppo("--lora.rank", 2, "--lora.dropout", 0.1),
     "the base of a run of adapters has changed": adapted("--lora.rank", 2, spoil=train_its_base_on),
 }
