@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 # Two workers suit two cores; `make test WORKERS=8` on a larger machine.
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
 .PHONY: setup demo test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
 
-setup: $(READY)
+setup: $(READY) $(BROWSER)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,10 +19,15 @@ $(READY): setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[data,logs,eval,serve,dev]'
 	touch $(READY)
 
+# For the test of the chat page, which is skipped without.
+$(BROWSER): $(READY)
+	-$(BIN)/python -m tests.browser
+	touch $(BROWSER)
+
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
-test: $(READY)
+test: $(READY) $(BROWSER)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 tests
 
 # The kernels' own tests too: on a GPU they run compiled, and in bf16. One process, for one GPU.

@@ -24,7 +24,18 @@ EXTRAS = {
     "wandb": ["wandb"],
     "eval": ["sacrebleu", "rouge-score"],
     "serve": ["fastapi", "uvicorn"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "peft", "openai", "types-PyYAML"],
+    "dev": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "transformers",
+        "peft",
+        "openai",
+        "playwright",
+        "types-PyYAML",
+    ],
 }
 
 setup(
