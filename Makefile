@@ -9,7 +9,7 @@ BROWSER := $(VENV)/.browser
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
+.PHONY: setup demo demo-lora test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
 
 setup: $(READY) $(BROWSER)
 
@@ -26,6 +26,10 @@ $(BROWSER): $(READY)
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
+
+# And then each stage with adapters of rank 8, beside what training all weights has brought.
+demo-lora: $(READY)
+	$(BIN)/python tools/demo.py --lora
 
 test: $(READY) $(BROWSER)
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 tests

@@ -101,13 +101,14 @@ class LoraConfig:
         return f"rank {spec.rank}, {scale}, {' '.join(spec.targets)}{whole}"
 
 
-def adapter_rate(model: ModelConfig) -> float:
-    """Peak learning rate of adapters: 3e-4 at width 4096, falling with the root of the width.
+def adapter_rate(model: ModelConfig, lora: LoraConfig) -> float:
+    """Peak learning rate of adapters that learn texts or conversations: 3e-4 at width 4096, falling with the root of
+    the width; or what a recipe names for all weights, where that is more.
 
     That is ten times what continued pre-training takes where all weights are trained, the ratio of the best rates that
     Schulman et al. found ("LoRA Without Regret", 2025).
     """
-    return 3e-4 * math.sqrt(4096 / model.hidden_size)
+    return max(3e-4 * math.sqrt(4096 / model.hidden_size), lora.of_all_weights.get("optim", 0.0))
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,11 @@ class PretrainConfig(JobConfig):
     takes_fp8 = True
 
 
-def default_learning_rate(model: ModelConfig, is_pretrained: bool, is_adapted: bool = False) -> float:
+def default_learning_rate(model: ModelConfig, is_pretrained: bool) -> float:
     """3e-4 at width 4096, falling with the root of the width; a tenth of it on trained weights.
 
     Llama 2 (Touvron et al. 2023, table 1) used 3e-4 for 7B and 13B; smaller models bear more.
     """
-    if is_adapted:
-        return adapter_rate(model)
     rate = 3e-4 * math.sqrt(4096 / model.hidden_size)
     return rate / 10 if is_pretrained else rate
 
@@ -165,5 +163,6 @@ def dry_run(config: PretrainConfig, base: Base) -> None:
 
 def _resolve(config: PretrainConfig, base: Base, epoch_tokens: int, shape: StepShape) -> PretrainConfig:
     steps = max(1, math.ceil(config.train.epochs * epoch_tokens / shape.tokens_per_step))
-    rate = default_learning_rate(base.config, base.is_pretrained, is_adapted=config.lora.rank > 0)
+    usual = default_learning_rate(base.config, base.is_pretrained)
+    rate = adapter_rate(base.config, config.lora) if config.lora.rank else usual
     return resolve_recipe(config, shape, steps, rate)

@@ -221,7 +221,7 @@ def read_chat_base(
 
 def _resolve(config: SftConfig, model: ModelConfig, shape: StepShape, packs: int) -> SftConfig:
     steps = max(1, math.ceil(config.train.epochs * packs / shape.packs_per_step))
-    return resolve_recipe(config, shape, steps, adapter_rate(model) if config.lora.rank else LEARNING_RATE)
+    return resolve_recipe(config, shape, steps, adapter_rate(model, config.lora) if config.lora.rank else LEARNING_RATE)
 
 
 def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape) -> str:

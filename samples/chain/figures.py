@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-BANDS = Path(__file__).parent / "bands.yaml"
 MODELS = ("pretrain", "sft", "rejection", "ppo")
 # Column of the table: task of the evaluation, and its metric.
 COLUMNS = {
@@ -31,12 +30,38 @@ class Figure(NamedTuple):
     high: float | None = None
 
 
-def figures(root: Path) -> dict[str, Figure]:
-    """By name: `pretrain.loss` and `sft.loss`, held out, in nats a token; `rm.accuracy`; `<model>.<column>`."""
-    found = {f"{name}.loss": Figure(_last_held_out(root / "ckpt" / name)) for name in ("pretrain", "sft")}
-    report = json.loads((root / "ckpt" / "rm" / "report.json").read_text(encoding="utf-8"))
-    found["rm.accuracy"] = Figure(*report["accuracy"])
-    sections = _evaluation(root)
+class Chain(NamedTuple):
+    """Which figures there are. Names are of folders in ckpt/.
+
+    losses: runs whose last held-out loss is one. judges: reward models.
+    models: as the report names them, in its order. evaluation: where the report lies. bands: the file of its bands.
+    """
+
+    losses: tuple[str, ...]
+    judges: tuple[str, ...]
+    models: tuple[str, ...]
+    evaluation: str
+    bands: Path
+
+
+FULL = Chain(("pretrain", "sft"), ("rm",), MODELS, "evaluation", Path(__file__).parent / "bands.yaml")
+ADAPTERS = Chain(
+    ("sft", "lora-sft"),
+    ("rm", "lora-rm"),
+    ("sft", "lora-sft", "rejection", "lora-rejection", "ppo", "lora-ppo", "dpo", "lora-dpo"),
+    "lora-evaluation",
+    Path(__file__).parent / "lora_bands.yaml",
+)
+"""Each stage with all weights, and with adapters of rank 8."""
+
+
+def figures(root: Path, chain: Chain = FULL) -> dict[str, Figure]:
+    """By name: `sft.loss` and others, held out, in nats a token; `rm.accuracy`; `<model>.<column>`."""
+    found = {f"{name}.loss": Figure(_last_held_out(root / "ckpt" / name)) for name in chain.losses}
+    for name in chain.judges:
+        report = json.loads((root / "ckpt" / name / "report.json").read_text(encoding="utf-8"))
+        found[f"{name}.accuracy"] = Figure(*report["accuracy"])
+    sections = _evaluation(root, chain)
     for column, (task, metric) in COLUMNS.items():
         for entry in sections[task]["entries"]:
             one = next(one for one in entry["metrics"] if one["name"] == metric)
@@ -57,10 +82,10 @@ def answers(root: Path, task: str = "qa", count: int = 5) -> Iterator[tuple[str,
         yield last["shown"], last["gold"], {model: said[model][id]["answer"] for model in MODELS}
 
 
-def gains(root: Path) -> dict[tuple[str, str, str], Figure]:
+def gains(root: Path, chain: Chain = FULL) -> dict[tuple[str, str, str], Figure]:
     """(worse, better, column) -> how far the second is above the first, item by item, with its 95 % interval."""
     found = {}
-    sections = _evaluation(root)
+    sections = _evaluation(root, chain)
     for column, (task, metric) in COLUMNS.items():
         for one in sections[task]["comparisons"]:
             value, low, high = (one["difference"][name] for name in ("value", "low", "high"))
@@ -71,14 +96,18 @@ def gains(root: Path) -> dict[tuple[str, str, str], Figure]:
 
 
 def out_of_place(
-    found: Mapping[str, Figure], gained: Mapping[tuple[str, str, str], Figure], bands: Path = BANDS
+    found: Mapping[str, Figure], gained: Mapping[tuple[str, str, str], Figure], bands: Path = FULL.bands
 ) -> list[str]:
-    """A sentence for every figure that does not lie in its band, and for every gain that is not surely one."""
+    """A sentence for every figure or difference that does not lie in its band, and every gain that is not surely one.
+
+    A band's name is a figure's, or those of two with " - " between: how far the first lies above the second.
+    """
     wanted = yaml.safe_load(bands.read_text(encoding="utf-8"))
     sentences = []
     for name, (low, high) in wanted["bands"].items():
-        if not low <= found[name].value <= high:
-            sentences.append(f"{name} is {found[name].value:.4g}; it should lie between {low} and {high}.")
+        value = value_of(name, found)
+        if not low <= value <= high:
+            sentences.append(f"{name} is {value:.4g}; it should lie between {low} and {high}.")
     for worse, better, column in wanted["gains"]:
         gain = gained[worse, better, column]
         if gain.low is None or gain.low <= 0:
@@ -87,11 +116,17 @@ def out_of_place(
     return sentences
 
 
+def value_of(name: str, found: Mapping[str, Figure]) -> float:
+    """Of a figure, or of "a - b" the difference."""
+    first, *second = name.split(" - ")
+    return found[first].value - sum(found[one].value for one in second)
+
+
 def _last_held_out(run: Path) -> float:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row["held_out_loss"] for row in rows if "held_out_loss" in row][-1]
 
 
-def _evaluation(root: Path) -> dict[str, Any]:
-    report = json.loads((root / "ckpt" / "evaluation" / "report.json").read_text(encoding="utf-8"))
+def _evaluation(root: Path, chain: Chain) -> dict[str, Any]:
+    report = json.loads((root / "ckpt" / chain.evaluation / "report.json").read_text(encoding="utf-8"))
     return {section["label"]: section for section in report["sections"]}

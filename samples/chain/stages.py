@@ -88,6 +88,39 @@ STAGES = (
 )
 
 
+RANK = "--lora.rank 8"
+# Fine-tuning stands on what pre-training has left, everything behind it on what fine-tuning all weights has left.
+ADAPTER_STAGES = (
+    Stage("dpo", "Improve the answers by DPO", "tools/dpo.py", 95, "ckpt/dpo"),
+    Stage("lora-sft", "Fine-tune adapters", f"tools/sft.py {RANK} --out ckpt/lora-sft", 135, "ckpt/lora-sft"),
+    Stage("lora-rm", "Train adapters to judge", f"tools/rm.py {RANK} --out ckpt/lora-rm", 65, "ckpt/lora-rm"),
+    Stage(
+        "lora-rejection",
+        "Adapters by rejection sampling",
+        f"tools/rejection.py --reward ckpt/lora-rm {RANK} --out ckpt/lora-rejection",
+        55,
+        "ckpt/lora-rejection",
+    ),
+    Stage(
+        "lora-ppo",
+        "Adapters by PPO",
+        f"tools/ppo.py --reward ckpt/lora-rm {RANK} --out ckpt/lora-ppo",
+        90,
+        "ckpt/lora-ppo",
+    ),
+    Stage("lora-dpo", "Adapters by DPO", f"tools/dpo.py {RANK} --out ckpt/lora-dpo", 90, "ckpt/lora-dpo"),
+    Stage(
+        "lora-evaluation",
+        "Evaluate them beside the models whose weights were all trained",
+        "tools/evaluate_model.py --model ckpt/sft ckpt/lora-sft ckpt/rejection ckpt/lora-rejection ckpt/ppo "
+        "ckpt/lora-ppo ckpt/dpo ckpt/lora-dpo --reward ckpt/rm --out ckpt/lora-evaluation",
+        150,
+        "ckpt/lora-evaluation/report.json",
+    ),
+)
+"""What `tools/demo.py --lora` runs behind STAGES."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A stage that has ended. seconds: of the call that ended it; gigabytes: the most memory that it held at once."""

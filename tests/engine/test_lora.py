@@ -310,4 +310,4 @@ def test_rank_alone_says_everything() -> None:
     spec = LoraConfig(rank=16).spec()
     assert spec is not None and spec.scale == 2 and len(spec.targets) == 7 and spec.dropout == 0
     assert LoraConfig(rank=16, rslora=True).spec().scale == 8  # type: ignore[union-attr]
-    assert adapter_rate(PRESETS["7b"]) == 3e-4
+    assert adapter_rate(PRESETS["7b"], LoraConfig(rank=16)) == 3e-4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from samples.chain.stages import STAGES
+from samples.chain.stages import ADAPTER_STAGES, STAGES
 from tests.documented import PAGES, RECIPES, ROOT, Command, commands, others, recipe_commands
 from tests.tools.documented_files import shortened, write_documented_files
 from tests.tools.in_child import run_tool
@@ -34,6 +34,7 @@ ELSEWHERE = {
 CANNOT = {
     "make setup": "downloads packages; tests/fresh_clone.sh",
     "make demo": "is the whole regime, a quarter of an hour; tests/fresh_clone.sh",
+    "make demo-lora": "is the regime with adapters behind it; tests/samples/test_lora_bands.py",
     "make test": "is this; tests/fresh_clone.sh",
     "make lint": "is no test",
     "make modules": "tests/test_house.py compares what it would write",
@@ -48,7 +49,7 @@ CANNOT = {
     "lm/bin/lm_eval *": "another project's program; tests/evals/record_lm_eval.py",
     "bash scripts/run_*.sh": "another project's, to be moved away from",
 }
-BUNDLED = {stage.command for stage in STAGES}
+BUNDLED = {stage.command for stage in (*STAGES, *ADAPTER_STAGES)}
 
 
 def line(command: Command) -> str:
