@@ -94,17 +94,15 @@ def verdict(rows: Sequence[Row]) -> str:
         return "On one node there is only FSDP."
     if not any(hsdp.fits for _, hsdp in pairs.values()):
         return "A copy of the model does not fit a node: only FSDP over several does."
-    gains = {world: fsdp.time.total / hsdp.time.total - 1 for world, (fsdp, hsdp) in pairs.items() if hsdp.fits}
-    switch = None
-    for world in sorted(gains, reverse=True):
-        if gains[world] <= NOTICEABLE:
-            break
-        switch = world
-    if switch is None:
+    gains = {world: fsdp.time.total / hsdp.time.total for world, (fsdp, hsdp) in pairs.items() if hsdp.fits}
+    better = [world for world, gain in gains.items() if gain > 1 + NOTICEABLE]
+    if not better:
         return "Nowhere is HSDP faster by more than 1%: stay with FSDP, which needs less memory."
-    later = [gain for world, gain in gains.items() if world >= switch]
-    span = f"{min(later):.0%}" if len(later) == 1 else f"{min(later):.0%} to {max(later):.0%}"
-    return f"From {switch} GPUs on HSDP is faster, by {span}: --parallel.replicas GPUs/{GPUS_PER_NODE}."
+    ratios = sorted({f"{gains[world]:.2f}" for world in better}, key=float)
+    span = f"{ratios[0]} to {ratios[-1]}" if len(ratios) > 1 else ratios[0]
+    is_for_good = better == [world for world in gains if world >= better[0]]
+    where = f"From {better[0]} GPUs on" if is_for_good else f"On {', '.join(map(str, better))} GPUs alone"
+    return f"{where} HSDP is {span} times as fast: --parallel.replicas GPUs/{GPUS_PER_NODE}."
 
 
 def report(

@@ -62,11 +62,12 @@ def pairs(*seconds: tuple[float, float], fits: bool = True) -> list[Row]:
 
 
 def test_the_switch_is_where_hsdp_begins_to_be_faster_for_good() -> None:
-    assert verdict(pairs((1.2, 1.0), (1.0, 1.0), (1.1, 1.0), (1.5, 1.0))) == (
-        "From 64 GPUs on HSDP is faster, by 10% to 50%: --parallel.replicas GPUs/8."
+    assert verdict(pairs((1.0, 1.0), (1.005, 1.0), (1.1, 1.0), (1.5, 1.0))) == (
+        "From 64 GPUs on HSDP is 1.10 to 1.50 times as fast: --parallel.replicas GPUs/8."
     )
-    assert "Nowhere" in verdict(pairs((1.2, 1.0), (1.005, 1.0)))
-    assert verdict(pairs((1.2, 1.0))).startswith("From 16 GPUs on HSDP is faster, by 20%:")
+    assert verdict(pairs((1.2, 1.0))).startswith("From 16 GPUs on HSDP is 1.20 times as fast:")
+    assert verdict(pairs((1.2, 1.0), (1.3, 1.0), (0.9, 1.0))).startswith("On 16, 32 GPUs alone HSDP is 1.20 to 1.30")
+    assert verdict(pairs((1.0, 1.2), (1.005, 1.0))).startswith("Nowhere")
 
 
 def test_hsdp_that_does_not_fit_is_not_advised() -> None:

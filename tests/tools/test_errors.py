@@ -32,6 +32,7 @@ from tests.tools.mistakes_preferences import MISTAKES_PREFERENCES
 from tests.tools.mistakes_rejection import MISTAKES_REJECTION
 from tests.tools.mistakes_rm import MISTAKES_RM, rm
 from tests.tools.mistakes_rollout import MISTAKES_ROLLOUT
+from tests.tools.mistakes_scaling import MISTAKES_SCALING
 from tests.tools.mistakes_serve import MISTAKES_SERVE
 from tests.tools.mistakes_sft import MISTAKES_SFT, sft
 from tests.tools.mistakes_tools import MISTAKES_TOOLS
@@ -47,6 +48,7 @@ GROUPS = (
     MISTAKES_PPO,
     MISTAKES_REJECTION,
     MISTAKES_TOOLS,
+    MISTAKES_SCALING,
     MISTAKES_SERVE,
     MISTAKES_ADAPTERS,
     MISTAKES_LORA,
