@@ -14,11 +14,11 @@ ORACLES = {"transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"}
 # These race against transformers and TRL, or compare with them when asked to; nothing else may import them.
 RACERS = {
     "tools/bench_eval.py",
-    "tools/bench_train.py",
     "tools/bench_generate.py",
     "tools/bench_ppo.py",
     "tools/ppo_racers.py",
     "tools/racing.py",
+    "tools/train_peers.py",
     "engine/verification.py",
 }
 FILES = [path for room in ALLOWED for path in sources(room)]

@@ -29,7 +29,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import Lap, median_speed, now, race
+from engine.benchmark import Lap, fastest, median_speed, now, race
 from engine.launch import run, speak
 from evals.choice import build
 from evals.suite import BuildContext, TaskSpec
@@ -40,7 +40,7 @@ from model.errors import InputError
 from model.generate import Generator
 from model.hf import read_model
 from model.shared_prefixes import plan_passes
-from tools.racing import NEAR_TIE, OURS, RaceConfig, fastest, keep, require_shape, shape_of, write_lively_model
+from tools.racing import NEAR_TIE, OURS, RaceConfig, keep, require_shape, shape_of, write_lively_model
 
 PEER = "transformers"
 _LETTERS = "ABCD"

@@ -26,7 +26,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import Lap, now, race
+from engine.benchmark import Lap, fastest, now, race, speeds_by_size
 from engine.launch import run, speak
 from kernels.bench.ceilings import measure_ceilings
 from kernels.bench.clock import CudaClock
@@ -40,11 +40,9 @@ from tools.racing import (
     NEAR_TIE,
     OURS,
     RaceConfig,
-    fastest,
     keep,
     require_shape,
     shape_of,
-    speeds_by_size,
     tokens_a_second,
     write_lively_model,
 )

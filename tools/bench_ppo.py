@@ -27,13 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.benchmark import fastest, speeds_by_size
 from engine.launch import run, speak
 from engine.mesh import ParallelConfig, start, stop
 from engine.shard import Precision
 from model.config import ModelConfig
 from model.errors import InputError
 from tools.ppo_racers import Iteration, Load, Ours, Peer, import_trl, largest_difference, write_base
-from tools.racing import OURS, RaceConfig, fastest, keep, precision_on, require_shape, shape_of, speeds_by_size
+from tools.racing import OURS, RaceConfig, keep, precision_on, require_shape, shape_of
 
 PEER = "TRL"
 # Log-probabilities of two right computations in fp32.

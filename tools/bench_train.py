@@ -1,210 +1,230 @@
-"""Race the training step against a plain loop over transformers' LlamaForCausalLM, on this machine.
+"""Race the training step against transformers, transformers with Liger-Kernel and a compiled plain decoder.
 
-    python tools/bench_train.py                                   # make bench-train
-    python tools/bench_train.py --out docs/benchmarks/train-cpu   # and keep the result
+    python tools/bench_train.py                                       # make bench-train
+    python tools/bench_train.py --cases 7b-4096-full 1b-4096-sft      # these only
+    python tools/bench_train.py --out docs/benchmarks/train-cpu       # and keep the result
 
-Same shape, same documents, same tokens an optimizer step; steps are taken in turn. The peer pads its batches to
-their longest document and runs at the batch size at which it is fastest (gradients are accumulated over batches),
-with torch's AdamW, fused or not, whichever is faster. On a GPU both compute in bf16 over fp32 weights.
+On a GPU the shapes are of 1, 7 and 13 billion parameters (the last with as many layers as fit), and the page is kept as
+docs/benchmarks/train-<gpu>; on a CPU they are small. Cases run in order of importance until the minutes are over, and
+each is written down when it is done. Which contenders there are, and what is fair: tools/train_peers.py.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-import transformers
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import (
-    BenchShape,
-    Engine,
-    Lap,
-    bench_corpus,
-    median_speed,
-    now,
-    race,
-    steps_of_documents,
-)
+from engine.benchmark import machine
 from engine.data.corpus import Corpus
 from engine.launch import run, speak
+from engine.memory import MemoryPlan
 from engine.mesh import ParallelConfig, Runtime, start, stop
+from engine.metrics import peak_flops
 from engine.shard import Precision
-from model.batch import IGNORE
+from kernels.bench.machine import ROOT, slug
+from kernels.bench.machine import machine as gpu_facts
+from kernels.fp8_linear import has_fp8
 from model.errors import InputError
-from tools.racing import OURS, RaceConfig, fastest, keep, precision_on, speeds_by_size, tokens_a_second
+from tools.train_cases import Case, default_cases, fitted, named, plans
+from tools.train_data import Step, loader_of, made_up_corpus, steps_of
+from tools.train_ours import Ours
+from tools.train_page import append, tables
+from tools.train_peers import hugging_face, missing, plain
+from tools.train_race import OURS, Contender, Outcome, Sizes, measure
+from tools.train_record import PEERS, Record, record
 
-PEER = "transformers"
+# Of an epoch: so many that its packs leave next to no padding, as in a long run.
+_STEPS = 64
+FP8, COMPILED = "ours+fp8", "ours+compile"
 
 
 @dataclass
-class BenchConfig(RaceConfig):
-    """Tokens a second of the training step, against a plain loop over transformers."""
+class BenchConfig:
+    """Tokens a second, memory and parts of the training step, ours and others'."""
 
-    rounds: int = 7
-    """steps of each, taken in turn"""
-    batch_tokens: int = 4096
-    """tokens of an optimizer step"""
-    tokens_per_pack: int = 1024
-    """tokens of one of our forward passes"""
-    peer_batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    """documents of one of the peer's forward passes, ascending: the fastest races"""
-    shape: BenchShape = field(default_factory=BenchShape)
+    cases: list[str] = field(default_factory=list)
+    """what to run, as shape-context-kind; by default what suits the device"""
+    contenders: list[str] = field(default_factory=list)
+    """beside ours: transformers, liger, plain, ours+compile, and in cases of full documents ours+fp8; by default the
+    first three, and on a GPU the last"""
+    minutes: float = 8.0
+    """begin nothing new after that; what was not reached is named"""
+    batch_tokens: int | None = None
+    """tokens of an optimizer step; by default 32768 on a GPU and 2048 on a CPU"""
+    tokens_per_pack: int | None = None
+    """of one of our forward passes; by default the most that the memory plan lets fit"""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """what we compute again in the backward pass; auto: the least that the memory plan lets fit"""
+    laps: int = 3
+    """times that each is timed; the median counts"""
+    steps: int | None = None
+    """optimizer steps of a lap; by default 2 on a GPU and 1 on a CPU"""
+    trace: bool = True
+    """look under the profiler where the time goes"""
+    threads: int | None = None
+    """threads of torch on a CPU; by default torch's choice"""
+    seed: int = 0
+    """of documents, their order, and weights"""
+    out: str | None = None
+    """append the records to OUT.jsonl, and write OUT.md and OUT.png; by default on a GPU only"""
+    note: str = ""
+    """a remark to keep with the records"""
+    commit: str | None = None
+    """where the checkout has no history"""
 
     def check(self) -> None:
-        """Raises InputError where numbers do not fit together."""
-        super().check()
-        if self.tokens_per_pack < self.shape.context or self.batch_tokens % self.tokens_per_pack:
-            raise InputError(
-                f"--tokens_per_pack {self.tokens_per_pack} must divide --batch_tokens {self.batch_tokens} and hold "
-                f"--shape.context {self.shape.context}. Change one of them."
-            )
-        if not self.peer_batch_sizes or min(self.peer_batch_sizes) < 1:
-            raise InputError("--peer_batch_sizes needs at least one number, all of them at least 1.")
-
-
-class Peer:
-    """What one would write with transformers: pad, forward, backward, clip, step."""
-
-    def __init__(self, shape: BenchShape, corpus: Corpus, runtime: Runtime, precision: Precision, batch: int) -> None:
-        torch.manual_seed(shape.seed)
-        config = shape.model()
-        llama = transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self._device, self._precision = runtime.device, precision
-        self._model = transformers.LlamaForCausalLM(llama).to(self._device).train()
-        self._steps = steps_of_documents(corpus, shape.seed, batch)
-        self._optimizer = self._fastest_adamw()
-        self.batch_size = 1
-        self.padding_share = 0.0
-
-    def step(self) -> Lap:
-        # Our determinism is not asked of the peer: on a GPU it would slow it down.
-        torch.use_deterministic_algorithms(False)
-        begin = now(self._device)
-        documents = next(self._steps)
-        # The first token of a document is nobody's target.
-        targets = sum(len(document) - 1 for document in documents)
-        padded = 0
-        for first in range(0, len(documents), self.batch_size):
-            batch = _collate(documents[first : first + self.batch_size])
-            padded += batch["input_ids"].numel()
-            batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                loss = self._model(**batch, num_items_in_batch=targets).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        seconds = now(self._device) - begin
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        tokens = sum(map(len, documents))
-        self.padding_share = 1 - tokens / padded
-        return Lap(tokens, seconds)
-
-    def find_batch_size(self, sizes: list[int], laps: int = 2) -> dict[int, float]:
-        """Take the fastest batch size; returns the speeds."""
-
-        def speed(size: int) -> float:
-            self.batch_size = size
-            return median_speed([self.step() for _ in range(laps)])
-
-        speeds = speeds_by_size(sizes, speed)
-        self._optimizer.zero_grad()  # of a step that memory was too small for
-        self.batch_size = fastest(speeds)
-        return speeds
-
-    def _fastest_adamw(self) -> torch.optim.Optimizer:
-        """Fused or not, by the time of some steps on zero gradients."""
-        times = []
-        for fused in (True, False):
-            optimizer = torch.optim.AdamW(
-                self._model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
-            )
-            for parameter in self._model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            begin = now(self._device)
-            for _ in range(3):
-                optimizer.step()
-            times.append((now(self._device) - begin, optimizer))
-            optimizer.zero_grad()
-        return min(times, key=lambda timed: timed[0])[1]
-
-
-def _collate(documents: list[Tensor]) -> dict[str, Tensor]:
-    """Padded on the right to the longest, as transformers' collators do."""
-    shape = (len(documents), max(map(len, documents)))
-    ids, mask, labels = torch.zeros(shape).long(), torch.zeros(shape).long(), torch.full(shape, IGNORE)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)] = labels[row, : len(document)] = document
-        mask[row, : len(document)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        """Raises InputError where a name or a number makes no sense."""
+        for name in ("batch_tokens", "tokens_per_pack", "laps", "steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}. Use at least 1.")
+        there = [*PEERS, FP8, COMPILED]
+        unknown = sorted(set(self.contenders) - set(there))
+        if unknown:
+            raise InputError(f"--contenders: there is no {', '.join(unknown)}. There are {', '.join(there)}.")
 
 
 def main(config: BenchConfig) -> None:
-    config.prepare()
+    config.check()
+    wanted = [named(name) for name in config.cases]
+    if config.threads:
+        torch.set_num_threads(config.threads)
     runtime = start(ParallelConfig())
-    precision = precision_on(runtime.device)
-    with tempfile.TemporaryDirectory() as directory:
-        corpus = bench_corpus(config.shape, Path(directory))
-        ours = Engine(config.shape, corpus, runtime, precision, config.tokens_per_pack, config.batch_tokens)
-        peer = Peer(config.shape, corpus, runtime, precision, config.batch_tokens)
-        race({OURS: ours, PEER: peer}, 1)  # memory is touched, kernels are chosen
-        speeds = peer.find_batch_size(config.peer_batch_sizes)
-        speak(f"{PEER} by batch size: " + ", ".join(f"{size}: {speed:,.0f} tok/s" for size, speed in speeds.items()))
-        laps = race({OURS: ours, PEER: peer}, config.rounds)
-        ours.close()
+    bench = _Bench(config, runtime)
+    for name in bench.contenders:
+        if reason := _missing(name, runtime.device):
+            speak(f"Without {name}: {reason}.")
+    cases = wanted or default_cases(bench.is_on_gpu)
+    while cases and bench.has_time():
+        bench.run(cases.pop(0))
     stop()
-    waited, seconds = (sum(getattr(lap, name) for lap in laps[OURS]) for name in ("data_wait", "seconds"))
-    record = {
-        "parameters": f"{config.shape.model().num_parameters / 1e6:.1f} M",
-        "tokens a step": config.batch_tokens,
-        **tokens_a_second(laps, PEER),
-        "peer's batch size": peer.batch_size,
-        "our padding": f"{ours.padding_share:.2%}",
-        "peer's padding": f"{peer.padding_share:.2%}",
-        "our data wait": f"{waited / seconds:.3%}",
-    }
-    title, command = "Training throughput against a plain loop over transformers", "python tools/bench_train.py"
-    keep(config, runtime.device, record, _COLUMNS, title, command, _told(config))
+    if cases:
+        names = " ".join(case.name for case in cases)
+        speak(f"Not reached in {config.minutes:g} minutes: {names}. Run them with --cases.")
 
 
-_COLUMNS = {
-    "Ours, tok/s": "our tok/s",
-    "transformers, tok/s": "peer's tok/s",
-    "Ratio": "ratio",
-    "Its batch size": "peer's batch size",
-    "Data wait": "our data wait",
-}
+def _missing(name: str, device: torch.device) -> str:
+    """Why a contender takes no part; nothing where it can."""
+    if name == FP8:
+        return "" if has_fp8(device) else "this device has no 8-bit products"
+    return "" if name == COMPILED else missing(name, device)
 
 
-def _told(config: BenchConfig) -> str:
-    shape = config.shape
-    return (
-        f"A LLaMA of width {shape.hidden_size}, {shape.num_layers} blocks, {shape.num_heads} heads, feed-forward width "
-        f"{shape.intermediate_size}, vocabulary {shape.vocab_size} and context {shape.context}. Document lengths are "
-        f"lognormal with median {shape.median_length} and a spread of {shape.spread}, clipped to 16 and the context. "
-        "Both train on the same documents with the same tokens an optimizer step; ours runs in packs, the peer in "
-        "padded batches of the size at which it is fastest, accumulating gradients. Speeds are in real tokens, and "
-        "medians of rounds taken in turn in one process. The rounds and all options of every record are in the .jsonl "
-        "file beside this page."
-    )
+class _Bench:
+    """Sizes that suit the device, and a case after the other."""
+
+    def __init__(self, config: BenchConfig, runtime: Runtime) -> None:
+        self.config, self.runtime, self.device = config, runtime, runtime.device
+        self.is_on_gpu = self.device.type == "cuda"
+        self.precision: Precision = "bf16" if self.is_on_gpu else "fp32"
+        self.memory = torch.cuda.get_device_properties(self.device).total_memory if self.is_on_gpu else None
+        self.batch_tokens = config.batch_tokens or (32768 if self.is_on_gpu else 2048)
+        self.contenders = config.contenders or ([*PEERS, FP8] if self.is_on_gpu else list(PEERS))
+        warm, steps, traced = (2, 2, 2) if self.is_on_gpu else (1, 1, 1)
+        self.sizes = Sizes(warm, config.steps or steps, config.laps, traced if config.trace else 0)
+        device_name = torch.cuda.get_device_name(self.device) if self.is_on_gpu else "cpu"
+        default = ROOT / "docs" / "benchmarks" / f"train-{slug(device_name)}" if self.is_on_gpu else None
+        self.out = Path(config.out) if config.out else default
+        self._ends = time.monotonic() + 60 * config.minutes
+        self._facts = self._machine()
+
+    def has_time(self) -> bool:
+        return time.monotonic() < self._ends
+
+    def run(self, case: Case) -> None:
+        """Measure a case by the first plan that turns out to fit, print its tables and keep its records.
+
+        Raises:
+            InputError: nothing fits.
+        """
+        case = fitted(case, self.batch_tokens, self.precision, self.memory)
+        recompute = None if self.config.recompute == "auto" else self.config.recompute
+        ways = plans(case, self.batch_tokens, self.precision, self.memory, recompute, self.config.tokens_per_pack)
+        for way in ways:
+            speak(f"{case.name}: packs of {way.setup.tokens_per_pack:,}, recompute {way.setup.recompute}.")
+            try:
+                return self._tell(self._measure(case, way))
+            except torch.cuda.OutOfMemoryError:
+                speak(f"The plan said {way.peak.total / 2**30:.1f} GiB, and it did not fit.")
+        raise InputError(f"{case.name} does not fit this device. Choose other --cases, or --recompute full.")
+
+    def _measure(self, case: Case, way: MemoryPlan) -> list[Record]:
+        seed, sizes = self.config.seed, self.sizes
+        with tempfile.TemporaryDirectory() as directory:
+            tokens = max(_STEPS, sizes.total + 1) * self.batch_tokens
+            corpus = made_up_corpus(case.kind, case.context, case.model.vocab_size, tokens, seed, Path(directory))
+            load = partial(self._loader, corpus, case, way)
+            with closing(load()) as loader:
+                steps = steps_of(loader, case.kind, case.context, sizes.total)
+            builders = self._builders(case, way, steps, load)
+            head_rows = 1 if case.kind == "reward" else case.model.vocab_size
+            outcomes = measure(builders, steps, sizes, self.device, head_rows, self.has_time)
+        for name in builders.keys() - outcomes.keys():
+            outcomes[name] = Outcome(failure="not reached")
+        peak = peak_flops(self.device)
+        return [
+            {
+                **self._facts,
+                **record(case, name, outcomes[name], steps, sizes, way, peak),
+                "config": asdict(self.config),
+            }
+            for name in builders
+        ]
+
+    def _loader(self, corpus: Corpus, case: Case, way: MemoryPlan) -> Any:
+        packs = (way.setup.tokens_per_pack, case.context, way.setup.micro_batches)
+        return loader_of(corpus, case.kind, self.config.seed, *packs)
+
+    def _builders(
+        self, case: Case, way: MemoryPlan, steps: list[Step], load: Callable[[], Any]
+    ) -> dict[str, Callable[[], Contender]]:
+        """By name, ours first; without those that are not installed."""
+        model, place = case.model, (self.device, self.precision)
+        every: dict[str, Callable[[], Contender]] = {
+            "transformers": lambda: hugging_face(model, steps, *place, with_liger=False),
+            "liger": lambda: hugging_face(model, steps, *place, with_liger=True),
+            "plain": lambda: plain(model, steps, *place, is_ragged=case.kind in ("sft", "reward")),
+        }
+        in_8_bits = way.replan(replace(way.setup, fp8=True))
+        for name, plan, is_compiled in ((OURS, way, False), (FP8, in_8_bits, False), (COMPILED, way, True)):
+            every[name] = partial(self._ours, plan, load, is_compiled)
+        there = [name for name in self.contenders if not _missing(name, self.device)]
+        return {name: every[name] for name in [OURS, *there] if name != FP8 or case.kind == "full"}
+
+    def _ours(self, way: MemoryPlan, load: Callable[[], Any], is_compiled: bool) -> Ours:
+        return Ours(way, load(), self.runtime, self.config.seed, is_compiled)
+
+    def _tell(self, records: list[Record]) -> None:
+        command = "python tools/bench_train.py" + (f" --out {self.config.out}" if self.config.out else "")
+        print(tables(records), flush=True)
+        if self.out is not None:
+            append(records, self.out, command)
+
+    def _machine(self) -> Record:
+        """What all records of this run have in common."""
+        facts: Record = machine(self.device)
+        if self.config.commit:
+            facts["commit"] = self.config.commit
+        if self.is_on_gpu:
+            facts["driver"] = gpu_facts(self.device, facts["commit"])["driver"]
+        for name, package in (("triton", "triton"), ("transformers", "transformers"), ("liger", "liger_kernel")):
+            try:
+                facts[name] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                facts[name] = None
+        return facts | {"precision": self.precision, "note": self.config.note}
 
 
 if __name__ == "__main__":

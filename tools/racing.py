@@ -6,7 +6,6 @@ Who is raced and what is computed stands in the bench_*.py that begins the race.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,24 +95,6 @@ def write_lively_model(directory: Path, shape: ModelConfig, seed: int, device: t
     lively = ModelConfig(**{**vars(shape), "initializer_range": _LIVELY})
     values = ((name, initial_value(lively, name, size, seed)) for name, size in parameter_shapes(lively).items())
     write_model(directory, shape, values, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def speeds_by_size(sizes: Sequence[int], speed: Callable[[int], float]) -> dict[int, float]:
-    """Speeds at ascending sizes, until two in a row are slower than the best or the memory is full."""
-    speeds: dict[int, float] = {}
-    for size in sizes:
-        try:
-            speeds[size] = speed(size)
-        except torch.cuda.OutOfMemoryError:
-            break
-        if max(speeds.values()) > max(list(speeds.values())[-2:]):
-            break
-    return speeds
-
-
-def fastest(speeds: dict[Any, float]) -> Any:
-    """The key of the highest speed."""
-    return max(speeds, key=lambda key: speeds[key])
 
 
 def tokens_a_second(laps: dict[str, list[Lap]], peer: str) -> dict[str, Any]:

@@ -1,102 +1,107 @@
-"""The benchmark on a shape that takes no time: both racers train, and the record says what was measured."""
+"""The command itself, on a shape that takes no time: every kind of case, its records, its page, and its refusals."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from engine.benchmark import BenchShape, Lap, append_record, bench_corpus, median_speed, race, steps_of_documents
+from tests.tools.in_child import Ended, run_tool
+from tools.train_cases import named
+from tools.train_parts import PARTS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_train.py"
-
-TINY = {
-    "shape.hidden_size": 32,
-    "shape.intermediate_size": 64,
-    "shape.num_layers": 2,
-    "shape.num_heads": 2,
-    "shape.num_kv_heads": 1,
-    "shape.vocab_size": 128,
-    "shape.context": 64,
-    "shape.documents": 200,
-    "shape.median_length": 30,
-    "batch_tokens": 512,
-    "rounds": 2,
-    "threads": 1,
-}
+MINI = ["--batch_tokens", 256, "--threads", 1]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    tiny = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, str(TOOL), *tiny, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def bench(folder: Path, *words: object) -> Ended:
+    (ended,) = run_tool("bench_train", *MINI, *words, cwd=folder)
+    return ended
 
 
-def test_both_are_measured_and_the_record_is_kept(tmp_path: Path) -> None:
-    for _ in range(2):
-        done = run("--tokens_per_pack", 128, "--peer_batch_sizes", 1, 4, "--out", tmp_path / "train")
-        assert done.returncode == 0, done.stderr
-    printed = {line[:24].strip(): line[24:].strip() for line in done.stdout.splitlines()}
-    records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert len(records) == 2
-    ours, peer = (np.median(records[-1]["speeds"][name]) for name in ("this engine", "transformers"))
-    assert float(printed["ratio"]) == pytest.approx(ours / peer, abs=0.01)
-    assert records[-1]["peer's batch size"] in (1, 4)
-    assert records[-1]["config"]["shape"]["hidden_size"] == 32
-    table = (tmp_path / "train.md").read_text().splitlines()
-    assert len([line for line in table if line.startswith("| 20")]) == 2
+@pytest.mark.parametrize(
+    ("kinds", "peers"), [(("full", "reward"), ("transformers", "plain")), (("ragged", "sft"), ("plain",))]
+)
+def test_cases_of_each_kind_are_measured_beside_peers(
+    tmp_path: Path, kinds: tuple[str, ...], peers: tuple[str, ...]
+) -> None:
+    cases = [f"mini-64-{kind}" for kind in kinds]
+    words = ["--contenders", "liger", *peers, "--laps", 2, "--out", "deep/train"]
+    done = bench(tmp_path, "--cases", *cases, *words)
+    assert done.code == 0, done.stderr
+    assert "Without liger: Liger-Kernel runs on GPUs only." in done.stderr
+    records = [json.loads(line) for line in (tmp_path / "deep" / "train.jsonl").read_text().splitlines()]
+    found = {(one["case"], one["contender"]): one for one in records}
+    assert list(found) == [(case, name) for case in cases for name in ("ours", *peers)]
+    for one in records:
+        assert not one["failure"] and len(one["laps"]) == 2
+        assert one["tokens_per_second"] == pytest.approx(np.median(one["laps"]), abs=0.1)
+        assert sum(one["shares"][part] for part in PARTS) == pytest.approx(1.0)
+        assert one["shares"]["products"] > 0 and one["shares"]["optimizer"] > 0
+        assert one["config"]["batch_tokens"] == 256
+        assert one["tokens_per_step"] == found[one["case"], "ours"]["tokens_per_step"]
+    table = (tmp_path / "deep" / "train.md").read_text(encoding="utf-8")
+    assert all(line in table for line in done.stdout.splitlines() if line.startswith("| mini"))
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    done = run("--tokens_per_pack", 100)
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith("--tokens_per_pack 100 must divide --batch_tokens 512")
+def test_ours_with_8_bit_products_runs_beside_ours(tmp_path: Path) -> None:
+    cases = ("mini-64-full", "mini-64-sft")
+    done = bench(tmp_path, "--cases", *cases, "--contenders", "ours+fp8", "--laps", 1, "--trace", "false", "--out", "x")
+    assert done.code == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    ran = [(one["case"], one["contender"], one["settings"].endswith("8-bit products")) for one in records]
+    assert ran == [
+        ("mini-64-full", "ours", False),
+        ("mini-64-full", "ours+fp8", True),
+        ("mini-64-sft", "ours", False),
+    ]
 
 
-def test_documents_have_the_committed_lengths(tmp_path: Path) -> None:
-    shape = BenchShape(documents=300)
-    corpus = bench_corpus(shape, tmp_path)
-    lengths = corpus.store.lengths(corpus.documents())
-    assert np.array_equal(np.sort(lengths), np.sort(shape.lengths()))
-    assert lengths.min() >= 16 and lengths.max() == 512
-    assert np.median(lengths) == pytest.approx(180, rel=0.15)
+def test_without_time_nothing_begins_and_all_is_named(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--minutes", 0, "--cases", "mini-64-full", "mini-64-sft")
+    assert done.code == 0 and done.stdout == ""
+    assert "Not reached in 0 minutes: mini-64-full mini-64-sft. Run them with --cases." in done.stderr
 
 
-def test_peer_sees_every_document_once_an_epoch(tmp_path: Path) -> None:
-    corpus = bench_corpus(BenchShape(documents=120, context=64), tmp_path)
-    steps = steps_of_documents(corpus, 0, 256)
-    seen: list[bytes] = []
-    while len(seen) < 120:
-        step = next(steps)
-        assert sum(map(len, step)) >= 256 > sum(map(len, step[:-1]))
-        seen += [document.numpy().tobytes() for document in step]
-    expected = {corpus.read(document).astype(np.int64).tobytes() for document in corpus.documents().tolist()}
-    assert set(seen[:120]) == expected
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--cases", "mini-64-ppo"], "--cases: mini-64-ppo is no case. Write shape-context-kind"),
+        (["--contenders", "plain", "megatron"], "--contenders: there is no megatron. There are transformers, liger,"),
+        (["--cases", "mini-64-full", "--tokens_per_pack", 100], "--batch_tokens 256 does not divide into packs"),
+        (["--laps", 0], "--laps is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, words: list[object], sentence: str) -> None:
+    done = bench(tmp_path, *words)
+    assert done.code == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(sentence)
 
 
-def test_racers_take_turns_and_nobody_is_always_first() -> None:
-    order: list[str] = []
+def test_the_next_plan_is_taken_where_the_first_did_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU that is none: what it has is known, what is measured is made up."""
+    monkeypatch.setattr(sys, "argv", ["bench_train.py"])
+    tool: dict[str, Any] = runpy.run_path(str(TOOL))
+    kind = tool["_Bench"]
+    one = kind.__new__(kind)
+    one.config, one.batch_tokens, one.precision, one.memory = tool["BenchConfig"](), 32768, "bf16", 100 << 30
+    tried, kept = [], []
 
-    class Racer:
-        def __init__(self, name: str, speed: int) -> None:
-            self.name, self.speed = name, speed
+    def measured(case: object, way: Any) -> list[str]:
+        tried.append((way.setup.recompute, way.setup.tokens_per_pack))
+        if len(tried) < 3:
+            raise torch.cuda.OutOfMemoryError
+        return ["records"]
 
-        def step(self) -> Lap:
-            order.append(self.name)
-            return Lap(self.speed, 1.0)
-
-    laps = race({"a": Racer("a", 10), "b": Racer("b", 20)}, 3)
-    assert "".join(order) == "abbaab"
-    assert (median_speed(laps["a"]), median_speed(laps["b"])) == (10, 20)
-
-
-def test_a_table_keeps_what_was_there(tmp_path: Path) -> None:
-    for value in (1, 2):
-        append_record(tmp_path / "deep" / "table", {"speed": value}, "# Heading", {"Speed": "speed", "None": "none"})
-    assert (
-        tmp_path / "deep" / "table.md"
-    ).read_text() == "# Heading\n\n| Speed | None |\n|---|---|\n| 1 |  |\n| 2 |  |\n"
+    one._measure, one._tell = measured, kept.append
+    one.run(named("1b-4096-full"))
+    assert tried == [("none", 32768), ("none", 16384), ("none", 8192)] and kept == [["records"]]
+    assert capsys.readouterr().err.count("and it did not fit.") == 2
