@@ -74,6 +74,8 @@ def test_hsdp_that_does_not_fit_is_not_advised() -> None:
     assert verdict(pairs((2.0, 1.0), fits=False)) == (
         "A copy of the model does not fit a node: only FSDP over several does."
     )
+    only_later = [row(16, 1, 2.0), row(16, 2, 1.0, fits=False), row(32, 1, 1.0), row(32, 4, 1.0)]
+    assert verdict(only_later).startswith("Nowhere")
     assert verdict([row(8, 1, 1.0)]) == "On one node there is only FSDP."
 
 
