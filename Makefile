@@ -9,7 +9,7 @@ BROWSER := $(VENV)/.browser
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo demo-lora test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-kernels tune-kernels clean
+.PHONY: setup demo demo-lora test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-serve bench-kernels tune-kernels clean
 
 setup: $(READY) $(BROWSER)
 
@@ -64,6 +64,10 @@ bench-eval: $(READY)
 # Against TRL where it is installed; it says how to get it, or do without.
 bench-ppo: $(READY)
 	$(BIN)/python tools/bench_ppo.py
+
+# 64 clients for two minutes, of the model that `make demo` leaves; MODEL=DIR takes another.
+bench-serve: $(READY)
+	$(BIN)/python tools/bench_serve.py $(if $(MODEL),--model $(MODEL))
 
 bench-kernels: $(READY)
 	$(BIN)/python tools/bench_kernels.py

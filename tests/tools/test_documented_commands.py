@@ -21,6 +21,7 @@ ELSEWHERE = {
     "tools/bench_eval.py *": "tests/tools/test_bench_eval.py",
     "tools/bench_generate.py *": "tests/tools/test_bench_generate.py",
     "tools/bench_ppo.py *": "tests/tools/test_bench_ppo.py",
+    "tools/bench_serve.py *": "tests/tools/test_bench_serve.py",
     "tools/bench_train.py *": "tests/tools/test_bench_train.py",
     "tools/convert.py merge *": "tests/tools/test_convert_adapter.py",
     "tools/convert.py verify *": "tests/tools/test_convert.py",
