@@ -34,6 +34,7 @@ EXTRAS = {
         "peft",
         "openai",
         "playwright",
+        "schemathesis",
         "types-PyYAML",
     ],
 }

@@ -69,7 +69,7 @@ def create_app(
         app.add_middleware(KnownHosts, names=hosts)
     app.add_middleware(Measured, metrics=service.metrics)
     _answer_errors(app)
-    openapi.declare(app)
+    openapi.declare(app, name)
 
     def subscribe(asked: Sampled, requests: list[GeneratorRequest], **how: Any) -> Subscription:
         if asked.model != name:

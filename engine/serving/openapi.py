@@ -122,12 +122,11 @@ def health() -> dict[int | str, dict[str, Any]]:
 
 def answers(model: type[Answered]) -> dict[int | str, dict[str, Any]]:
     """What a path that generates answers: whole, or with `stream` in pieces; or an error."""
-    content = {"text/event-stream": {"schema": {"type": "string"}}}
-    return {200: {"model": model, "content": content}, **errors(400, 404, 429, 503)}
+    return {200: {"model": model, "content": {"text/event-stream": {}}}, **errors(400, 404, 429, 503)}
 
 
-def declare(app: FastAPI) -> None:
-    """Have the schema say 400 for what is malformed, as the server does, and not FastAPI's own 422."""
+def declare(app: FastAPI, model: str) -> None:
+    """Have the schema name the one model, and say 400 for what is malformed, as the server does, not FastAPI's 422."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -135,8 +134,11 @@ def declare(app: FastAPI) -> None:
             for operations in schema["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
+            shapes = schema["components"]["schemas"]
             for unused in "HTTPValidationError", "ValidationError":
-                schema["components"]["schemas"].pop(unused, None)
+                shapes.pop(unused, None)
+            for asked in "ChatRequest", "CompletionRequest":
+                shapes[asked]["properties"]["model"]["enum"] = [model]
             app.openapi_schema = schema
         return app.openapi_schema
 

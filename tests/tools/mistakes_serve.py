@@ -36,6 +36,7 @@ MISTAKES_SERVE = {
     "a port that there is not": serve("--port", 70000),
     "a port that another server has": serve(before=take_the_port),
     "an address that is another machine's": serve("--host", "192.0.2.1", "--token", "secret"),
+    "a name with a scheme, for a server": serve("--hosts", "[https://ward.example]"),
     "a server that lets nothing be written": serve("--limits.tokens", 0),
     "serving a reward model": Mistake("serve", ("--model", "judge", "--port", 0)),
 }
