@@ -39,8 +39,8 @@ def runtime() -> Iterator[Runtime]:
 def test_the_loss_is_that_of_bf16_to_a_fraction_of_what_another_seed_changes(runtime: Runtime) -> None:
     """What the format costs must be lost in what nobody would call a difference: other weights and batches.
 
-    The mean loss of the last quarter of the steps, and the held-out loss, may differ by a fifth of what single steps of
-    two seeds differ by; and step by step, on the same batch, the two runs stay within a fifth of it as well.
+    The mean loss of the last quarter of the steps, and the held-out loss, may differ by a tenth of what single steps of
+    two seeds differ by; and step by step, on the same batch, the two runs stay within a tenth of it as well.
     """
     base, base_held_out = parity.train(STEPS, runtime, fp8=False)
     ours, held_out = parity.train(STEPS, runtime, fp8=True)
@@ -48,9 +48,9 @@ def test_the_loss_is_that_of_bf16_to_a_fraction_of_what_another_seed_changes(run
     late = slice(-STEPS // 4, None)
     assert base[late].mean() < 0.75 * base[0]  # it learns
     noise = (other - base)[late].abs().mean()
-    assert 0 < (ours - base)[late].abs().mean() < noise / 5
-    assert (ours[late].mean() - base[late].mean()).abs() < noise / 5
-    assert abs(held_out - base_held_out) < noise / 5
+    assert 0 < (ours - base)[late].abs().mean() < noise / 10
+    assert (ours[late].mean() - base[late].mean()).abs() < noise / 10
+    assert abs(held_out - base_held_out) < noise / 10
 
 
 def test_recomputing_changes_no_loss(runtime: Runtime) -> None:
