@@ -51,13 +51,6 @@ def test_the_text_grows_before_the_answer_ends(chat: Chat, dictation: Dictation)
     expect(chat.page.locator(".cut")).to_be_hidden()
 
 
-def see_it_given_up(live: Live, dictation: Dictation) -> None:
-    """The server hears between two tokens that nobody listens any more."""
-    wait_for(lambda: len(live.service._cancelled) == 1)
-    dictation.let(1)
-    wait_for(lambda: live.service.load == (0, 0))
-
-
 @pytest.mark.parametrize("how", ["button", "key", "new conversation", "closed page"])
 def test_stopping_frees_the_place_and_keeps_what_was_written(
     chat: Chat, live: Live, dictation: Dictation, how: str
@@ -75,7 +68,8 @@ def test_stopping_frees_the_place_and_keeps_what_was_written(
     else:
         chat.page.goto("about:blank")
         chat.page.goto(chat.origin)
-    see_it_given_up(live, dictation)
+    wait_for(lambda: live.service.load == (0, 0))
+    assert live.generator.is_idle
     dictation.say(["好。"])
     if how in ("button", "key"):
         expect(chat.facts).to_have_text("已停止，上面是已经写出的部分。")
@@ -96,7 +90,7 @@ def test_an_answer_that_was_stopped_can_be_had_anew(chat: Chat, live: Live, dict
     expect(chat.answer).to_have_text("建议")
     chat.button("停止").click()
     expect(chat.facts).to_contain_text("已停止")
-    see_it_given_up(live, dictation)
+    wait_for(lambda: live.service.load == (0, 0))
     dictation.say(["多休息。"])
     chat.button("重试").click()
     expect(chat.answer).to_have_text("多休息。")
