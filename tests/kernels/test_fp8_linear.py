@@ -23,9 +23,9 @@ SHAPES = [(1, 16, 32), (37, 48, 64), (130, 144, 272)]
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and an upstream gradient far below 1."""
+    """x, a weight far smaller, and an upstream gradient far smaller still: each has a scale of its own."""
     tokens, width, out = shape
-    x, weight = random(tokens, width, dtype=dtype), random(out, width, seed=1, dtype=dtype)
+    x, weight = random(tokens, width, dtype=dtype), (random(out, width, seed=1) / 100).to(dtype)
     return x.requires_grad_(), weight.requires_grad_(), (1e-6 * random(tokens, out, seed=2)).to(dtype)
 
 
