@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HARNESS := $(VENV)/harness
 BROWSER := $(VENV)/.browser
 # Two workers suit two cores; `make test WORKERS=8` on a larger machine.
 WORKERS ?= 2
@@ -24,6 +25,11 @@ $(BROWSER): $(READY)
 	-$(BIN)/python -m tests.browser
 	touch $(BROWSER)
 
+# For one test, in a folder that nothing else sees.
+$(HARNESS)/.ready: tests/engine/serving/harness.txt $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(HARNESS) --requirement $<
+	touch $@
+
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
@@ -31,7 +37,7 @@ demo: $(READY)
 demo-lora: $(READY)
 	$(BIN)/python tools/demo.py --lora
 
-test: $(READY) $(BROWSER)
+test: $(READY) $(BROWSER) $(HARNESS)/.ready
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 tests
 
 # The kernels' own tests too: on a GPU they run compiled, and in bf16. One process, for one GPU.
