@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from engine.config import parse, to_yaml
+from engine.lora import adapter_rate
+from engine.sft import SftConfig
+from model.config import PRESETS
 from rlhf.ppo_config import PpoConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 RATES = "optim:\n  lr: 2.0e-4\nvalue:\n  lr: 1.0e-3\n"
 
@@ -68,3 +73,12 @@ def test_a_recipe_without_rates_leaves_them_to_the_job(recipe: Path) -> None:
     assert dataclasses.asdict(read(recipe, "--lora.rank", "8"))["lora"].keys() == {
         *("rank", "alpha", "dropout", "rslora", "targets", "train_embeddings")
     }
+
+
+@pytest.mark.parametrize(("recipe", "model", "rate"), [("7b/8x80gb/sft", "7b", 3e-4), ("demo_sft", "tiny", 2e-3)])
+def test_adapters_of_fine_tuning_take_their_own_rate_or_the_recipes_where_that_is_more(
+    recipe: str, model: str, rate: float
+) -> None:
+    words = ("--config", str(CONFIGS / f"{recipe}.yaml"), "--lora.rank", "8")
+    config = parse(SftConfig, words, "sft.py")
+    assert config.optim.lr is None and adapter_rate(PRESETS[model], config.lora) == rate
