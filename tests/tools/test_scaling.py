@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,4 +43,7 @@ def test_the_page_has_tables_of_each_kind() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(anew(PAGE.read_text(encoding="utf-8"), lambda words: printed(words, PAGE.parent)), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(
+            anew(PAGE.read_text(encoding="utf-8"), lambda words: printed(words, Path(folder))), encoding="utf-8"
+        )
