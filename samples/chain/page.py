@@ -27,7 +27,7 @@ def write_page(root: Path, stages: Sequence[Stage], found: Mapping[str, Figure])
     """Write it; returns where it lies. Curves are left out of runs that have drawn none (matplotlib is optional)."""
     parts = [
         "<h1>The whole regime on the bundled sample 全流程演示</h1>",
-        "<p>Every model here has 3.4 million parameters. Nothing it says is medical advice. "
+        "<p>Every model here has 4.1 million parameters. Nothing it says is medical advice. "
         "以下回答由演示用的小模型生成，不是医疗建议。</p>",
         "<h2>Figures 结果</h2>",
         _table(rows(found)),
