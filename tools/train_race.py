@@ -105,15 +105,17 @@ class _Runner:
         return Lap(tokens, time.perf_counter() - begin, self._waited - waited)
 
     def finish(self, outcome: Outcome) -> None:
-        """Read off what is left, look where the time goes, and free everything."""
+        """Read off what is left, look where the time goes, and free everything, also where looking fails."""
         contender = self._contender
         outcome.settings, outcome.padding = contender.settings, contender.padding_share
         if self._device.type == "cuda":
             outcome.peak = torch.cuda.max_memory_allocated(self._device) - self._before
-        if self._sizes.traced and outcome.parts is None:
-            events = trace(contender.step, self._sizes.traced, self._device)
-            outcome.parts = parts(events, self._sizes.traced, self._vocabulary)
-        self.close()
+        try:
+            if self._sizes.traced and outcome.parts is None:
+                events = trace(contender.step, self._sizes.traced, self._device)
+                outcome.parts = parts(events, self._sizes.traced, self._vocabulary)
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._contender.close()

@@ -111,6 +111,19 @@ def test_a_peer_that_fails_is_said_and_the_others_run(device: torch.device) -> N
     assert memory["now"] == 7 and "large ends" in log
 
 
+def test_who_fails_under_the_profiler_keeps_its_laps_and_gives_its_memory_back() -> None:
+    log: list[str] = []
+    traced = SIZES.warm + SIZES.laps * SIZES.steps + 1
+    builders: dict[str, Callable[[], Contender]] = {
+        OURS: lambda: Fake(OURS, log),
+        "large": lambda: Fake("large", log, full_at=traced),
+        "last": lambda: Fake("last", log),
+    }
+    outcomes = run(builders, GPU)
+    assert len(outcomes["large"].laps) == SIZES.laps and outcomes["large"].failure == ""
+    assert memory["now"] == 7 and log.index("large ends") < log.index("last begins")
+
+
 def test_ours_that_does_not_fit_leaves_it_to_the_caller_before_any_peer_runs() -> None:
     log: list[str] = []
     with pytest.raises(torch.cuda.OutOfMemoryError):
