@@ -42,17 +42,21 @@ class LoraConfig:
         self.of_all_weights: dict[str, float] = {}
 
     def settle(self, config: Any, recipe: Any, named: Set[str]) -> None:
-        """Set aside the learning rates of a recipe that trains all weights, where the command line asks for adapters.
+        """Set aside the learning rates of a recipe that trains all weights, where the command line asks for adapters,
+        and those of adapters, where it asks for none.
 
-        Those on the command line hold, and so do those of a recipe that names a rank.
+        Those on the command line hold.
         """
-        if self.rank == 0 or recipe.lora.rank:
+        if bool(self.rank) == bool(recipe.lora.rank):
             return
+        named_for, trained = ("all weights", "adapters") if self.rank else ("adapters", "all weights")
         for name in ("optim", "value"):
             group = getattr(config, name, None)
             if group is not None and group.lr is not None and f"{name}.lr" not in named:
-                speak(f"The recipe's {name}.lr {group.lr:g} is for all weights; adapters take another (docs/lora.md).")
-                self.of_all_weights[name], group.lr = group.lr, None
+                speak(f"The recipe's {name}.lr {group.lr:g} is for {named_for}; {trained} take another (docs/lora.md).")
+                if self.rank:
+                    self.of_all_weights[name] = group.lr
+                group.lr = None
 
     def rate(self, usual: float, group: str = "optim") -> float:
         """Peak learning rate of what is trained, where none is given.

@@ -11,7 +11,7 @@ from engine.config import parse, to_yaml
 from engine.lora import adapter_rate
 from engine.sft import SftConfig
 from model.config import PRESETS
-from rlhf.ppo_config import PpoConfig
+from rlhf.ppo_config import LEARNING_RATE, VALUE_LEARNING_RATE, PpoConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -54,6 +54,15 @@ def test_what_a_recipe_with_a_rank_names_is_of_adapters(recipe: Path) -> None:
     recipe.write_text(RATES + "lora:\n  rank: 4\n")
     assert rates(read(recipe)) == (2e-4, 1e-3)
     assert rates(read(recipe, "--lora.rank", "16")) == (2e-4, 1e-3)
+
+
+def test_all_weights_do_not_take_what_a_recipe_names_for_adapters(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(RATES + "lora:\n  rank: 4\n")
+    assert rates(read(recipe, "--lora.rank", "0")) == (LEARNING_RATE, VALUE_LEARNING_RATE)
+    assert "optim.lr 0.0002 is for adapters" in capsys.readouterr().err
+    assert rates(read(recipe, "--lora.rank", "0", "--optim.lr", "3e-6")) == (3e-6, VALUE_LEARNING_RATE)
 
 
 def test_a_run_that_is_repeated_from_its_own_recipe_has_the_same_rates(recipe: Path) -> None:
