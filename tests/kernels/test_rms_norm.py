@@ -94,6 +94,15 @@ def test_a_row_alone_and_among_others_is_bitwise_the_same(
 
 
 @faces
+@pytest.mark.parametrize("columns", [128, 1025, 4096, 5120])
+def test_the_norm_after_a_sum_is_bitwise_the_norm_of_that_sum(columns: int, face: str, dtype: torch.dtype) -> None:
+    """Recomputation runs the one for the other."""
+    weight = random(columns, seed=9, dtype=dtype)
+    y, added = add_rms_norm(*(random(5, columns, seed=seed, dtype=dtype) for seed in range(2)), weight, EPS)
+    assert torch.equal(y, rms_norm(added, weight, EPS))
+
+
+@faces
 def test_a_run_repeats_bitwise(face: str, dtype: torch.dtype) -> None:
     weight = random(256, seed=9, dtype=dtype).requires_grad_()
 
