@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,15 @@ def narrow(directory: Path) -> Iterator[Live]:
 def content(answer: tuple[int, Any]) -> str:
     assert answer[0] == 200, answer
     return answer[1]["choices"][0]["message"]["content"]
+
+
+def test_the_parts_of_an_answer_wait_for_no_acknowledgement(narrow: Live) -> None:
+    with Wire(narrow) as wire:
+        wire.send(post(asked()))
+        assert wire.answer()[0] == 200
+        (connection,) = narrow.server.server_state.connections
+        sent_by = connection.transport.get_extra_info("socket")
+        assert sent_by.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
