@@ -54,7 +54,7 @@ class BoundedConnection(H11Protocol):
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        # An answer is written in parts, and the kernel would hold the second back until the first is acknowledged: 40 ms.
+        # An answer is written in parts; the kernel would hold back the second until the first is acknowledged, 40 ms.
         # asyncio turns that off only for sockets that were made with the protocol's number.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Whatever the kernel does not take at once counts as waiting for the reader.
