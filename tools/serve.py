@@ -7,6 +7,7 @@ docs/serving.md tells more.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -83,6 +84,7 @@ class ServeConfig:
 def main(config: ServeConfig) -> int:
     uvicorn, create_app, server_settings = import_server()
     check(config)
+    bound_programs()
     listener = listen(config.host, config.port)
     directory = ModelDirectory.open(config.model, config.chat.template)
     TextStream(directory.tokenizer)  # refuses a tokenizer whose text cannot be streamed
@@ -125,6 +127,16 @@ def import_server() -> tuple[Any, Any, Any]:
             f"Serving needs {error.name}, which is not installed. Install it with pip install -e '.[serve]'."
         ) from None
     return uvicorn, create_app, server_settings
+
+
+def bound_programs() -> None:
+    """Have products on a CPU keep few programs; what the environment says already holds.
+
+    oneDNN, and PyTorch's layer above it, keep one for each number of rows that a weight was multiplied with, a third of
+    a MiB, and 1,024 of them. A server meets all lengths of prompts, so its memory would grow for minutes.
+    """
+    for name in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY":
+        os.environ.setdefault(name, "64")
 
 
 def check(config: ServeConfig) -> None:

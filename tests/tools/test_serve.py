@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from engine.model_directory import ModelDirectory
 from tests.engine.serving.live import Alone, wait_for
 from tests.tools.in_child import Running, start_tool
 from tests.tools.small_chat import write_small_chat_model
@@ -54,3 +57,27 @@ def test_elsewhere_than_on_this_machine_it_listens_with_a_token(tmp_path: Path) 
     assert [model.id for model in client.models.list()] == ["ward"]
     running.signal(0, signal.SIGTERM)
     assert running.wait()[0].code == 143
+
+
+def test_products_keep_few_programs_unless_the_environment_says_how_many(tmp_path: Path) -> None:
+    write_small_chat_model(tmp_path / "model")
+    running = start_tool("serve", "--model", "model", "--port", 0, "--device", "cpu", cwd=tmp_path, before=keep_seven)
+    address(running)
+    told = (tmp_path / "environment").read_text().split()
+    running.signal(0, signal.SIGTERM)
+    running.wait()
+    assert told == ["64", "7"]
+
+
+def keep_seven() -> None:
+    """What the environment says when the server has opened its model."""
+    os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    os.environ["LRU_CACHE_CAPACITY"] = "7"
+    open_model = ModelDirectory.generator
+
+    def tell(*given: Any, **named: Any) -> Any:
+        names = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+        Path("environment").write_text(" ".join(os.environ[name] for name in names))
+        return open_model(*given, **named)
+
+    ModelDirectory.generator = tell  # type: ignore[method-assign]
