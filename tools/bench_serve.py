@@ -176,10 +176,12 @@ def server(config: BenchConfig) -> Iterator[tuple[str, int]]:
                 break
         else:
             raise InputError(f"--model {config.model}: the server did not start. It said: {''.join(said[-1:]).strip()}")
+        # What nobody reads would fill the pipe, and the server would wait.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield found[1], process.pid
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        process.wait(timeout=120)
 
 
 class Memory:
