@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.serving.errors import ApiError
 from tests.engine.serving.live import NAME, Live
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -55,6 +56,11 @@ def test_it_is_refused_in_a_sentence(live: Live, what: str) -> None:
     assert told["error"]["type"] == "invalid_request_error" and told["error"]["message"].endswith(".")
     assert live.service.load == (0, 0)
     assert live.post(CHAT, GOOD)[0] == 200
+
+
+def test_whatever_a_sentence_quotes_can_be_sent() -> None:
+    body = json.dumps(ApiError(400, "There is no \ud800 here.").body, ensure_ascii=False).encode()
+    assert json.loads(body)["error"]["message"] == "There is no \\ud800 here."
 
 
 def test_other_paths_and_methods_are_refused(live: Live) -> None:

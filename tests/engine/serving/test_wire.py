@@ -191,6 +191,7 @@ def test_a_page_from_elsewhere_cannot_ask(live: Live, kind: str) -> None:
 
 HOSTS = {"localhost": 200, "LOCALHOST:8000": 200, "127.0.0.1": 200, "127.0.0.1:1": 200, "[::1]:8000": 200, "[::1]": 200}
 HOSTS |= {"elsewhere.example": 421, "elsewhere.example:8000": 421, "127.0.0.1.elsewhere.example": 421, "": 421}
+HOSTS |= {"localhost:elsewhere.example": 421, "127.0.0.1:x": 421}
 HOSTS |= {"localhost.elsewhere.example": 421, "elsewhere.example:localhost": 421, "ward.example": 421, "10.0.0.1": 421}
 
 
