@@ -177,14 +177,15 @@ def plot(records: Sequence[Record], path: Path) -> None:
     speeds.set_yticks(range(len(cases)), cases, fontsize=7)
     speeds.invert_yaxis()
     speeds.set_xlabel("tokens a second, over ours")
-    speeds.legend(fontsize=7)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 7, "frameon": False}
+    speeds.legend(**above)
     left = [0.0] * len(cases)
     for part in (*PARTS, "launch gaps"):
         values = [_share(ours[case], part) for case in cases]
         shares.barh(range(len(cases)), values, 0.6, left=left, label=part)
         left = [begin + value for begin, value in zip(left, values, strict=True)]
     shares.set_xlabel("share of our step")
-    shares.legend(fontsize=7)
+    shares.legend(**above)
     figure.suptitle(f"{device}, {ours[cases[-1]]['date']}", fontsize=9)
     figure.savefig(path, dpi=120)
 

@@ -114,7 +114,8 @@ class Peer:
     def settings(self) -> str:
         """How it runs."""
         rows = max(len(rows.tokens) for rows in self._batches[0])
-        return f"{rows} rows a batch, {'blocks checkpointed' if self.is_checkpointing else 'no checkpoints'}"
+        checkpoints = "blocks checkpointed" if self.is_checkpointing else "no checkpoints"
+        return f"{rows} row{'s' if rows > 1 else ''} a batch, {checkpoints}"
 
     @property
     def padding_share(self) -> float:
