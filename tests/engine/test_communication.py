@@ -28,23 +28,10 @@ from engine.step import Loss, next_token_loss, train_step
 from model.batch import PackedBatch
 from model.config import PRESETS, ModelConfig
 from model.heads import CausalLM, ScalarModel
-from model.lora import LoraSpec, add_lora
-from tests.engine.test_memory import empty_pack, silent_ranks
+from model.lora import add_lora
+from tests.engine.test_memory import LORA, SCORE, SMALL, TIED_QWEN3, empty_pack, silent_ranks
 
-SMALL = ModelConfig(
-    vocab_size=1001,
-    hidden_size=128,
-    intermediate_size=320,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    max_position_embeddings=256,
-)
-TIED_QWEN3 = replace(SMALL, model_type="qwen3", qk_norm=True, tie_word_embeddings=True, head_dim=48)
 WIDE = replace(PRESETS["ziya2-13b"], num_layers=4)
-SCORE = replace(SMALL, head="score")
-LORA = LoraSpec(rank=8, alpha=16.0)
 KINDS = {
     "c10d._allgather_base_.default": "all_gather",
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
