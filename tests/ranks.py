@@ -1,16 +1,19 @@
 """Run a function on N gloo ranks and collect what each returns.
 
 Ranks are forked from a server that has already imported torch, so starting four costs less than a second.
+They meet, as under torchrun, at a store that the process which starts them serves: a port that was looked for here
+and opened there could be somebody else's in between.
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _context = mp.get_context("forkserver")
 # torch imports dynamo when the first DTensor is distributed: a second in each rank unless the server has it.
@@ -27,10 +30,9 @@ _context.set_forkserver_preload(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def meeting_point() -> TCPStore:
+    """Where ranks find each other, on a port of the system's choice; it is open as long as this object is kept."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _set_rank(rank: int, world: int, port: int) -> None:
@@ -42,6 +44,7 @@ def _set_rank(rank: int, world: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     import torch
 
@@ -69,13 +72,14 @@ def _job_main(function: Callable[..., Any], rank: int, world: int, port: int, ar
 
 def start_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Start `function(*args)` as `world` processes under torchrun's variables; it forms its own process group."""
-    port = free_port()
+    store = meeting_point()
     processes = [
-        _context.Process(target=_job_main, args=(function, rank, world, port, args), daemon=True)
+        _context.Process(target=_job_main, args=(function, rank, world, store.port, args), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
         process.start()
+        process.store = store  # to be kept
     return processes
 
 
@@ -85,10 +89,10 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     `function` must be importable (module level) and return something picklable (numpy, not tensors).
     Raises AssertionError with the failing rank's traceback.
     """
-    results = _context.Queue()
-    port = free_port()
+    results, store = _context.Queue(), meeting_point()
     processes = [
-        _context.Process(target=_rank_main, args=(function, rank, world, port, args, results)) for rank in range(world)
+        _context.Process(target=_rank_main, args=(function, rank, world, store.port, args, results))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import _context, _rank_main, free_port
+from tests.ranks import _context, _rank_main, meeting_point
 
 # What Python announces before it changes a directory or opens a file. os.fsync is not announced: see below.
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -67,9 +67,9 @@ def run_ranks_and_kill(
 
     A launcher takes its time to notice a dead rank; the others may run into errors meanwhile.
     """
-    port, results = free_port(), _context.Queue()
+    store, results = meeting_point(), _context.Queue()
     ranks = [
-        _context.Process(target=_rank_main, args=(function, rank, world, port, arguments, results))
+        _context.Process(target=_rank_main, args=(function, rank, world, store.port, arguments, results))
         for rank in range(world)
     ]
     for rank in ranks:

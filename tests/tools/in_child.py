@@ -19,6 +19,7 @@ from tests.ranks import start_ranks
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # torchrun sets these; without it there are none.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_VARIABLES += ("TORCHELASTIC_USE_AGENT_STORE",)
 
 
 @dataclass(frozen=True)
