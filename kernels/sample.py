@@ -65,18 +65,23 @@ def sample_reference(
     divisor = (x.new_full((len(x),), temperature) if temperatures is None else temperatures).unsqueeze(1)
     is_greedy = divisor < _SMALLEST.value
     logprobs = ((x - x.amax(dim=1, keepdim=True)) / divisor.where(~is_greedy, 1)).log_softmax(dim=1)
+    token = x.argmax(dim=1, keepdim=True)
+    # Where nobody draws, three quarters of the time would go into noise. A GPU is not asked: that would wait for it.
+    if x.device.type != "cpu" or not is_greedy.all():
+        token = token.where(is_greedy, _draw(logprobs.exp(), seeds, step))
+    logprob = logprobs.gather(1, token)
+    return token.where(~logprob.isnan(), 0).squeeze(1), logprob.squeeze(1)
 
-    width = min(GROUP, x.shape[1])
-    p = pad(logprobs.exp(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))  # [B, groups, width]
+
+def _draw(p: Tensor, seeds: Tensor, step: Tensor) -> Tensor:
+    """A column of each row of probabilities p [B, V], int64 [B, 1]."""
+    width = min(GROUP, p.shape[1])
+    p = pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))  # [B, groups, width]
     groups = p.shape[1]
     for_groups, for_columns = _noise(seeds, step, max(groups, width))
     group = (p.sum(dim=2) / for_groups[:, :groups]).argmax(dim=1, keepdim=True)
     p = p.gather(1, group.unsqueeze(2).expand(-1, 1, width)).squeeze(1)
-    column = group * width + (p / for_columns[:, :width]).argmax(dim=1, keepdim=True)
-
-    token = x.argmax(dim=1, keepdim=True).where(is_greedy, column)
-    logprob = logprobs.gather(1, token)
-    return token.where(~logprob.isnan(), 0).squeeze(1), logprob.squeeze(1)
+    return group * width + (p / for_columns[:, :width]).argmax(dim=1, keepdim=True)
 
 
 @triton.jit

@@ -31,10 +31,8 @@ class Draw:
         return items[self.integer(0, len(items) - 1)]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        left, drawn = list(items), []
-        while left:
-            drawn.append(left.pop(self.integer(0, len(left) - 1)))
-        return drawn
+        left, uniform = list(items), self._uniform
+        return [left.pop(int(uniform() * count)) for count in range(len(left), 0, -1)]
 
     def some(self, items: Sequence[T], least: int, most: int | None = None) -> list[T]:
         """Between `least` and `most` of the items (or all, where there are fewer), in a drawn order."""

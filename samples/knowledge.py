@@ -85,10 +85,18 @@ class Condition:
     implies: tuple[str, ...]  # ids of traits that every patient with this condition has
     backgrounds: tuple[str, ...]  # ids of traits that its patients may have besides
 
-    @property
+    @cached_property
     def drugs(self) -> tuple[str, ...]:
         """Ids of all its drugs, the first line first; each serves one purpose."""
         return tuple(drug for therapy in (*self.therapies, *self.second_line) for drug in therapy.drugs)
+
+    @cached_property
+    def _symptom_set(self) -> frozenset[str]:
+        return frozenset(self.symptoms)
+
+    def has(self, symptoms: Iterable[str]) -> bool:
+        """Whether all of these are among its symptoms."""
+        return self._symptom_set.issuperset(symptoms)
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,17 @@ class Knowledge:
     def trait(self, trait_id: str) -> Trait:
         return self._by_id[Trait][trait_id]
 
+    @cached_property
+    def _by_drug(self) -> dict[str, tuple[Condition, ...]]:
+        found: dict[str, list[Condition]] = {}
+        for condition in self.conditions:
+            for drug_id in dict.fromkeys(condition.drugs):
+                found.setdefault(drug_id, []).append(condition)
+        return {drug_id: tuple(conditions) for drug_id, conditions in found.items()}
+
     def treated_by(self, drug_id: str) -> tuple[Condition, ...]:
         """The conditions whose treatment names this drug."""
-        return tuple(condition for condition in self.conditions if drug_id in condition.drugs)
+        return self._by_drug.get(drug_id, ())
 
 
 def load_knowledge(directory: Path = DIRECTORY) -> Knowledge:

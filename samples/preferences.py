@@ -131,10 +131,12 @@ def render_preferences(knowledge: Knowledge) -> tuple[list[Comparison], list[Com
     topics = {topic_id: topic for topic_id, _, topic in plan(knowledge)}
 
     def compare(dialogues: Sequence[Dialogue]) -> Iterator[Comparison]:
+        by_kind: dict[str, list[tuple[Question, Topic]]] = {}
         asked = [(question, topics[question.id]) for question in questions_of(dialogues)]
+        for one in asked:
+            by_kind.setdefault(one[0].kind, []).append(one)
         for question, topic in asked:
-            others = [one for one in asked if one[0].kind == question.kind]
-            answers = Answers(question, topic, others, scripts[question.kind], knowledge)
+            answers = Answers(question, topic, by_kind[question.kind], scripts[question.kind], knowledge)
             graded = tuple(Response(text, judge(question, text).total) for text in answers.several(RESPONSES))
             if len({response.score for response in graded}) > 1:
                 yield Comparison(question.id, question.messages, graded)

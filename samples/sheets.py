@@ -80,7 +80,7 @@ def say(phrases: Sequence[str], facts: Facts, voice: int) -> str:
 
 def possible(phrases: Sequence[str], facts: Facts) -> list[str]:
     """Those of the phrases whose every fact is known and not empty."""
-    return [phrase for phrase in phrases if all(facts.get(name) for name in fact_names(phrase))]
+    return [phrase for phrase in phrases if all(map(facts.get, fact_names(phrase)))]
 
 
 @cache

@@ -170,8 +170,8 @@ def telling_symptoms(condition: Condition, knowledge: Knowledge, draw: Draw) -> 
     """Two to four of the condition's symptoms, more where another condition has all of them too."""
     symptoms = draw.shuffled(condition.symptoms)
     count = draw.integer(2, 4)
-    others = [set(other.symptoms) for other in knowledge.conditions if other is not condition]
-    while count < len(symptoms) and any(set(symptoms[:count]) <= other for other in others):
+    others = [other for other in knowledge.conditions if other is not condition and other.has(symptoms[:count])]
+    while count < len(symptoms) and any(other.has(symptoms[:count]) for other in others):
         count += 1
     return Items(symptoms[:count])
 
@@ -180,7 +180,8 @@ def sort_drugs(drugs: Sequence[str], traits: Sequence[Trait], knowledge: Knowled
     """Which of the drugs (by id) a patient with these traits may have, and which not."""
     ids = {trait.id for trait in traits}
     named = [knowledge.drug(drug_id) for drug_id in drugs]
-    return [drug for drug in named if not ids & set(drug.avoid)], [drug for drug in named if ids & set(drug.avoid)]
+    suitable = [drug for drug in named if ids.isdisjoint(drug.avoid)]
+    return suitable, [drug for drug in named if not ids.isdisjoint(drug.avoid)]
 
 
 def unrelated_drugs(condition: Condition, therapy: Therapy, knowledge: Knowledge) -> list[Drug]:

@@ -1,7 +1,9 @@
 """Attention on the CPU: torch's flash kernel, once a document.
 
 A document never shares a call with another, so its result does not depend on what it is packed with. Grouped
-query heads become a batch dimension over which keys and values are expanded without a copy.
+query heads become a batch dimension over which keys and values are expanded without a copy. The heads of all
+documents are split in one view, and each takes its stretch of that: where documents are short, the host's time for
+views is as much as their attention.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).permute(2, 1, 0, 3)
 
 
-def _join_heads(x: Tensor) -> Tensor:
-    """[H/K, K, n, h] -> [n, K, H/K, h], a view in the order of heads."""
-    return x.permute(2, 1, 0, 3)
+def _stretch(x: Tensor, part: slice) -> Tensor:
+    """Of [H/K, K, T, ...] the tokens of a document, a view."""
+    return x.narrow(2, part.start, part.stop - part.start)
 
 
 def _expand(x: Tensor, groups: int) -> Tensor:
@@ -79,19 +81,23 @@ def attention_fwd_torch(
 ) -> tuple[Tensor, Tensor]:
     (tokens, heads, width), kv_heads = q.shape, k.shape[-2]
     groups = heads // kv_heads
-    out = q.new_zeros((tokens, kv_heads, groups, width))
+    out = q.new_zeros((tokens, heads, width))
     lse = torch.zeros((heads, tokens), dtype=accumulation_dtype(q.dtype))
+    queries, outs, lses = _split_heads(q, kv_heads), _split_heads(out, kv_heads), _by_group(lse, groups)
+    if block_table is None:
+        all_keys, all_values = _expand(k, groups), _expand(v, groups)
     for d, rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
         mask = _mask(rows, keys, window, q)
         if block_table is None:
-            key, value = k[keys], v[keys]
+            key, value = _stretch(all_keys, keys), _stretch(all_values, keys)
         else:
-            key, value = (_from_pages(cache, block_table[d], keys.stop - keys.start) for cache in (k, v))
-        args = _split_heads(q[rows], kv_heads), _expand(key, groups), _expand(value, groups)
+            pages = block_table[d]
+            key, value = (_expand(_from_pages(cache, pages, keys.stop - keys.start), groups) for cache in (k, v))
+        args = _stretch(queries, rows), key, value
         doc_out, doc_lse = _flash(*args, 0.0, mask is None, attn_mask=mask, scale=scale)
-        out[rows] = _join_heads(doc_out)
-        _by_group(lse, groups)[..., rows] = doc_lse
-    return out.view(tokens, heads, width), lse
+        _stretch(outs, rows).copy_(doc_out)
+        _stretch(lses, rows).copy_(doc_lse)
+    return out, lse
 
 
 def attention_bwd_torch(
@@ -111,21 +117,24 @@ def attention_bwd_torch(
     kv_heads = k.shape[1]
     groups = q.shape[1] // kv_heads
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    douts, queries, outs, dqueries = (_split_heads(x, kv_heads) for x in (dout, q, out, dq))
+    all_keys, all_values, lses = _expand(k, groups), _expand(v, groups), _by_group(lse, groups)
+    dkeys, dvalues = _expand(dk, 1), _expand(dv, 1)
     for _, rows, keys in _documents(cu_seqlens_q, cu_seqlens_k):
         mask = _mask(rows, keys, window, q)
-        grads = _flash_bwd(
-            _split_heads(dout[rows], kv_heads),
-            _split_heads(q[rows], kv_heads),
-            _expand(k[keys], groups),
-            _expand(v[keys], groups),
-            _split_heads(out[rows], kv_heads),
-            _by_group(lse, groups)[..., rows],
+        dquery, *grads = _flash_bwd(
+            _stretch(douts, rows),
+            _stretch(queries, rows),
+            _stretch(all_keys, keys),
+            _stretch(all_values, keys),
+            _stretch(outs, rows),
+            _stretch(lses, rows),
             0.0,
             mask is None,
             attn_mask=mask,
             scale=scale,
         )
-        dq[rows] = _join_heads(grads[0]).flatten(1, 2)
-        for target, grad in zip((dk, dv), grads[1:], strict=True):
-            target[keys] = (grad[0] if groups == 1 else grad.sum(dim=0)).transpose(0, 1)
+        _stretch(dqueries, rows).copy_(dquery)
+        for target, grad in zip((dkeys, dvalues), grads, strict=True):
+            _stretch(target, keys).copy_(grad if groups == 1 else grad.sum(dim=0, keepdim=True))
     return dq, dk, dv

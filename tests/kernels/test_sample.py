@@ -208,6 +208,15 @@ def test_a_row_alone_and_among_others_is_bitwise_the_same(face: str) -> None:
         assert (alone[0].item(), alone[1].item()) == (token[row].item(), logprob[row].item())
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is not asked whether anybody draws")
+def test_where_nobody_draws_no_noise_is_made(monkeypatch) -> None:
+    logits, zeros = random(6, 1100), torch.zeros(6)
+    among_others = sample(logits.repeat(2, 1), torch.cat([zeros, zeros + 1]), seeds(12), STEP)
+    monkeypatch.setattr(sampling, "_noise", None)
+    token, logprob = sample(logits, zeros, seeds(6), STEP)
+    assert torch.equal(token, among_others[0][:6]) and torch.equal(logprob, among_others[1][:6])
+
+
 @triton_face
 def test_tokens_do_not_depend_on_how_groups_are_split_among_programs(face: str, dtype, monkeypatch) -> None:
     logits = random(8, 9 * GROUP + 5, dtype=dtype)
