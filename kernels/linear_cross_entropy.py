@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backend import accumulation_dtype, cdiv, launch, register_op, use_reference
+from kernels.linear import multiply
 from kernels.logits import gradient, row_options, row_statistics, target_logit
 from kernels.vocabulary import (
     IGNORE,
@@ -42,7 +43,6 @@ from kernels.vocabulary import (
     counted_rows,
     log_softmax_,
     most,
-    multiply,
     padded,
     pick,
     put_back,

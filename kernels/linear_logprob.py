@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import accumulation_dtype, cdiv, launch, register_op, use_reference
+from kernels.linear import multiply
 from kernels.logits import gradient, row_options, row_statistics, target_logit, tile_options
 from kernels.vocabulary import (
     IGNORE,
@@ -38,7 +39,6 @@ from kernels.vocabulary import (
     counted_rows,
     log_softmax_,
     most,
-    multiply,
     padded,
     pick,
     put_back,

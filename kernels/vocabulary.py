@@ -75,21 +75,6 @@ def padded(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, summed in fp32. out: fp32, or the dtype of a and b.
-
-    A GPU multiplies narrow operands into wide results. A CPU would round the result first, so there the operands
-    are widened.
-    """
-    if a.device.type == "cpu" and a.dtype != out.dtype:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, a, b, out=out, **wide)
-    else:
-        torch.mm(a, b, out=out, **wide)
-
-
 def without_ignored(hidden: Tensor, targets: Tensor) -> Tensor:
     """hidden with rows of zeros where there is no target: in a sum over rows, 0 times NaN would be NaN."""
     return hidden.masked_fill((targets == IGNORE).unsqueeze(1), 0)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.adamw import adamw, adamw_reference
+from kernels.adamw_kernel import Beside
 from kernels.bench import peers, targets, work
 from kernels.bench.attending import bounds
 from kernels.bench.rowwise import Random
 from kernels.bench.workload import OURS, Contender, Inputs, Outcome, Workload
 from kernels.gae import gae, gae_reference
 from kernels.grad_norm import grad_norm, grad_norm_reference
+from kernels.masters import join_master, split_master
 from kernels.sample import sample
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+BESIDE: dict[Beside | None, str] = {
+    None: "",
+    "nearest": ", shadow to nearest",
+    "random": ", shadow to random",
+    "remainder": ", masters in halves",
+}
+WITH_SHADOW = "whole masters and a shadow"
 GAMMA, LAM = 0.99, 0.95
 
 
@@ -31,12 +40,13 @@ def parameter_sizes(parameters: int, tensors: int) -> list[int]:
     return [vector] * vectors + [left // matrices] * (matrices - 1) + [left - left // matrices * (matrices - 1)]
 
 
-def adamw_workload(
-    parameters: int, tensors: int, device: torch.device, *, shadow: Literal["nearest", "random"] | None = None
-) -> Workload:
-    """shadow: how the bf16 copies are rounded; torch keeps none, so ours has no peer then."""
+def adamw_workload(parameters: int, tensors: int, device: torch.device, *, beside: Beside | None = None) -> Workload:
+    """beside: what is written beside the params. Torch has neither shadows nor halves, so ours has no peer then; the
+    two ways to have weights in bf16 race each other.
+    """
     sizes = parameter_sizes(parameters, tensors)
-    rounding = {"rounding_seed": 5} if shadow == "random" else {}
+    rounding = {"rounding_seed": 5} if beside == "random" else {}
+    name = "remainders" if beside == "remainder" else "shadows"
 
     def make(seed: int) -> Inputs:
         random = Random(seed, device, torch.float32)
@@ -44,17 +54,32 @@ def adamw_workload(
             [random.normal(size, scale=0.02, has_grad=False) for size in sizes] for _ in range(3)
         )
         exp_avg_sqs = [2 * grad.square() for grad in grads]
-        shadows = [torch.zeros_like(param, dtype=torch.bfloat16) for param in params] if shadow else None
+        others: list[Tensor] | None = None
+        if beside == "remainder":
+            params, others = (list(halves) for halves in zip(*map(split_master, params), strict=True))
+        elif beside is not None:
+            others = empty_shadows(params)
         lr, step, clip_scale, should_skip = (torch.tensor(x, device=device) for x in (0.01, 3.0, 1.0, 0.0))
-        return params, grads, exp_avgs, exp_avg_sqs, shadows, lr, step, clip_scale, should_skip
+        return params, grads, exp_avgs, exp_avg_sqs, others, lr, step, clip_scale, should_skip
 
-    def update(of: Callable[..., None], inputs: Inputs) -> None:
-        *lists, shadows, lr, step, clip_scale, should_skip = inputs
+    def empty_shadows(params: list[Tensor]) -> list[Tensor]:
+        return [torch.zeros_like(param, dtype=torch.bfloat16) for param in params]
+
+    def update(of: Callable[..., None], inputs: Inputs, name: str = name) -> None:
+        *lists, others, lr, step, clip_scale, should_skip = inputs
         scalars = {"lr": lr, "step": step, "clip_scale": clip_scale, "should_skip": should_skip}
-        of(*lists, **scalars, **ADAMW, shadows=shadows, **rounding)
+        of(*lists, **scalars, **ADAMW, **{name: others}, **rounding)
 
     def ours(*inputs: Any) -> None:
         update(adamw, inputs)
+
+    def with_shadow() -> Contender:
+        def adapt(inputs: Inputs) -> Inputs:
+            params, *lists, remainders, lr, step, clip_scale, should_skip = inputs
+            masters = list(map(join_master, params, remainders))
+            return masters, *lists, empty_shadows(masters), lr, step, clip_scale, should_skip
+
+        return Contender(WITH_SHADOW, lambda *inputs: update(adamw, inputs, "shadows"), "bound", adapt=adapt)
 
     def torchs(is_fused: bool) -> Contender:
         def adapt(inputs: Inputs) -> Inputs:
@@ -84,28 +109,50 @@ def adamw_workload(
 
         return Contender("eager" if is_fused else "foreach", torch.no_grad()(call), adapt=adapt)
 
+    def whole(lists: Sequence[list[Tensor] | None]) -> Sequence[list[Tensor] | None]:
+        """Masters for their halves."""
+        params, *between, remainders = lists
+        if beside != "remainder":
+            return lists
+        assert params is not None and remainders is not None
+        return list(map(join_master, params, remainders)), *between, None
+
     def check(inputs: Inputs, _: list[Tensor], __: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
         """How the first tensor, the last vector and the last matrix changed."""
         some = sorted({0, tensors // 3 - 1, tensors - 1} & set(range(tensors)))
+
+        def chosen(lists: Inputs) -> list[list[Tensor] | None]:
+            return [None if one is None else [one[i].clone() for i in some] for one in lists[:5]]
+
         before = make(0)
-        expected = [None if one is None else [one[i].clone() for i in some] for one in before[:5]]
+        expected = chosen(before)
         update(adamw_reference, (*expected, *before[5:]))
         names = ("p", "g", "m", "v", "shadow")
-        for what, found, old, true in zip(names, inputs, before, expected, strict=False):
+        lists = map(whole, (chosen(inputs), chosen(before), expected))
+        for what, found, old, true in zip(names, *lists, strict=True):
+            if found is None or old is None or true is None or what == "g":
+                continue
             for place, i in enumerate(some):
                 # Noise depends on where a tensor lies: of some tensors only the first lies where it did.
-                if true is not None and what != "g" and not (what == "shadow" and shadow == "random" and i):
-                    yield f"change of {what} {i}", found[i] - old[i], true[place] - old[i]
+                if not (what == "shadow" and beside == "random" and i):
+                    yield f"change of {what} {i}", found[place] - old[place], true[place] - old[place]
 
+    others: dict[Beside | None, list[Contender]] = {
+        None: [torchs(True), torchs(False)],
+        "remainder": [with_shadow()],
+    }
     return Workload(
         "adamw",
-        f"{parameters / 1e6:g}M in {tensors}{f', shadow to {shadow}' if shadow else ''}",
+        f"{parameters / 1e6:g}M in {tensors}{BESIDE[beside]}",
         torch.float32,
-        work.adamw_work(parameters, shadow is not None),
+        work.adamw_work(parameters, beside in ("nearest", "random")),
         make,
-        [Contender(OURS, ours, "ours"), *([] if shadow else [torchs(True), torchs(False)])],
+        [Contender(OURS, ours, "ours"), *others.get(beside, [])],
         check,
-        targets=[targets.percent("forward", 88)],
+        targets=[
+            targets.percent("forward", 88),
+            *([targets.times("forward", WITH_SHADOW, 1.0)] if beside == "remainder" else []),
+        ],
     )
 
 

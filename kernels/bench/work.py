@@ -96,7 +96,7 @@ def decode_work(lengths: Sequence[int], heads: int, kv_heads: int, width: int, b
 
 
 def adamw_work(parameters: int, has_shadow: bool = False) -> Works:
-    """fp32 parameter and two moments in and out, fp32 gradient in, 28 bytes each; a bf16 shadow out."""
+    """fp32 parameter (whole or in halves) and two moments in and out, fp32 gradient in; a bf16 shadow out."""
     return {"forward": Work((30 if has_shadow else 28) * parameters)}
 
 

@@ -132,8 +132,9 @@ def _decode_attention(device: torch.device) -> Iterator[Workload]:
 
 def _adamw(device: torch.device) -> Iterator[Workload]:
     yield adamw_workload(500_000_000, 300, device)
-    yield adamw_workload(500_000_000, 300, device, shadow="nearest")
-    yield adamw_workload(500_000_000, 300, device, shadow="random")
+    yield adamw_workload(500_000_000, 300, device, beside="nearest")
+    yield adamw_workload(500_000_000, 300, device, beside="random")
+    yield adamw_workload(500_000_000, 300, device, beside="remainder")
 
 
 def _grad_norm(device: torch.device) -> Iterator[Workload]:

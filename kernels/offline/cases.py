@@ -303,22 +303,29 @@ def _updates(less: int) -> Iterator[Case]:
     def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(_empty(*size, dtype=dtype) for size in sizes)
 
-    def updates(grads: torch.dtype, shadows: torch.dtype | None, seed: int | None) -> tuple[Any, ...]:
-        return tensors(grads), None if shadows is None else tensors(shadows), seed
+    def updates(grads: torch.dtype, beside: dict[str, Any]) -> tuple[Any, ...]:
+        lists = {name: tensors(of) if isinstance(of, torch.dtype) else of for name, of in beside.items()}
+        return tensors(BF16 if "remainders" in beside else FP32), tensors(grads), lists
 
-    def step(grads: tuple[Tensor, ...], shadows: tuple[Tensor, ...] | None, seed: int | None) -> None:
+    def step(params: tuple[Tensor, ...], grads: tuple[Tensor, ...], beside: dict[str, Any]) -> None:
         scalars = {name: _empty(dtype=FP32) for name in ("lr", "step", "clip_scale", "should_skip")}
-        state = tensors(FP32), grads, tensors(FP32), tensors(FP32)
-        adamw(*state, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, shadows=shadows, rounding_seed=seed, **scalars)
+        state = params, grads, tensors(FP32), tensors(FP32)
+        adamw(*state, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **beside, **scalars)
 
     def of_all(*grads: Tensor) -> Tensor:
         return grad_norm(grads)
 
     numbers = sum(_empty(*size, dtype=FP32).numel() for size in sizes)
+    forms: dict[str, dict[str, Any]] = {
+        "": {},
+        ", shadow": {"shadows": BF16},
+        ", stochastic shadow": {"shadows": BF16, "rounding_seed": 1},
+        ", halves": {"remainders": torch.int16},
+    }
     for dtype in (FP32, BF16):
-        for name, shadows, seed in (("", None, None), (", shadow", BF16, None), (", stochastic shadow", BF16, 1)):
+        for name, beside in forms.items():
             shape = f"{numbers / 1e6:.0f} M numbers{name}"
-            inputs = partial(updates, dtype, shadows, seed)
+            inputs = partial(updates, dtype, beside)
             least = work.adamw_work(numbers) if dtype == FP32 and not name else None
             yield Case("adamw", shape, dtype, 0, step, inputs, wide_share=0.25, work=least)
     for dtype in DTYPES:

@@ -22,6 +22,7 @@ from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.grad_norm import grad_norm, grad_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from kernels.masters import split_master
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rotary import rotary, rotary_reference
 from kernels.sample import sample
@@ -191,6 +192,23 @@ def test_adamw() -> None:
     inputs = [random(ROWS, seed=i) for i in range(4)]
     op, reference = (partial(run, update) for update in (adamw, adamw_reference))
     assert_faithful_at_the_end(op, reference, inputs, long=4, has_gradients=False)
+
+
+def test_adamw_of_masters_in_halves() -> None:
+    """The last entries take the bits that they take alone."""
+    scalars = {"lr": 1e-3, "step": 3, "clip_scale": 0.37, "should_skip": 0}
+    options = {name: torch.tensor(value, device=DEVICE) for name, value in scalars.items()}
+
+    def run(entries: int) -> list[Tensor]:
+        master, grad, m, v = (random(ROWS, seed=i) for i in range(4))
+        short = (*split_master(master), grad, m, v.abs())
+        p, remainder, grad, m, v = (behind(x, entries) for x in short)
+        lists = ([x] for x in (p, grad, m, v))
+        adamw(*lists, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, remainders=[remainder], **options)
+        assert not torch.equal(p[-ROWS:], short[0])
+        return [x[-ROWS:].clone() for x in (p, remainder, m, v)]
+
+    assert all(map(torch.equal, run(ENTRIES + ROWS), run(ROWS)))
 
 
 def test_grad_norm() -> None:

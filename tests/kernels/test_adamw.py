@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -13,45 +13,22 @@ from kernels.adamw import adamw, adamw_reference
 from kernels.rounding import stochastic_bfloat16_reference
 from tests.kernels.faces import DEVICE, each_face
 from tests.kernels.oracle import random
-
-SHAPES = [(5, 7), (1023,), (1,), (0, 4), (1024,), (25, 41), (), (16411,)]
-SIZES = [torch.Size(shape).numel() for shape in SHAPES]
-DECAYS = [0.1, 0.0, 0.3, 0.1, 0.0, 0.1, 0.0, 0.2]
-OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": DECAYS}
-# A power of two is one number in float64 and in fp32.
-LR = 2.0**-7
+from tests.kernels.updates import (
+    DECAYS,
+    LR,
+    OPTIONS,
+    SHAPES,
+    SIZES,
+    copies,
+    cut,
+    halves_of,
+    same_bits,
+    scalars,
+    shadows_of,
+    state,
+)
 
 triton = pytest.mark.parametrize("face", ["triton"], indirect=True)
-
-
-def state(dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
-    """params, grads, exp_avgs, exp_avg_sqs; parameters so small that a few steps change them by their own size."""
-    lists = [[random(*shape, seed=10 * k + i) for i, shape in enumerate(SHAPES)] for k in range(4)]
-    lists[0] = [0.02 * x for x in lists[0]]
-    lists[3] = [x.square() for x in lists[3]]
-    return [[x.to(dtype) for x in tensors] for tensors in lists]
-
-
-def shadows_of(params: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
-
-
-def scalars(step: float = 3, clip_scale: float = 0.375, should_skip: float = 0) -> dict[str, Tensor]:
-    given = {"lr": LR, "step": step, "clip_scale": clip_scale, "should_skip": should_skip}
-    return {name: torch.tensor(value, device=DEVICE) for name, value in given.items()}
-
-
-def copies(*lists: list[Tensor]) -> list[list[Tensor]]:
-    return [[x.clone() for x in tensors] for tensors in lists]
-
-
-def cut(flat: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Views, most of which begin where no access of 16 bytes may."""
-    return list(flat.split(sizes))
-
-
-def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(one, other, strict=True) if a.ndim)
 
 
 def torchs(dtype: torch.dtype, grads: list[list[Tensor]], clip_scale: float, betas: tuple[float, float]) -> Tensor:
@@ -134,16 +111,23 @@ def test_how_a_list_is_cut_and_where_its_tensors_lie_changes_no_bit(face: str) -
 
 @triton
 @pytest.mark.parametrize("which", range(5))
-def test_one_list_that_is_not_aligned_changes_no_bit(face: str, which: int) -> None:
+@pytest.mark.parametrize("beside", ["shadows", "remainders"])
+def test_one_list_that_is_not_aligned_changes_no_bit(
+    face: str, beside: Literal["shadows", "remainders"], which: int
+) -> None:
     """Gradients of FSDP2 lie so: views into one buffer, beside aligned parameters."""
     lists = [[random(5000, seed=i)] for i in range(4)]
     lists[3][0].square_()
-    lists += [[torch.empty(5000, dtype=torch.bfloat16, device=DEVICE)]]
+    if beside == "shadows":
+        lists += [shadows_of(lists[0])]
+    else:
+        lists[0], remainders = halves_of(lists[0])
+        lists += [remainders]
     moved = copies(*lists)
     buffer = lists[which][0].new_empty(5001)
     moved[which] = [buffer[1:].copy_(lists[which][0])]
     for tensors in (lists, moved):
-        adamw(*tensors[:4], shadows=tensors[4], **{**OPTIONS, "weight_decay": 0.1}, **scalars())
+        adamw(*tensors[:4], **{beside: tensors[4]}, **{**OPTIONS, "weight_decay": 0.1}, **scalars())
     assert moved[which][0].data_ptr() % 16
     assert all(same_bits(one, other) for one, other in zip(lists, moved, strict=True))
 
@@ -233,6 +217,8 @@ def test_memory_that_the_kernel_would_misread_is_refused(face: str) -> None:
         adamw(params, [*grads[:7], grads[7].bfloat16()], first, second, **OPTIONS, **scalars())
     with pytest.raises(ValueError, match="shadows bf16"):
         adamw(params, grads, first, second, shadows=[x.half() for x in params], **OPTIONS, **scalars())
+    with pytest.raises(ValueError, match="params fp32"):
+        adamw([x.bfloat16() for x in params], grads, first, second, **OPTIONS, **scalars())
     params[5] = params[5].t().contiguous().t()
     with pytest.raises(ValueError, match="contiguous"):
         adamw(params, grads, first, second, **OPTIONS, **scalars())

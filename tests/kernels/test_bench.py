@@ -282,8 +282,9 @@ def tiny() -> Iterator[Workload]:
     yield decode_workload(3, 40, 4, 2, 16, FP32, CPU)
     yield decode_workload(3, 512, 4, 2, 16, FP32, CPU, paged=True)
     yield adamw_workload(5000, 9, CPU)
-    yield adamw_workload(5000, 9, CPU, shadow="nearest")
-    yield adamw_workload(5000, 9, CPU, shadow="random")
+    yield adamw_workload(5000, 9, CPU, beside="nearest")
+    yield adamw_workload(5000, 9, CPU, beside="random")
+    yield adamw_workload(5000, 9, CPU, beside="remainder")
     yield grad_norm_workload(5000, 9, CPU)
     yield sample_workload(4, 100, FP32, CPU)
     yield gae_workload(6, 30, CPU)
@@ -323,12 +324,14 @@ def test_checks_of_ops_bite() -> None:
     ):
         assert broken(job, double).startswith("wrong"), job.name
     assert broken(sample_workload(4, 100, FP32, CPU), lambda token: (token + 1) % 100).startswith("wrong")
-    # The moments and the parameters are changed in place.
-    job = adamw_workload(500, 9, CPU)
-    lazy = replace(
-        job.contenders[0], call=lambda *inputs: job.contenders[0].call(*[x[:-1] for x in inputs[:4]], *inputs[4:])
-    )
-    assert measure.fault(job, lazy).startswith("wrong: change of p 8")
+    # The moments and the parameters are changed in place, whole or in halves.
+    for job, lists in ((adamw_workload(500, 9, CPU), 4), (adamw_workload(500, 9, CPU, beside="remainder"), 5)):
+        ours = job.contenders[0]
+
+        def lazy(*inputs, ours=ours, lists=lists):
+            return ours.call(*[x[:-1] for x in inputs[:lists]], *inputs[lists:])
+
+        assert measure.fault(job, replace(ours, call=lazy)).startswith("wrong: change of p 8")
 
 
 def test_a_compiled_peer_runs_its_backward_many_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from kernels import vocabulary
 from kernels.backend import Chip, observed_launches
 from kernels.linear_logprob import linear_logprob, linear_logprob_reference, vocabulary_slices
 from tests.engine.live_bytes import LiveBytes
-from tests.kernels.faces import DEVICE, TORCH, TRITON, each_face
+from tests.kernels.faces import DEVICE, each_face
 from tests.kernels.heads import head, labels, loss_and_reference
 from tests.kernels.oracle import assert_faithful, random
 
@@ -114,20 +114,6 @@ def test_a_token_alone_and_among_others_is_bitwise_the_same(face: str, monkeypat
         monkeypatch.setitem(vocabulary.WORKSPACE, DEVICE, workspace)
         for rows in (slice(0, 11), slice(3, 4), slice(2, 9)):
             assert all(torch.equal(alone, x[rows]) for alone, x in zip(run(rows), among, strict=True))
-
-
-@pytest.mark.parametrize(("face", "dtype"), [*TORCH, *TRITON])
-def test_products_are_summed_and_kept_in_fp32(face: str, dtype: torch.dtype) -> None:
-    a, b = random(5, 300, dtype=dtype), random(7, 300, seed=1, dtype=dtype)
-    exact = a.double() @ b.double().t()
-    total = torch.empty(5, 7, device=DEVICE)
-    vocabulary.multiply(a, b.t(), out=total)
-    assert (total - exact).abs().max() < 1e-4
-    vocabulary.multiply(a, b.t(), out=total, add=True)
-    assert (total - 2 * exact).abs().max() < 2e-4
-    narrow = torch.empty(5, 7, dtype=dtype, device=DEVICE)
-    vocabulary.multiply(a, b.t(), out=narrow)
-    assert (narrow - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps + 1e-4
 
 
 def test_rows_of_buffers_are_aligned_whatever_the_vocabulary() -> None:

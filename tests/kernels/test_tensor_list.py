@@ -40,7 +40,7 @@ def test_chunks_of_tensors_beyond_32_bits_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Operation]:
-    """AdamW with bf16 gradients and shadows, and the gradient norm in fp32 and bf16."""
+    """AdamW with bf16 gradients, with shadows and in halves, and the gradient norm in fp32 and bf16."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compiled_updates"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -63,9 +63,14 @@ def accesses(kernel: Operation) -> Iterator[tuple[int, int, bool]]:
 
 def test_whole_blocks_are_promised_to_be_aligned_and_others_only_to_their_numbers(kernels: list[Operation]) -> None:
     """Only a GPU minds: there a promise that is not kept ends the run, and one that is not made costs speed."""
-    update, *norms = ([*accesses(kernel)] for kernel in kernels)
-    # Read and written: three lists in fp32; read or written: gradients and shadows in bf16. Four numbers an access.
-    assert sorted(update) == sorted(
-        [*[(4, 16, False)] * 6, *[(2, 8, False)] * 2, *[(4, 4, True)] * 6, *[(2, 2, True)] * 2]
-    )
+    update, halves, *norms = ([*accesses(kernel)] for kernel in kernels)
+
+    def four_numbers_an_access(of_4_bytes: int, of_2_bytes: int) -> list[tuple[int, int, bool]]:
+        whole = [*[(4, 16, False)] * of_4_bytes, *[(2, 8, False)] * of_2_bytes]
+        return sorted([*whole, *((number, number, True) for number, _, _ in whole)])
+
+    # Read and written: three lists in fp32; read or written: gradients and shadows in bf16.
+    assert sorted(update) == four_numbers_an_access(6, 2)
+    # Read and written: moments in fp32, params and remainders; read: gradients.
+    assert sorted(halves) == four_numbers_an_access(4, 5)
     assert norms == [[(4, 16, False), (4, 4, True)], [(2, 16, False), (2, 2, True)]]
