@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,12 +43,17 @@ class Racer(Protocol):
 
 
 def race(racers: Mapping[str, Racer], rounds: int) -> dict[str, list[Lap]]:
-    """Every racer takes a lap in turn, so many times; the order turns round, so that nobody is always first."""
+    """Every racer takes a lap in turn, so many times."""
     laps: dict[str, list[Lap]] = {name: [] for name in racers}
-    for index in range(rounds):
-        for name in list(racers)[:: 1 if index % 2 == 0 else -1]:
-            laps[name].append(racers[name].step())
+    for name in turns(list(racers), rounds):
+        laps[name].append(racers[name].step())
     return laps
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is, so many rounds; the order turns round, so that nobody is always first."""
+    for index in range(rounds):
+        yield from names[:: 1 if index % 2 == 0 else -1]
 
 
 def median_speed(laps: list[Lap]) -> float:

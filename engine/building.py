@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.agreement import ControlGroup
 from engine.files import explain
 from engine.launch import speak
+from engine.masters import masters
 from engine.mesh import Runtime
 from engine.publish import STATE, publish, require_model
 from engine.shard import fill
@@ -231,7 +232,7 @@ def publisher(
                 write_adapter(directory, facts, lora, base, tensors, fingerprint=fingerprint)
             tokenizer.save(directory)
 
-        parameters = model.named_parameters()
+        parameters = masters(model.named_parameters())
         if lora is None:
             publish(directory, parameters, write, ranks, step=step, stage=stage, dtype=dtype)
         else:

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
@@ -60,6 +60,7 @@ from engine.manifest import (
     stored_tensors,
     write_manifest,
 )
+from engine.masters import Master
 from model.errors import InputError
 
 TRAINER = "trainer.json"
@@ -95,7 +96,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], trainer: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor | Master], trainer: dict[str, Any]) -> None:
         """Write a checkpoint, or (asynchronous) copy its tensors and begin to.
 
         A step that is complete on disk already is left as it is: a run's state is a function of its step.
@@ -103,7 +104,7 @@ class Checkpointer:
         Args:
             step: steps done, the checkpoint's name.
             tensors: the same names on every rank. DTensors in any sharding; a plain tensor is the same on every
-                rank and is written once. Tied weights go in under one name.
+                rank and is written once. A master in halves is written whole. Tied weights go in under one name.
             trainer: JSON values that every rank agrees on (rank 0's are written): int, float, str, bool, None,
                 and lists and string-keyed dicts of them.
         Raises:
@@ -112,14 +113,14 @@ class Checkpointer:
         """
         self.wait()
         for name, tensor in tensors.items():
-            assert isinstance(tensor, Tensor) and tensor.dtype in DTYPE_NAMES, f"{name} is not a tensor DCP may see"
+            assert isinstance(tensor, Tensor | Master) and tensor.dtype in DTYPE_NAMES, f"{name} is no tensor for DCP"
         assert _is_json(trainer), "trainer.json holds JSON values only"
         directory = self.directory(step)
         doing = f"write {directory} ({human_size(state_bytes(tensors))})"
         with self._leaving_nothing_half(directory):
             if not self._ranks.first(doing, lambda: self._make_room(directory)):
                 return
-            planner = self._ranks.each(doing, lambda: _LocalPlanner(tensors, self._staging))
+            planner = self._ranks.each(doing, lambda: _SavePlanner(tensors, self._staging))
         text = json.dumps({"schema": TRAINER_SCHEMA, "step": step, "trainer": trainer}, indent=1) + "\n"
         if self._staging is None:
             self._write(step, planner, text, doing)
@@ -160,7 +161,7 @@ class Checkpointer:
         self._ranks.each(f"read {self.directory(step)}", look)
         return step
 
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def load(self, step: int, tensors: Mapping[str, Tensor | Master]) -> dict[str, Any]:
         """Fill `tensors` in place from a checkpoint, whatever number of ranks wrote it.
 
         Args:
@@ -178,9 +179,9 @@ class Checkpointer:
         self._ranks.checkpointing(
             doing,
             dcp.load,
-            dict(tensors),
+            _outlined(tensors),
             storage_reader=HuggingFaceStorageReader(str(directory)),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_LoadPlanner(tensors),
         )
         return trainer
 
@@ -213,7 +214,7 @@ class Checkpointer:
         except BaseException as error:  # carried over to the thread that will ask
             self._error = error
 
-    def _write(self, step: int, planner: _LocalPlanner, trainer: str, doing: str) -> None:
+    def _write(self, step: int, planner: _SavePlanner, trainer: str, doing: str) -> None:
         directory = self.directory(step)
 
         def complete() -> None:
@@ -253,7 +254,7 @@ class Checkpointer:
         for step in self.steps()[: -self._keep]:
             remove_directory(self.directory(step))
 
-    def _check(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _check(self, step: int, tensors: Mapping[str, Tensor | Master]) -> dict[str, Any]:
         """Compare a checkpoint with its manifest and with what shall be filled; returns the trainer dict."""
         directory = self.directory(step)
         try:
@@ -294,7 +295,7 @@ class _FlushedFiles(FileSystem):
             sync_file(Path(path))
 
 
-class _LocalPlanner(DefaultSavePlanner):
+class _SavePlanner(DefaultSavePlanner):
     """Plans a save when it is made, from the tensors' layout, and hands out this rank's pieces when they are written.
 
     With a staging area the pieces are copied into it at once, so the training may go on. The area lives as long
@@ -302,16 +303,16 @@ class _LocalPlanner(DefaultSavePlanner):
     memory is pageable: pinned memory is allotted in powers of two, which could double that copy.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], staging: dict[str, Tensor] | None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | Master], staging: dict[str, Tensor] | None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.plan = create_default_local_save_plan(dict(tensors), is_coordinator=False)
+        self.plan = create_default_local_save_plan(_outlined(tensors), is_coordinator=False)
         self._pieces = {name: _local(tensor) for name, tensor in tensors.items()}
         if staging is not None:
             for name, piece in self._pieces.items():
                 if name not in staging:
                     staging[name] = torch.empty(piece.shape, dtype=piece.dtype)
                 assert staging[name].shape == piece.shape, f"{name} changed its shape during a run"
-                self._pieces[name] = staging[name].copy_(piece)
+                self._pieces[name] = staging[name].copy_(_whole(piece))
 
     def set_up_planner(
         self, state_dict: STATE_DICT_TYPE, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -322,7 +323,7 @@ class _LocalPlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._pieces[write_item.index.fqn].contiguous()
+        return _whole(self._pieces[write_item.index.fqn]).contiguous()
 
     def file_numbers(self) -> dict[str, int]:
         """Number (from 1) of the file that takes each tensor's pieces; rank 0, whose pieces are largest, decides."""
@@ -333,10 +334,40 @@ class _LocalPlanner(DefaultSavePlanner):
         return numbers
 
 
-def _local(tensor: Tensor) -> Tensor:
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads into tensors, and into masters in halves piece by piece: there is never a second copy of the model."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | Master]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._halved = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Master)}
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        if read_item.dest_index.fqn in self._halved:
+            return torch.empty(read_item.lengths, dtype=Master.dtype)
+        return super().resolve_tensor(read_item)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        halved = self._halved.get(read_item.dest_index.fqn)
+        if halved is not None:
+            place = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+            halved.copy_(tensor, at=tuple(slice(begin, begin + length) for begin, length in place))
+
+
+def _outlined(tensors: Mapping[str, Tensor | Master]) -> dict[str, Tensor]:
+    """What DCP makes its plans of."""
+    return {name: tensor.outline() if isinstance(tensor, Master) else tensor for name, tensor in tensors.items()}
+
+
+def _local(tensor: Tensor | Master) -> Tensor | Master:
     """This rank's piece of a tensor, without a graph."""
+    if isinstance(tensor, Master):
+        return tensor
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(piece: Tensor | Master) -> Tensor:
+    return piece.join() if isinstance(piece, Master) else piece
 
 
 def _is_json(value: Any) -> bool:

@@ -23,6 +23,7 @@ from engine.guard import Guard
 from engine.launch import DivergedError, StoppedError, speak
 from engine.loggers import PANELS, LogConfig, RunLog
 from engine.lora import FrozenBase, require_same_base
+from engine.masters import Master
 from engine.mesh import Runtime
 from engine.metrics import Speedometer, peak_flops, peak_memory_bytes
 from engine.optim import AdamW
@@ -130,9 +131,9 @@ class Run:
         panels: list[tuple[str, ...]] = [(name, f"held_out_{name}") for name in self.shown]
         return panels if len(panels) % 2 == 0 else [*panels, ("data_wait_share",)]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Master]:
         """All state that is tensors, by name; loading fills them in place. Frozen weights are no state."""
-        named = {f"model.{name}": parameter.detach() for name, parameter in self.optimizer.parameters.items()}
+        named = {f"model.{name}": master for name, master in self.optimizer.masters()}
         return {**named, **dict(self.optimizer.state()), "guard.state": self.guard.state}
 
 
@@ -215,7 +216,8 @@ def train(
                 dog.beat(f"saving after step {progress.step}")
                 checkpointer.save(progress.step, run.tensors(), _trainer_state(run, progress, loader))
                 last_saved = progress.step
-                run_log.draw()
+                if progress.step < run.steps:  # else it is drawn below, with the last look at held-out text
+                    run_log.draw()
                 desk.speedometer.restart()
             if desk.must_stop and progress.step < run.steps:
                 dog.beat("finishing the save")

@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from engine.files import write_durably
+from engine.masters import Master
 from model.errors import InputError
 
 COMPLETE = "COMPLETE"
@@ -168,6 +169,6 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def state_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+def state_bytes(tensors: Mapping[str, torch.Tensor | Master]) -> int:
     """Bytes of a checkpoint's tensors, each counted once whatever the number of ranks."""
     return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors.values())

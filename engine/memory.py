@@ -154,11 +154,18 @@ class _Planner:
                 in_blocks.append(self._block_products(layer))
             if self.setup.is_wrapped:
                 in_blocks.append(self._block_reduction(layer))
+        # Without FSDP gradients are added up in fp32, which autograd makes of what ops give in 16 bits.
+        is_widened = not self.setup.is_wrapped and self.b < FP32
         in_root = [self._embedding_backward()] if self.is_embedding_trained else []
+        if is_widened and self.is_embedding_trained:
+            in_root.append(self._embedding_widened())
         if self.setup.is_wrapped and self.trained_root.size:
             in_root.append(self._root_reduction())
         update = Moment("optimizer update", self.stored, self.masters, 2 * self.masters)
-        return (self._loss(), self._loss_backward(), *in_blocks, *in_root, update)
+        at_head = [self._loss(), self._loss_backward()]
+        if is_widened and self.head.gradient:
+            at_head.append(self._head_widened())
+        return (*at_head, *in_blocks, *in_root, update)
 
     # The moments of a step, in order.
 
@@ -185,6 +192,14 @@ class _Planner:
             activations=self._kept(self.layers) + self._kept_by_final_norm() + self.stream,
             head=self.head.backward,
         )
+
+    def _head_widened(self) -> Moment:
+        """The head's gradient in 16 bits and in fp32, when its op is done."""
+        before = self._loss_backward()
+        gradients = before.gradients + FP32 * self.head.gradient // self.b
+        # Cross-entropy has multiplied gradients that it kept; of log-probabilities the work is gone.
+        head = before.head if self.setup.loss == "cross_entropy" else self.stream
+        return replace(before, name="gradient of the head in fp32", gradients=gradients, head=head)
 
     def _block_backward(self, layer: int) -> Moment:
         """The gradient of a block's activation function, when what the block keeps is all there."""
@@ -219,6 +234,12 @@ class _Planner:
             gradients=self._finished(0) + self._unreduced(is_first=False) + self.b * self.matrix,
             activations=self.stream,
         )
+
+    def _embedding_widened(self) -> Moment:
+        """The embedding's gradient in 16 bits and in fp32, when its op is done."""
+        before = self._embedding_backward()
+        gradients = before.gradients + FP32 * self.matrix
+        return replace(before, name="gradient of the embedding in fp32", gradients=gradients)
 
     def _root_reduction(self) -> Moment:
         """The gradients of embedding, final norm and head are summed over ranks."""
@@ -296,7 +317,9 @@ class _Planner:
     def _unreduced(self, is_first: bool) -> int:
         """The head's gradient waits for the root's reduction; a reduced unit's buffer waits for the next unit."""
         if not self.setup.is_wrapped:
-            return FP32 * self.head.gradient // self.b if self.setup.micro_batches == 1 else 0
+            # There before the others; that of a tied head is added to earlier ones when the embedding's is there, too.
+            waits = self.config.tie_word_embeddings and self.is_embedding_trained
+            return FP32 * self.head.gradient // self.b if waits or self.setup.micro_batches == 1 else 0
         buffer = FP32 * self.trained_block.padded
         if is_first:
             is_late = self.setup.micro_batches > 1 and self.setup.shards > 1
@@ -305,8 +328,10 @@ class _Planner:
 
     def _of_down_proj(self) -> int:
         """The one product of a block whose gradients are there before the activation function's."""
-        is_added = not self.setup.is_wrapped and self.setup.micro_batches > 1  # into those of an earlier pack
-        return 0 if is_added else self.b * self.of_down_proj
+        if self.setup.is_wrapped:
+            return self.b * self.of_down_proj
+        # In one process they are fp32 from the first, and those of an earlier pack are added to.
+        return FP32 * self.of_down_proj if self.setup.micro_batches == 1 else 0
 
     def _in_reduction(self, unit: Unit) -> int:
         """A unit's gradients go into an fp32 buffer, and that into this rank's part; FSDP forgets to drop the last.

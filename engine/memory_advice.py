@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from engine.memory import MemoryPlan, Setup
+from engine.step_seconds import is_known, step_seconds
 
 GIB = 1 << 30
 MOST_PROCESSES = 4096
@@ -113,8 +114,8 @@ def advice(memory: Plan, device_bytes: int, steps: Sequence[Ways] | None = None)
         nothing when the model is too large for any of them.
     """
     steps = STEPS if steps is None else steps
-    singles = [_first_that_fits(memory, ways, device_bytes) for ways in steps]
-    return [_change([way]) for way in singles if way is not None] or _together(memory, device_bytes, steps)
+    singles = [way for ways in steps if (way := _first_that_fits(memory, ways, device_bytes)) is not None]
+    return [_change([way]) for way in sorted(singles, key=_seconds)] or _together(memory, device_bytes, steps)
 
 
 def _together(memory: Plan, device_bytes: int, steps: Sequence[Ways]) -> list[Change[Plan]]:
@@ -147,6 +148,14 @@ def _plans(memory: AnyPlan, ways: Ways) -> Iterator[_Way]:
 
 def _first_that_fits(memory: AnyPlan, ways: Ways, device_bytes: int) -> _Way | None:
     return next((way for way in _plans(memory, ways) if way.plan.fits(device_bytes)), None)
+
+
+def _seconds(way: _Way) -> float:
+    """Of a step, where that is known: smaller packs may cost less than recomputation, or more. Elsewhere the order of
+    STEPS stands."""
+    plan = way.plan
+    is_told = isinstance(plan, MemoryPlan) and is_known(plan.setup)
+    return step_seconds(plan.config, plan.setup).total if is_told else math.inf
 
 
 def _change(ways: list[_Way]) -> Change[Any]:

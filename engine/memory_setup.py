@@ -45,8 +45,8 @@ class Setup:
 
     @property
     def is_wrapped(self) -> bool:
-        """Whether FSDP is at work; one process in fp32 does without it."""
-        return self.world > 1 or self.precision == "bf16"
+        """Whether FSDP is at work; one process does without it."""
+        return self.world > 1
 
     @property
     def number_bytes(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import check_range
+from engine.masters import Master, masters
 from engine.shard import local
 from kernels.adamw import adamw
 from model.errors import InputError
@@ -52,12 +53,15 @@ class AdamW:
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        self.exp_avg = {name: _zeros(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: _zeros(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         # A tensor, so that a skipped step is not counted and nobody has to ask the device.
         self.updates = torch.zeros((), dtype=torch.float32, device=device)
-        self._weight_decay = [config.weight_decay if p.ndim >= 2 else 0.0 for p in self.parameters.values()]
+        kept = dict(self.masters())
+        assert all(one.dtype.itemsize >= 4 for one in kept.values()), "a 16-bit weight without its remainder"
+        self._whole = [name for name, one in kept.items() if not isinstance(one, Master)]
+        self._remainders = {name: one.remainder for name, one in kept.items() if isinstance(one, Master)}
 
     @torch.no_grad()
     def step(self, lr: Tensor, clip_scale: Tensor, should_skip: Tensor) -> None:
@@ -66,19 +70,22 @@ class AdamW:
         Where `should_skip` is not 0, parameters, moments and the count of updates stay as they are.
         """
         self.updates += 1 - should_skip
-        adamw(
-            [local(parameter) for parameter in self.parameters.values()],
-            self.local_gradients(),
-            [local(moment) for moment in self.exp_avg.values()],
-            [local(moment) for moment in self.exp_avg_sq.values()],
-            lr=lr,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            weight_decay=self._weight_decay,
-            step=self.updates,
-            clip_scale=clip_scale,
-            should_skip=should_skip,
-        )
+        # Masters are whole or in halves, and of a model of words all are alike: one launch.
+        for names, remainders in ((self._whole, None), (list(self._remainders), list(self._remainders.values()))):
+            adamw(
+                [local(self.parameters[name]) for name in names],
+                [local(self.gradient(name)) for name in names],
+                [local(self.exp_avg[name]) for name in names],
+                [local(self.exp_avg_sq[name]) for name in names],
+                lr=lr,
+                betas=(self.config.beta1, self.config.beta2),
+                eps=self.config.eps,
+                weight_decay=[self.config.weight_decay if self.parameters[name].ndim >= 2 else 0.0 for name in names],
+                step=self.updates,
+                clip_scale=clip_scale,
+                should_skip=should_skip,
+                remainders=remainders,
+            )
 
     def gradient(self, name: str) -> Tensor:
         """The accumulated gradient of a parameter; a parameter without one is a mistake of ours."""
@@ -96,9 +103,19 @@ class AdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def masters(self) -> Iterator[tuple[str, Tensor | Master]]:
+        """The fp32 masters of what is trained."""
+        return masters(self.parameters.items())
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint must hold, as named tensors that loading fills in place."""
         yield "optimizer.updates", self.updates
         for name in self.parameters:
             yield f"optimizer.exp_avg.{name}", self.exp_avg[name]
             yield f"optimizer.exp_avg_sq.{name}", self.exp_avg_sq[name]
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    """In the dtype of its master, sharded as the parameter is."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=wide, requires_grad=False)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.agreement import ControlGroup
 from engine.files import sync_directory, sync_tree, write_durably
+from engine.masters import Master
 from model.directories import ADAPTED_CONFIG, ADAPTER_CONFIG, is_adapter, lineage, read_json
 from model.errors import InputError
 from model.fingerprint import fingerprint_weights
@@ -35,12 +36,12 @@ SCHEMA = 1
 
 
 def gather_full(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, everywhere: bool = False
+    tensors: Iterable[tuple[str, Tensor | Master]], dtype: torch.dtype | None = None, everywhere: bool = False
 ) -> FullTensors:
     """Full tensors, one at a time, from any sharding; all ranks iterate to the end.
 
     Args:
-        tensors: (name, DTensor or plain tensor), the same names in the same order on every rank.
+        tensors: (name, DTensor, plain tensor or master), the same names in the same order on every rank.
         dtype: cast to it before gathering, which halves the traffic of fp32 master weights kept in bf16.
         everywhere: on every rank's own device, instead of rank 0's CPU alone.
     """
@@ -55,7 +56,7 @@ class FullTensors(Iterator[tuple[str, Tensor]]):
     """
 
     def __init__(
-        self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, everywhere: bool = False
+        self, tensors: Iterable[tuple[str, Tensor | Master]], dtype: torch.dtype | None, everywhere: bool = False
     ) -> None:
         self._tensors = iter(tensors)
         self._dtype, self._everywhere = dtype, everywhere
@@ -64,6 +65,8 @@ class FullTensors(Iterator[tuple[str, Tensor]]):
     @torch.no_grad()
     def __next__(self) -> tuple[str, Tensor]:
         name, tensor = next(self._tensors)
+        if isinstance(tensor, Master):
+            tensor = tensor.weight if self._dtype == tensor.weight.dtype else tensor.join()
         tensor = tensor.detach()
         if self._dtype is not None:
             tensor = tensor.to(self._dtype)
@@ -82,7 +85,7 @@ class FullTensors(Iterator[tuple[str, Tensor]]):
 
 def publish(
     directory: Path | str,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Master]],
     write: Callable[[Path, Iterator[tuple[str, Tensor]]], None],
     ranks: ControlGroup,
     *,
@@ -94,7 +97,7 @@ def publish(
 
     Args:
         directory: the run directory.
-        tensors: (name, DTensor or plain tensor) as in `gather_full`.
+        tensors: as in `gather_full`.
         write: called on rank 0 with an empty folder and the full tensors; writes the model directory's files
             there: weights, configuration, tokenizer. No subfolders.
         ranks: a group that no other thread is using now.

@@ -4,6 +4,9 @@ Everything else is written as if for one device. Parameters are fp32 masters; un
 are gathered in bf16 and its gradients reduced in fp32 (FSDP2's mixed precision). What is frozen needs no master and is
 stored as it computes, in bf16. FSDP2 asks for one dtype of what is trained in a unit, not of what is frozen beside it,
 and all of a unit is gathered in one dtype. The head of a reward or value model computes in fp32 always.
+
+One process has nothing to gather and nothing to reduce, and FSDP2 would only copy. There masters are kept in halves,
+and products read the upper one: `engine.masters`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.masters import Master, keep_in_halves, master
 from engine.mesh import ParallelConfig, Runtime
 from engine.recompute import Recompute, apply_recompute
+from kernels.masters import split_master
 from model.heads import ScalarModel
 
 Precision = Literal["bf16", "fp32"]
@@ -57,10 +62,10 @@ def parallelize(
             # Not `block.compile()`: that would draw the hooks of sharding and timing into the graph.
             # One graph: a break would hide what is slow, and our kernels are ops that it can hold.
             block.forward = torch.compile(block.forward, fullgraph=True)
+    is_alone = runtime.world == 1
     if precision == "bf16":
-        _narrow_frozen(model)
-    # One process in fp32 has nothing to shard and nothing to cast.
-    if runtime.world > 1 or precision == "bf16":
+        _narrow(model, only_frozen=not is_alone)
+    if not is_alone:
         # Inputs stay as they are: FSDP would round the rotary tables, temperatures and loss weights to bf16.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if precision == "bf16" else None,
@@ -78,14 +83,16 @@ def parallelize(
         fully_shard(model, mesh=runtime.mesh, mp_policy=policy, reshard_after_forward=False)
         model.accumulation = Accumulation(not parallel.reshard_after_forward, runtime.shards == 1)
     model.to_empty(device=runtime.device)
+    if is_alone and precision == "bf16":
+        keep_in_halves(model)
 
 
-def _narrow_frozen(model: nn.Module) -> None:
-    """Frozen parameters in bf16, but for the head of one number."""
+def _narrow(model: nn.Module, only_frozen: bool) -> None:
+    """Parameters in bf16, but for the head of one number."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad and path != "score":
-                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
+            if path != "score" and not (only_frozen and parameter.requires_grad):
+                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=parameter.requires_grad))
 
 
 @torch.no_grad()
@@ -97,7 +104,13 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     parameters = dict(model.named_parameters())
     for name, full in tensors:
-        target = parameters.pop(name)
+        target = master(parameters.pop(name))
+        if isinstance(target, Master):
+            target.copy_(full)
+            continue
+        if target.dtype == torch.bfloat16 and not isinstance(target, DTensor):
+            # Rounded as a master's upper half is, so that a frozen copy of a model in training agrees with it.
+            full, _ = split_master(full.to(target.device, torch.float32))
         full = full.to(device=target.device, dtype=target.dtype)
         if isinstance(target, DTensor):
             full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)

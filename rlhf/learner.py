@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.data.loader import PackLoader
 from engine.intervals import Z
+from engine.masters import Master
 from engine.mesh import Runtime
 from engine.shard import free_gathered
 from rlhf.advantages import gae_advantages, group_advantages, rloo_advantages, shaped_rewards, whiten
@@ -231,13 +232,12 @@ class Learner:
         assert self.config.train.micro_batch_tokens is not None
         return self.config.train.micro_batch_tokens
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Master]:
         """All state that is tensors, by name; loading fills them in place. Frozen weights are no state."""
-        named: dict[str, Tensor] = {}
+        named: dict[str, Tensor | Master] = {}
         for role, trained in (("policy", self.roles.policy), ("critic", self.roles.critic)):
             if trained is not None:
-                learnt = trained.optimizer.parameters
-                own = {f"model.{name}": parameter.detach() for name, parameter in learnt.items()}
+                own = {f"model.{name}": master for name, master in trained.optimizer.masters()}
                 own |= {**dict(trained.optimizer.state()), "guard.state": trained.guard.state}
                 named |= {f"{role}.{name}": tensor for name, tensor in own.items()}
         return named

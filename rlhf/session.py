@@ -202,7 +202,8 @@ class Session:
         """Save the state at the end of the last iteration that is done."""
         self._dog.beat(f"saving after iteration {self.iteration}")
         self._checkpointer.save(self.iteration, self._learner.tensors(), self._saved)
-        self._log.draw()
+        if self.iteration < self._iterations:  # else `publish` draws
+            self._log.draw()
 
     def publish(self) -> None:
         """Make the run directory a model directory."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-import kernels.adamw
+import kernels.adamw_kernel
 import kernels.grad_norm
 from engine.guard import Guard, GuardConfig
 from engine.mesh import ParallelConfig, Runtime
 from engine.optim import AdamW, OptimConfig
 from engine.recompute import Recompute
-from engine.shard import parallelize
+from engine.shard import Precision, parallelize
 from engine.step import Objective, train_step
 from kernels.backend import Chip, observed_launches
 
@@ -104,17 +104,19 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Watch]]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     # Pinned on a GPU, by a branch for it.
-    for module in (kernels.adamw, kernels.grad_norm):
+    for module in (kernels.adamw_kernel, kernels.grad_norm):
         monkeypatch.setattr(module, "address_table", lambda lists, device: torch.empty(len(lists), device=device))
     with observed_launches(lambda *_: None, Chip(90, 132)):
         yield lambda: Watch(pinned)
 
 
-def make(root: type[nn.Module], config: Any, recompute: Recompute = "none") -> tuple[nn.Module, AdamW, Guard]:
+def make(
+    root: type[nn.Module], config: Any, recompute: Recompute = "none", precision: Precision = "bf16"
+) -> tuple[nn.Module, AdamW, Guard]:
     """A model without values, and what trains it."""
     with torch.device("meta"):
         model = root(config)
-    parallelize(model, NOWHERE, ParallelConfig(), "fp32", recompute)
+    parallelize(model, NOWHERE, ParallelConfig(), precision, recompute)
     return model, AdamW(model, OptimConfig(z_loss=1e-4)), Guard(GuardConfig(), DEVICE)
 
 

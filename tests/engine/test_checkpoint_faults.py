@@ -71,7 +71,7 @@ def mistake_of_ours(patch: pytest.MonkeyPatch) -> None:
     def resolve_data(self: object, write_item: object) -> Tensor:
         raise KeyError("weight")
 
-    patch.setattr(engine.checkpoint._LocalPlanner, "resolve_data", resolve_data)
+    patch.setattr(engine.checkpoint._SavePlanner, "resolve_data", resolve_data)
 
 
 # fault, the rank that it meets, what the error says

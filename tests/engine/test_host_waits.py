@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.data.loader import packed_batch
 from engine.recompute import Recompute
+from engine.shard import Precision
 from engine.step import next_token_loss
 from model.batch import PackedBatch
 from model.heads import CausalLM
@@ -27,11 +28,14 @@ def packs(count: int = 2) -> list[PackedBatch]:
     return [packed_batch(tokens, np.roll(tokens, -1), [9, 14, 5], 8, 16, index) for index in range(count)]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", ["llama", "tied", "mistral", "qwen2", "qwen3"])
-def test_a_step_never_waits_for_the_device(name: str, recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_waits_for_the_device(
+    name: str, recompute: Recompute, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with watched(monkeypatch) as watch:
-        trained = make(CausalLM, CONFIGS[name], recompute)
+        trained = make(CausalLM, CONFIGS[name], recompute, precision)
         objective = next_token_loss(z_loss=1e-4)
         step(trained, objective, packs())  # the first fills tables that are kept
         with watch():

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from engine import loggers
+from engine.corpora import DataConfig
+from engine.job import TrainConfig
 from engine.loggers import LogConfig, RunLog, draw_curves, read_rows
+from engine.loop import CheckpointConfig, EvalConfig
 from engine.metrics import Speedometer
+from engine.pretraining import PretrainConfig, pretrain
+from tests.small_base import write_small_base, write_small_data
 
 PLAIN = LogConfig(tensorboard=False, curves=False)
 
@@ -34,6 +40,30 @@ def test_ranks_other_than_the_first_write_nothing(tmp_path: Path, monkeypatch: p
     log.draw()
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_draws_its_curves_at_every_save_and_the_last_time_when_all_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, bool]] = []
+
+    def draw(metrics: Path, *_: object) -> None:
+        last = read_rows(metrics)[-1]
+        drawn.append((last["step"], "held_out_loss" in last))
+
+    monkeypatch.setattr(loggers, "draw_curves", draw)
+    pretrain(
+        PretrainConfig(
+            model=str(write_small_base(tmp_path / "base")),
+            out=str(tmp_path / "out"),
+            data=DataConfig(paths=[str(write_small_data(tmp_path / "data.jsonl"))], workers=1),
+            train=TrainConfig(steps=4, micro_batch_tokens=64, batch_tokens=64),
+            checkpoint=CheckpointConfig(every=2),
+            eval=EvalConfig(every=4, fraction=0.1),
+            log=LogConfig(tensorboard=False),
+        )
+    )
+    assert drawn == [(2, False), (4, True)]
 
 
 def test_curves_are_drawn_from_rows_with_and_without_losses(tmp_path: Path) -> None:

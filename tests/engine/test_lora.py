@@ -18,11 +18,12 @@ from engine.building import publisher
 from engine.guard import Guard, GuardConfig
 from engine.job import count_parameters
 from engine.lora import FrozenBase, LoraConfig, adapter_rate, stand_on
+from engine.masters import master
 from engine.memory import Setup, plan
 from engine.mesh import ParallelConfig, start
 from engine.optim import AdamW, OptimConfig
 from engine.publish import require_model
-from engine.shard import fill, local, parallelize
+from engine.shard import fill, parallelize
 from engine.step import next_token_loss, train_step
 from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.errors import InputError
@@ -94,7 +95,7 @@ def train(
         "weights": {name: full(optimizer.parameters[name]) for name in optimizer.parameters},
         "frozen": before,
         "frozen afterwards": {name: full(named[name]) for name in before},
-        "dtypes": {name: str(local(parameter).dtype) for name, parameter in named.items()},
+        "dtypes": {name: str(master(parameter).dtype) for name, parameter in named.items()},
         "moments": set(dict(optimizer.state())),
     }
 

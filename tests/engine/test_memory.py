@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from engine.masters import Master, masters
 from engine.memory import Moment, Setup, plan, reading, stored_bytes
 from engine.memory_heads import FP32, head_cost
 from engine.mesh import ParallelConfig, Runtime
@@ -47,10 +48,13 @@ SMALL = ModelConfig(
 TIED_QWEN3 = replace(SMALL, model_type="qwen3", qk_norm=True, tie_word_embeddings=True, head_dim=48)
 BIASED_QWEN2 = replace(SMALL, model_type="qwen2", attention_bias=True, num_kv_heads=4)
 SCORE = replace(SMALL, head="score")
+MANY_WORDS = replace(SMALL, vocab_size=16000, num_layers=1)
 LORA = LoraSpec(rank=8, alpha=16.0)
 QUERIES_VALUES = replace(LORA, targets=("q_proj", "v_proj"))
 OUTPUTS = replace(LORA, targets=("o_proj", "down_proj"))
 WORDS = replace(LORA, trained=("embed_tokens", "lm_head"))
+
+CPU = torch.device("cpu")
 
 # What the plan leaves out: the bounds of documents, and a few scalars.
 SLACK = 0.001
@@ -68,21 +72,27 @@ class Counted:
 
 
 @contextlib.contextmanager
-def silent_ranks(setup: Setup) -> Iterator[Runtime]:
+def silent_ranks(setup: Setup, device: torch.device = CPU) -> Iterator[Runtime]:
     """Rank 0 of a world whose other ranks do not exist."""
     dist.init_process_group("fake", rank=0, world_size=setup.world, store=FakeStore())
     try:
         names = ("replicate", "shard") if setup.replicas > 1 else ("shard",)
         shape = (setup.replicas, setup.shards) if setup.replicas > 1 else (setup.shards,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        yield Runtime(0, setup.world, torch.device("cpu"), mesh)
+        yield Runtime(0, setup.world, device, mesh)
     finally:
         dist.destroy_process_group()
 
 
-def empty_pack(tokens: int, context: int) -> PackedBatch:
-    row = torch.zeros(tokens, dtype=torch.int64)
-    return PackedBatch(row, row.clone(), torch.zeros(5, dtype=torch.int32), row.clone(), 4, context)
+def empty_pack(tokens: int, context: int, device: torch.device = CPU) -> PackedBatch:
+    row = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return PackedBatch(row, row.clone(), torch.zeros(5, dtype=torch.int32, device=device), row.clone(), 4, context)
+
+
+def weights_of(model: nn.Module) -> Iterator[Tensor]:
+    """What holds a model's parameters: themselves, or both halves of their masters."""
+    for _, one in masters(model.named_parameters()):
+        yield from (one.weight, one.remainder) if isinstance(one, Master) else (one,)
 
 
 def storage_bytes(tensors: Iterator[Tensor]) -> int:
@@ -95,20 +105,24 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
 def sharded(
     config: ModelConfig, setup: Setup, fake: bool = True, frozen: bool = False
 ) -> Iterator[tuple[CausalLM | ScalarModel, PackedBatch, LiveBytes]]:
-    """A model made as jobs make it, a pack for it, and what counts its bytes. frozen: nothing is trained."""
-    tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    """A model made as jobs make it, a pack for it, and what counts its bytes. frozen: nothing is trained.
+
+    fake: on tensors without values; FSDP wants a device for them, and one process cannot take its own to fake ones.
+    """
+    tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake and setup.is_wrapped else contextlib.nullcontext()
+    device = torch.device("meta") if fake and not setup.is_wrapped else CPU
     with torch.device("meta"):
         model = CausalLM(config) if config.head == "lm" else ScalarModel(config)
         if setup.lora is not None:
             add_lora(model, setup.lora)
         if frozen:
             model.requires_grad_(False)
-    with silent_ranks(setup) as runtime, tensors, LiveBytes() as live:
+    with silent_ranks(setup, device) as runtime, tensors, LiveBytes() as live:
         parallel = ParallelConfig(replicas=setup.replicas, reshard_after_forward=setup.reshard_after_forward)
         parallelize(model, runtime, parallel, setup.precision, setup.recompute)
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(local(tensor))
-        yield model, empty_pack(setup.tokens_per_pack, setup.context), live
+        yield model, empty_pack(setup.tokens_per_pack, setup.context, device), live
 
 
 def summed_loss(model: CausalLM | ScalarModel, pack: PackedBatch, setup: Setup) -> Tensor:
@@ -133,7 +147,7 @@ def run_step(config: ModelConfig, setup: Setup, fake: bool = True) -> Counted:
         backward_peak = max(total for _, total in live.log[begin_of_backward(live) :])
         optimizer = AdamW(model, OptimConfig())
         return Counted(
-            weights=storage_bytes(iter(model.parameters())),
+            weights=storage_bytes(weights_of(model)),
             gradients=storage_bytes(parameter.grad for parameter in optimizer.parameters.values()),
             optimizer=storage_bytes(iter((*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()))),
             moments=moments,
@@ -222,6 +236,10 @@ STEPS = {
     "accumulation": (SMALL, Setup(256, 256, world=4, micro_batches=3)),
     "accumulation, replicas": (SMALL, Setup(256, 256, world=8, replicas=4, micro_batches=2)),
     "one process in bf16": (SMALL, Setup(256, 256)),
+    "one process, tied, accumulation": (TIED_QWEN3, Setup(512, 256, micro_batches=2)),
+    "one process, many words": (MANY_WORDS, Setup(256, 256)),
+    "one process, many words, score": (replace(MANY_WORDS, head="score"), Setup(256, 256)),
+    "one process, log-probabilities": (SMALL, Setup(512, 256, loss="logprob")),
     "fp32 on 4 processes": (SMALL, Setup(256, 256, world=4, precision="fp32")),
     "more processes than rows": (SMALL, Setup(256, 256, world=256)),
     "1b": (PRESETS["1b"], Setup(16384, 4096, world=8)),
@@ -324,7 +342,7 @@ def test_plan_holds_what_a_forward_pass_that_keeps_nothing_holds(name: str, froz
     if frozen:  # as `rlhf.roles` makes it
         setup = replace(setup, reshard_after_forward=True)
     with sharded(config, setup, frozen=frozen) as (model, pack, live), torch.no_grad():
-        assert storage_bytes(iter(model.parameters())) == stored_bytes(config, setup, frozen)
+        assert storage_bytes(weights_of(model)) == stored_bytes(config, setup, frozen)
         live.log.clear()
         asked = {"with_entropy": True} if config.head == "lm" else {}
         model(pack, **asked)

@@ -64,6 +64,21 @@ def test_cheap_advice_comes_first() -> None:
     assert options == ["--train.micro_batch_tokens 4096", "--train.recompute full"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "cheapest", "next_one"), [(32768, "micro_batch_tokens", "recompute"), (8192, "recompute", "micro_batch")]
+)
+def test_on_one_gpu_the_shortest_step_comes_first(tokens: int, cheapest: str, next_one: str) -> None:
+    """Of 7b, 32,768 tokens a step: recomputing selectively costs 21.6 ms, a micro-batch more 11.2 ms."""
+    setup = Setup(tokens, 4096, micro_batches=32768 // tokens)
+    smaller = replace(setup, tokens_per_pack=tokens // 2, micro_batches=65536 // tokens)
+    ways = [plan(PRESETS["7b"], way) for way in (replace(setup, recompute="selective"), smaller)]
+    room = max(way.needed_bytes for way in ways)
+    memory = plan(PRESETS["7b"], setup)
+    assert not memory.fits(room)
+    first, second, *_ = advice(memory, room)
+    assert first.options.startswith(f"--train.{cheapest}") and second.options.startswith(f"--train.{next_one}")
+
+
 def test_changes_are_taken_together_where_none_is_enough() -> None:
     config, setup, device_bytes = TOO_LARGE["13b on four A100 40"]
     (change,) = advice(plan(config, setup), device_bytes)

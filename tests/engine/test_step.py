@@ -14,8 +14,10 @@ from torch import nn
 
 from engine.evaluation import held_out_loss, held_out_means
 from engine.guard import Guard, GuardConfig
+from engine.masters import masters
 from engine.mesh import ParallelConfig, start
 from engine.optim import AdamW, OptimConfig
+from engine.publish import gather_full
 from engine.shard import fill, local, parallelize
 from engine.step import Loss, next_token_loss, train_step
 from model.batch import IGNORE, PackedBatch
@@ -87,7 +89,7 @@ def train(
         optimizer.zero_grad = keep_gradients if step == STEPS - 1 else zero_grad  # type: ignore[method-assign]
         pending = train_step(model, optimizer, guard, next_token_loss(1e-3), mine, runtime, lr=0.01 / (1 + step))
         reports.append(pending.read())
-    weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
+    weights = dict(gather_full(masters(model.named_parameters()), everywhere=True))
     return {
         "loss": np.array([report.loss for report in reports]),
         "norm": np.array([report.grad_norm for report in reports]),
@@ -139,12 +141,31 @@ def test_nor_does_it_with_weights_that_are_gathered_again_before_a_backward(
     assert_same(kept, run_ranks(train, world, False, replicas, precision, recompute, 1.0)[0], 0.0)
 
 
-def test_bf16_follows_fp32_and_keeps_fp32_masters() -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_bf16_follows_fp32_and_keeps_fp32_masters(world: int) -> None:
     (exact,) = run_ranks(train, 1, True, 1, "fp32", "none", 1.0)
-    (half,) = run_ranks(train, 2, True, 1, "bf16", "none", 1.0)[:1]
+    half = run_ranks(train, world, True, 1, "bf16", "none", 1.0)[0]
     # bf16 carries 8 bits: a relative rounding of 2^-9 a number.
     np.testing.assert_allclose(half["loss"], exact["loss"], rtol=2**-7)
     assert all(value.dtype == np.float32 for value in half["weights"].values())
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_recomputing_changes_no_bit_of_gradients_that_products_add_up(tied: bool, recompute: str) -> None:
+    (kept,) = run_ranks(train, 1, tied, 1, "bf16", "none", 1.0)
+    (recomputed,) = run_ranks(train, 1, tied, 1, "bf16", recompute, 1.0)
+    assert_same(kept, recomputed, 0.0)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one_in_bf16(world: int) -> None:
+    """One process adds gradients up in fp32; with shards each micro-batch's are rounded to bf16 before they are."""
+    (one,) = run_ranks(train, 1, False, 1, "bf16", "none", 0.5)
+    many = run_ranks(train, world, False, 1, "bf16", "none", 0.5)[0]
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=2**-7)
+    # Of equal weights: each number of a sum is off by 2^-9 at most.
+    np.testing.assert_allclose(many["norm"][0], one["norm"][0], rtol=2**-8)
 
 
 def evaluate_then_look(precision: str) -> dict[str, tuple[str, bool]]:
@@ -196,14 +217,22 @@ def test_what_an_objective_shows_beside_its_loss_is_a_mean_over_the_targets_of_a
         assert others == [len(targets), 0, 0]
 
 
-def train_compiled(recompute: str) -> dict[str, Any]:
+def train_compiled(precision: str, recompute: str) -> dict[str, Any]:
     torch._dynamo.reset()
-    return train(False, 1, "fp32", recompute, 1.0, compile_blocks=True)
+    return train(False, 1, precision, recompute, 1.0, compile_blocks=True)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks_train_as_plain_ones(recompute: str) -> None:
     (plain,) = run_ranks(train, 1, False, 1, "fp32", "none", 1.0)
-    (compiled,) = run_ranks(train_compiled, 1, recompute)
+    (compiled,) = run_ranks(train_compiled, 1, "fp32", recompute)
     assert_same(plain, compiled, 1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_in_compiled_blocks_autograd_adds_gradients_up_in_fp32() -> None:
+    (plain,) = run_ranks(train, 1, False, 1, "bf16", "none", 1.0)
+    (compiled,) = run_ranks(train_compiled, 1, "bf16", "none")
+    np.testing.assert_allclose(compiled["loss"], plain["loss"], rtol=2**-7)
+    assert all(gradient.dtype == np.float32 for gradient in compiled["gradients"].values())

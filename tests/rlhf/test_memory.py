@@ -159,8 +159,9 @@ def test_a_directory_s_size_is_taken_where_it_is_there(tmp_path: Path) -> None:
 
 
 def test_13b_with_adapters_of_rank_16_fits_four_80_gb_cards_and_all_of_it_does_not(
-    capsys: pytest.CaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the demo has left no reward model of its own size
     for rank, verdict in ((16, "it fits the 79.1 GiB"), (0, "it does not fit the 79.1 GiB")):
         four = PlanConfig(world=4, device_gib=79.1)
         train_ppo(PpoConfig(model="ziya2-13b", lora=LoraConfig(rank=rank), dry_run=True, plan=four))

@@ -8,6 +8,7 @@ import pytest
 
 from engine.loop import CheckpointConfig
 from engine.optim import OptimConfig
+from engine.shard import Precision
 from rlhf.ppo_config import (
     AlgorithmConfig,
     KlConfig,
@@ -28,8 +29,10 @@ from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 from tests.small_base import write_small_conversations, write_small_data
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_at_random_moments_ends_bitwise_as_an_unbroken_one(tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32")])
+def test_a_run_killed_at_random_moments_ends_bitwise_as_an_unbroken_one(
+    tmp_path: Path, world: int, precision: Precision
+) -> None:
     base, reward = write_small_sft(tmp_path / "sft"), write_small_reward_model(tmp_path / "rm", mean=0.2, std=0.5)
     prompts, texts = write_small_conversations(tmp_path / "chats.jsonl", 30), write_small_data(tmp_path / "texts.jsonl")
 
@@ -37,7 +40,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_as_an_unbroken_one(tmp_path
         return PpoConfig(
             model=str(base),
             out=str(out),
-            train=PpoTrainConfig(steps=16, micro_batch_tokens=256),
+            train=PpoTrainConfig(steps=16, micro_batch_tokens=256, precision=precision),
             optim=OptimConfig(lr=1e-3, eps=1e-5, weight_decay=0.0),
             checkpoint=CheckpointConfig(every=2),
             eval=PpoEvalConfig(every=6, fraction=0.1),

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from engine.data import loader
+from kernels.masters import split_master
 from tests.small_base import small_texts
 from tests.tools.in_child import TOOLS, run_tool
 from tests.tools.small_job import checkpoints, held_out_losses, losses, pretrain, rows, weights, write_small_job
@@ -202,7 +203,12 @@ def test_bf16_trains_and_publishes_bf16(folder: Path) -> None:
     # Eight bits of mantissa round the loss of equal weights by less than one part in 2^8.
     assert losses(folder / "half")[0] == pytest.approx(losses(folder / "run")[0], rel=2**-8)
     assert losses(folder / "half")[-1] < losses(folder / "half")[0]
-    assert {tensor.dtype for tensor in load_file(folder / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    published = load_file(folder / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
+    (state,) = (folder / "half" / "state" / checkpoints(folder / "half")[-1]).glob("*.safetensors")
+    master = load_file(state)["model.model.norm.weight"]
+    assert master.dtype == torch.float32 and not torch.equal(master, master.bfloat16().float())
+    assert torch.equal(published["model.norm.weight"], split_master(master)[0])
     assert json.loads((folder / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
