@@ -5,8 +5,9 @@
     python tools/bench_train.py --out docs/benchmarks/train-cpu       # and keep the result
 
 On a GPU the shapes are of 1, 7 and 13 billion parameters (the last with as many layers as fit), and the page is kept as
-docs/benchmarks/train-<gpu>; on a CPU they are small. Cases run in order of importance until the minutes are over, and
-each is written down when it is done. Which contenders there are, and what is fair: tools/train_peers.py.
+docs/benchmarks/train-<gpu>; on a CPU they are small. Cases run in order of importance until the minutes are over. On a
+GPU each contender is written down when it is done, on a CPU, where they take turns, each case. Which contenders there
+are, and what is fair: tools/train_peers.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,23 +27,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.benchmark import machine
+from engine.benchmark import free, machine
 from engine.data.corpus import Corpus
 from engine.launch import run, speak
 from engine.memory import MemoryPlan
 from engine.mesh import ParallelConfig, Runtime, start, stop
 from engine.metrics import peak_flops
 from engine.shard import Precision
+from engine.step_seconds import BANDWIDTHS
 from kernels.bench.machine import ROOT, slug
 from kernels.bench.machine import machine as gpu_facts
 from kernels.fp8_linear import has_fp8
 from model.errors import InputError
-from tools.train_cases import Case, default_cases, fitted, named, plans
+from tools.train_cases import Case, default_cases, fitted, named, ways
 from tools.train_data import Step, loader_of, made_up_corpus, steps_of
 from tools.train_ours import Ours
 from tools.train_page import append, tables
 from tools.train_peers import hugging_face, missing, plain
-from tools.train_race import OURS, Contender, Outcome, Sizes, measure
+from tools.train_race import OURS, Contender, Sizes, measure
 from tools.train_record import PEERS, Record, record
 
 # Of an epoch: so many that its packs leave next to no padding, as in a long run.
@@ -57,16 +59,17 @@ class BenchConfig:
     cases: list[str] = field(default_factory=list)
     """what to run, as shape-context-kind; by default what suits the device"""
     contenders: list[str] = field(default_factory=list)
-    """beside ours: transformers, liger, plain, ours+compile, and in cases of full documents ours+fp8; by default the
-    first three, and on a GPU the last"""
+    """beside ours, in this order: transformers, liger, plain, ours+compile, and in cases of full documents ours+fp8; by
+    default the first three, on a GPU behind ours+fp8, those with a target first"""
     minutes: float = 8.0
     """begin nothing new after that; what was not reached is named"""
     batch_tokens: int | None = None
     """tokens of an optimizer step; by default 32768 on a GPU and 2048 on a CPU"""
     tokens_per_pack: int | None = None
-    """of one of our forward passes; by default the most that the memory plan lets fit"""
+    """of one of our forward passes; by default chosen with --recompute"""
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    """what we compute again in the backward pass; auto: the least that the memory plan lets fit"""
+    """what we compute again in the backward pass; auto: what makes the shortest step of what the memory plan lets fit,
+    as predicted by engine/step_seconds.py"""
     laps: int = 3
     """times that each is timed; the median counts"""
     steps: int | None = None
@@ -108,7 +111,12 @@ def main(config: BenchConfig) -> None:
             speak(f"Without {name}: {reason}.")
     cases = wanted or default_cases(bench.is_on_gpu)
     while cases and bench.has_time():
-        bench.run(cases.pop(0))
+        try:
+            bench.run(cases.pop(0))
+        except InputError as error:
+            if config.cases:
+                raise
+            speak(str(error))  # the others may fit
     stop()
     if cases:
         names = " ".join(case.name for case in cases)
@@ -131,12 +139,13 @@ class _Bench:
         self.precision: Precision = "bf16" if self.is_on_gpu else "fp32"
         self.memory = torch.cuda.get_device_properties(self.device).total_memory if self.is_on_gpu else None
         self.batch_tokens = config.batch_tokens or (32768 if self.is_on_gpu else 2048)
-        self.contenders = config.contenders or ([*PEERS, FP8] if self.is_on_gpu else list(PEERS))
+        self.contenders = config.contenders or ([FP8, "liger", "plain", "transformers"] if self.is_on_gpu else [*PEERS])
         warm, steps, traced = (2, 2, 2) if self.is_on_gpu else (1, 1, 1)
         self.sizes = Sizes(warm, config.steps or steps, config.laps, traced if config.trace else 0)
         device_name = torch.cuda.get_device_name(self.device) if self.is_on_gpu else "cpu"
         default = ROOT / "docs" / "benchmarks" / f"train-{slug(device_name)}" if self.is_on_gpu else None
         self.out = Path(config.out) if config.out else default
+        self.gpu = next((name for name in BANDWIDTHS if name in device_name), "H200")
         self._ends = time.monotonic() + 60 * config.minutes
         self._facts = self._machine()
 
@@ -151,17 +160,27 @@ class _Bench:
         """
         case = fitted(case, self.batch_tokens, self.precision, self.memory)
         recompute = None if self.config.recompute == "auto" else self.config.recompute
-        ways = plans(case, self.batch_tokens, self.precision, self.memory, recompute, self.config.tokens_per_pack)
-        for way in ways:
-            speak(f"{case.name}: packs of {way.setup.tokens_per_pack:,}, recompute {way.setup.recompute}.")
+        packs = self.config.tokens_per_pack
+        plans, reason = ways(case, self.batch_tokens, self.precision, self.memory, recompute, packs, self.gpu)
+        while plans:
+            way = plans.pop(0)
+            speak(f"{case.name}: packs of {way.setup.tokens_per_pack:,}, recompute {way.setup.recompute}. {reason}")
             try:
-                return self._tell(self._measure(case, way))
+                return self._measure(case, way, reason)
             except torch.cuda.OutOfMemoryError:
-                speak(f"The plan said {way.peak.total / 2**30:.1f} GiB, and it did not fit.")
+                reason = f"The plan said {way.peak.total / 2**30:.1f} GiB, and it did not fit. {reason}"
+            free()  # what the exception held
+            plans = [one for one in plans if one.needed_bytes < way.needed_bytes]
         raise InputError(f"{case.name} does not fit this device. Choose other --cases, or --recompute full.")
 
-    def _measure(self, case: Case, way: MemoryPlan) -> list[Record]:
-        seed, sizes = self.config.seed, self.sizes
+    def _measure(self, case: Case, way: MemoryPlan, reason: str) -> None:
+        """Keep each record as soon as it is there, and print those of the case in the end.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: ours does not fit; nothing was kept.
+        """
+        seed, sizes, peak = self.config.seed, self.sizes, peak_flops(self.device)
+        records: dict[str, Record] = {}
         with tempfile.TemporaryDirectory() as directory:
             tokens = max(_STEPS, sizes.total + 1) * self.batch_tokens
             corpus = made_up_corpus(case.kind, case.context, case.model.vocab_size, tokens, seed, Path(directory))
@@ -170,18 +189,13 @@ class _Bench:
                 steps = steps_of(loader, case.kind, case.context, sizes.total)
             builders = self._builders(case, way, steps, load)
             head_rows = 1 if case.kind == "reward" else case.model.vocab_size
-            outcomes = measure(builders, steps, sizes, self.device, head_rows, self.has_time)
-        for name in builders.keys() - outcomes.keys():
-            outcomes[name] = Outcome(failure="not reached")
-        peak = peak_flops(self.device)
-        return [
-            {
-                **self._facts,
-                **record(case, name, outcomes[name], steps, sizes, way, peak),
-                "config": asdict(self.config),
-            }
-            for name in builders
-        ]
+            for name, outcome in measure(builders, steps, sizes, self.device, head_rows, self.has_time):
+                found = record(case, name, outcome, steps, sizes, way, peak)
+                records[name] = {**self._facts, **found, "choice": reason, "config": asdict(self.config)}
+                self._keep(records[name])
+        print(tables(list(records.values())), flush=True)
+        if late := " ".join(name for name in builders if name not in records):
+            speak(f"Not reached: {late}. Run them with --cases {case.name} --contenders {late}.")
 
     def _loader(self, corpus: Corpus, case: Case, way: MemoryPlan) -> Any:
         packs = (way.setup.tokens_per_pack, case.context, way.setup.micro_batches)
@@ -204,13 +218,21 @@ class _Bench:
         return {name: every[name] for name in [OURS, *there] if name != FP8 or case.kind == "full"}
 
     def _ours(self, way: MemoryPlan, load: Callable[[], Any], is_compiled: bool) -> Ours:
-        return Ours(way, load(), self.runtime, self.config.seed, is_compiled)
+        with ExitStack() as failing:
+            loader = failing.enter_context(closing(load()))
+            ours = Ours(way, loader, self.runtime, self.config.seed, is_compiled)
+            failing.pop_all()
+        return ours
 
-    def _tell(self, records: list[Record]) -> None:
-        command = "python tools/bench_train.py" + (f" --out {self.config.out}" if self.config.out else "")
-        print(tables(records), flush=True)
+    def _keep(self, found: Record) -> None:
+        speed = found.get("tokens_per_second")
+        told = [f"{speed:,.0f} tokens/s"] if speed else []
+        speak(
+            f"{found['case']}, {found['contender']}: {'; '.join(told + [found['failure']] * bool(found['failure']))}."
+        )
         if self.out is not None:
-            append(records, self.out, command)
+            command = "python tools/bench_train.py" + (f" --out {self.config.out}" if self.config.out else "")
+            append([found], self.out, command)
 
     def _machine(self) -> Record:
         """What all records of this run have in common."""

@@ -15,10 +15,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from engine.memory import MemoryPlan, plan
+from engine.memory import plan
 from engine.memory_setup import Setup
 from engine.recompute import Recompute
 from engine.shard import Precision
+from engine.step_seconds import Ranked, rank
 from model.config import PRESETS, ModelConfig
 from model.errors import InputError
 
@@ -59,7 +60,6 @@ CUT = {"13b"}
 _FIRST = ("7b-4096-full", "1b-4096-full", "7b-4096-sft", "1b-4096-sft", "7b-4096-ragged", "1b-4096-reward")
 _ON_GPU = (("7b", 4096), ("1b", 4096), ("13b", 4096), ("7b", 8192), ("1b", 8192), ("13b", 8192))
 _ON_CPU = (("small", 256), ("small", 512))
-# The least recomputation comes first.
 _MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 # Peers keep weights in bf16 beside fp32 masters, ours gathers a block at a time: two bytes a parameter more.
 _PEERS_EXTRA = 2
@@ -105,20 +105,22 @@ def default_cases(is_on_gpu: bool) -> list[Case]:
     return [named(name) for name in [*first, *(name for name in every if name not in first)]]
 
 
-def plans(
+def ways(
     case: Case,
     batch_tokens: int,
     precision: Precision,
     device_bytes: int | None,
     recompute: Recompute | None = None,
     tokens_per_pack: int | None = None,
-) -> list[MemoryPlan]:
-    """The ways to run our side that fit, the preferred one first: the least recomputation, then the largest packs.
+    gpu: str = "H200",
+) -> Ranked:
+    """The ways to run our side that fit, by predicted seconds of a step.
 
     Args:
         batch_tokens: of an optimizer step.
         device_bytes: what a GPU has; None on a CPU, where everything fits and a step has two packs.
         recompute, tokens_per_pack: take these.
+        gpu: whose data sheet predicts.
     Raises:
         InputError: packs that do not divide the step or hold no document, or nothing that fits.
     """
@@ -147,10 +149,9 @@ def plans(
         for mode in ([recompute] if recompute else _MODES)
         for size in sizes
     ]
-    found = [plan(case.model, setup) for setup in setups]
     if device_bytes is None:
-        return found[:1]
-    return [one for one in found if one.fits(device_bytes)]
+        return Ranked([plan(case.model, setups[0])], "")
+    return rank((plan(case.model, setup) for setup in setups), device_bytes, gpu)
 
 
 def fitted(case: Case, batch_tokens: int, precision: Precision, device_bytes: int | None) -> Case:
@@ -162,7 +163,7 @@ def fitted(case: Case, batch_tokens: int, precision: Precision, device_bytes: in
     def fits(layers: int) -> bool:
         cut = replace(case, model=replace(case.model, num_layers=layers))
         room = device_bytes - _PEERS_EXTRA * cut.model.num_parameters
-        return bool(plans(cut, batch_tokens, precision, room, recompute="none"))
+        return bool(ways(cut, batch_tokens, precision, room, recompute="none").plans)
 
     layers = next((count for count in range(case.model.num_layers, 0, -1) if fits(count)), 0)
     if not layers:

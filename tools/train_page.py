@@ -21,8 +21,9 @@ conversations, `reward` pairs of answers, of ragged lengths too (`tools/train_da
 documents in the same optimizer steps, with AdamW, clipping and fp32 masters; on a GPU the rest is bf16. Ours reads
 packs from its loader. The others find their batches on the device; in pre-training they read rows of full length,
 without padding, in which attention reaches over the ends of documents, elsewhere right-padded rows sorted by length.
-They take the batch size at which they are fastest, and checkpoint blocks only where nothing fits without. Ours takes
-the least recomputation that the memory plan lets fit, and then the largest packs.
+They take the batch size at which they are fastest, and checkpoint blocks only where nothing fits without. Ours takes,
+of what the memory plan lets fit, the recomputation and the packs that arithmetic (`engine/step_seconds.py`) says are
+fastest; on a CPU no recomputation, and two packs a step.
 
 MFU counts 6 N operations a real token, N being all matrices but the input embedding, and causal attention over the real
 documents, forward and backward; nothing recomputed, and nothing that padding costs; over the data sheet's dense bf16
@@ -120,7 +121,7 @@ def _speeds(one: Record, others: Sequence[Record]) -> tuple[str, ...]:
         _gib(one.get("planned_bytes")) if one.get("peak_bytes") else "",
         _percent(one.get("padding"), 1),
         _percent(one.get("data_wait"), 2),
-        one["settings"],
+        "; ".join(filter(None, (one["settings"], one["failure"]))),
         one["commit"],
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -95,20 +95,23 @@ class Peer:
         undo: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._loss, self._steps, self._device = model.train(), loss, steps, device
-        self._optimizer = MasterAdamW(list(model.parameters()))
         self._undo, self._next = undo, 0
-        self._optimizer.make_room()
-        self.is_checkpointing = False
-        speeds = self._speeds()
-        if not speeds:
-            checkpoint_blocks()
-            self.is_checkpointing = True
+        try:
+            self._optimizer = MasterAdamW(list(model.parameters()))
+            self._optimizer.make_room()
+            self.is_checkpointing = False
             speeds = self._speeds()
             if not speeds:
-                raise torch.cuda.OutOfMemoryError("a single row is too much")
-        free()
-        self.units = fastest(speeds)
-        self._batches = [[rows.to(device) for rows in step.batches(self.units)] for step in steps]
+                checkpoint_blocks()
+                self.is_checkpointing = True
+                speeds = self._speeds()
+                if not speeds:
+                    raise torch.cuda.OutOfMemoryError("a single row is too much")
+            self.units = fastest(speeds)
+            self._batches = [[rows.to(device) for rows in step.batches(self.units)] for step in steps]
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def settings(self) -> str:
@@ -155,11 +158,13 @@ class Peer:
                 free()
             return sum(int(rows.ends.sum()) + len(rows.ends) for rows in chosen) / seconds
 
-        return speeds_by_size(sizes, speed)
+        speeds = speeds_by_size(sizes, speed)
+        free()  # once more: of the size that did not fit
+        return speeds
 
     def close(self) -> None:
         self._undo()
-        del self._model, self._optimizer
+        vars(self).clear()
         torch._dynamo.reset()
         free()
 
@@ -234,11 +239,6 @@ def hugging_face(
     with device:
         model = (transformers.LlamaForSequenceClassification if is_scorer else transformers.LlamaForCausalLM)(llama)
     _narrow(model, precision)
-    patched = dict(vars(modeling_llama))
-    if with_liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(fused_linear_cross_entropy=not is_scorer, model=model)
 
     def loss(model: Any, rows: Rows, targets: int) -> Tensor:
         if is_scorer:
@@ -250,8 +250,14 @@ def hugging_face(
     def checkpoint_blocks() -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    # Liger replaces functions of the module, for everyone who comes later.
-    return Peer(model, loss, steps, device, checkpoint_blocks, undo=lambda: vars(modeling_llama).update(patched))
+    with ExitStack() as changes:
+        # Liger replaces functions of the module, for everyone who comes later.
+        changes.callback(vars(modeling_llama).update, dict(vars(modeling_llama)))
+        if with_liger:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(fused_linear_cross_entropy=not is_scorer, model=model)
+        return Peer(model, loss, steps, device, checkpoint_blocks, undo=changes.pop_all().close)
 
 
 def _ranking(scores: Tensor) -> Tensor:

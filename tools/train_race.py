@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from engine.benchmark import Lap, free, now, race
+from engine.benchmark import Lap, free, now, turns
 from tools.train_data import Step
 from tools.train_parts import Parts, parts, trace
 
@@ -60,7 +60,10 @@ class Sizes:
 
 @dataclass
 class Outcome:
-    """What a contender did. peak: bytes on a GPU, without what was there before. failure: why there are no laps."""
+    """What a contender did; what was measured before a failure stays.
+
+    peak: bytes on a GPU, without what was there before. failure: what ended it before its time.
+    """
 
     settings: str = ""
     laps: list[Lap] = field(default_factory=list)
@@ -71,20 +74,28 @@ class Outcome:
 
 
 class _Runner:
-    """A contender with what is known of it: its laps read the tokens of a step from the steps that all take."""
+    """A contender whose outcome grows: its laps read the tokens of a step from the steps that all take.
+
+    Whatever fails, the contender is closed.
+    """
 
     def __init__(
-        self, build: Callable[[], Contender], steps: list[Step], sizes: Sizes, device: torch.device, vocabulary: int
+        self,
+        build: Callable[[], Contender],
+        outcome: Outcome,
+        steps: list[Step],
+        sizes: Sizes,
+        device: torch.device,
+        vocabulary: int,
     ) -> None:
-        self._steps, self._sizes, self._device, self._vocabulary = steps, sizes, device, vocabulary
+        self._outcome, self._steps, self._sizes = outcome, steps, sizes
+        self._device, self._vocabulary = device, vocabulary
         self._taken, self._waited = 0, 0.0
         self._before = _allocated(device)
         self._contender = build()
-        try:
+        outcome.settings = self._contender.settings
+        with self._closed_on_failure():
             self._take(sizes.warm)
-        except BaseException:
-            self.close()
-            raise
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -99,27 +110,31 @@ class _Runner:
         now(self._device)
         return tokens
 
-    def step(self) -> Lap:
-        begin, waited = now(self._device), self._waited
-        tokens = self._take(self._sizes.steps)
-        return Lap(tokens, time.perf_counter() - begin, self._waited - waited)
+    def lap(self) -> None:
+        with self._closed_on_failure():
+            begin, waited = now(self._device), self._waited
+            tokens = self._take(self._sizes.steps)
+            self._outcome.laps.append(Lap(tokens, time.perf_counter() - begin, self._waited - waited))
 
-    def finish(self, outcome: Outcome) -> None:
-        """Read off what is left, look where the time goes, and free everything, also where looking fails."""
-        contender = self._contender
-        outcome.settings, outcome.padding = contender.settings, contender.padding_share
-        if self._device.type == "cuda":
-            outcome.peak = torch.cuda.max_memory_allocated(self._device) - self._before
-        try:
+    def finish(self) -> None:
+        """Read off what is left, look where the time goes, and close."""
+        outcome = self._outcome
+        with self._closed_on_failure():
+            outcome.padding = self._contender.padding_share
+            if self._device.type == "cuda":
+                outcome.peak = torch.cuda.max_memory_allocated(self._device) - self._before
             if self._sizes.traced and outcome.parts is None:
-                events = trace(contender.step, self._sizes.traced, self._device)
+                events = trace(self._contender.step, self._sizes.traced, self._device)
                 outcome.parts = parts(events, self._sizes.traced, self._vocabulary)
-        finally:
-            self.close()
-
-    def close(self) -> None:
         self._contender.close()
-        free()
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._contender.close()
+            raise
 
 
 def _allocated(device: torch.device) -> int:
@@ -133,59 +148,64 @@ def measure(
     device: torch.device,
     vocabulary: int,
     has_time: Callable[[], bool],
-) -> dict[str, Outcome]:
-    """Run every contender, as this file says for the device.
+) -> Iterator[tuple[str, Outcome]]:
+    """Run every contender, as this file says for the device, and tell each outcome as soon as it is known.
 
     Args:
-        builders: by name, OURS first; why a peer could not be built or failed is said in its outcome.
+        builders: by name, OURS first.
         vocabulary: rows of the head.
-        has_time: asked before a contender begins; those that are not begun have no outcome.
+        has_time: asked before a contender begins, but for the first; those that are not begun have no outcome.
+    Yields:
+        name and outcome; on a GPU OURS a second time, with the laps of both turns. What a peer raises ends that peer
+        and is said in its outcome; so is what ours raises once it has had all laps of a turn.
     Raises:
-        torch.cuda.OutOfMemoryError: ours did not fit, and nobody else was tried.
+        what ours raised before, such as torch.cuda.OutOfMemoryError: on a GPU nobody else was tried then.
     """
+    outcomes: dict[str, Outcome] = {}
 
     def runner(name: str) -> _Runner:
-        return _Runner(builders[name], steps, sizes, device, vocabulary)
+        return _Runner(builders[name], outcomes[name], steps, sizes, device, vocabulary)
 
-    outcomes: dict[str, Outcome] = {}
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        outcome = outcomes.setdefault(name, Outcome())
+        try:
+            return work()
+        except Exception as error:
+            if name == OURS and len(outcome.laps) < sizes.laps:
+                raise
+            outcome.failure = _reason(error, len(outcome.laps))
+        # Not before the exception is gone, and with its traceback the frames that hold the model.
+        free()
+
     if device.type == "cuda":
         for name in [*builders, OURS] if len(builders) > 1 else builders:
-            if not outcomes or has_time():
-                outcome = outcomes.setdefault(name, Outcome())
-                with _told(name, outcome):
-                    _alone(runner(name), outcome, sizes)
-        return outcomes
-    runners: dict[str, _Runner] = {}
+            if outcomes and not has_time():
+                return
+            attempt(name, lambda: _alone(runner(name), sizes))  # noqa: B023  called at once
+            yield name, outcomes[name]
+        return
+    racing: dict[str, _Runner] = {}
     for name in builders:
-        outcomes[name] = Outcome()
-        with _told(name, outcomes[name]):
-            runners[name] = runner(name)
-    for name, laps in race(runners, sizes.laps).items():
-        outcomes[name].laps = laps
-        runners[name].finish(outcomes[name])
-    return outcomes
+        attempt(name, lambda: racing.update({name: runner(name)}))  # noqa: B023
+    for name in turns(list(racing), sizes.laps):
+        if not outcomes[name].failure:
+            attempt(name, racing[name].lap)
+    for name, outcome in outcomes.items():
+        if not outcome.failure:
+            attempt(name, racing[name].finish)
+        yield name, outcome
 
 
-def _alone(runner: _Runner, outcome: Outcome, sizes: Sizes) -> None:
-    try:
-        outcome.laps += [runner.step() for _ in range(sizes.laps)]
-    except BaseException:
-        runner.close()
-        raise
-    runner.finish(outcome)
+def _alone(runner: _Runner, sizes: Sizes) -> None:
+    for _ in range(sizes.laps):
+        runner.lap()
+    runner.finish()
 
 
-@contextmanager
-def _told(name: str, outcome: Outcome) -> Iterator[None]:
-    """A failure of anyone else is an outcome; one of ours is raised, but for memory once there are laps."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        if name == OURS and not outcome.laps:
-            raise
-        outcome.failure = "" if outcome.laps else "does not fit"
-    except Exception as error:
-        if name == OURS:
-            raise
-        outcome.failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    free()
+def _reason(error: Exception, laps: int) -> str:
+    """In a line, with the laps that were taken before."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        told = "out of memory" if laps else "does not fit"
+    else:
+        told = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return told + (f" (after {laps} lap{'s' if laps > 1 else ''})" if laps else "")

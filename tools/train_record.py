@@ -38,7 +38,7 @@ def record(
     if not outcome.laps:
         return found
     speed = median_speed(outcome.laps)
-    timed = steps[sizes.warm :][: sizes.laps * sizes.steps]
+    timed = steps[sizes.warm :][: min(len(outcome.laps), sizes.laps) * sizes.steps]
     tokens = [step.tokens for step in timed]
     flops = sum(useful_flops(case.model, step.lengths) for step in timed) / sum(tokens)  # a real token
     step_seconds = statistics.median(lap.seconds for lap in outcome.laps) / sizes.steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.memory import MemoryPlan
+from model.errors import InputError
 from tests.tools.in_child import Ended, run_tool
-from tools.train_cases import named
+from tools.train_cases import Case, named
 from tools.train_parts import PARTS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_train.py"
@@ -44,7 +47,7 @@ def test_cases_of_each_kind_are_measured_beside_peers(
         assert one["tokens_per_second"] == pytest.approx(np.median(one["laps"]), abs=0.1)
         assert sum(one["shares"][part] for part in PARTS) == pytest.approx(1.0)
         assert one["shares"]["products"] > 0 and one["shares"]["optimizer"] > 0
-        assert one["config"]["batch_tokens"] == 256
+        assert one["config"]["batch_tokens"] == 256 and one["choice"] == ""
         assert one["tokens_per_step"] == found[one["case"], "ours"]["tokens_per_step"]
     table = (tmp_path / "deep" / "train.md").read_text(encoding="utf-8")
     assert all(line in table for line in done.stdout.splitlines() if line.startswith("| mini"))
@@ -93,15 +96,54 @@ def test_the_next_plan_is_taken_where_the_first_did_not_fit(
     kind = tool["_Bench"]
     one = kind.__new__(kind)
     one.config, one.batch_tokens, one.precision, one.memory = tool["BenchConfig"](), 32768, "bf16", 100 << 30
-    tried, kept = [], []
+    one.gpu = "H200"
+    tried: list[MemoryPlan] = []
+    reasons = []
 
-    def measured(case: object, way: Any) -> list[str]:
-        tried.append((way.setup.recompute, way.setup.tokens_per_pack))
-        if len(tried) < 3:
+    def measured(case: object, way: MemoryPlan, reason: str) -> None:
+        tried.append(way)
+        reasons.append(reason)
+        if len(tried) < 4:
             raise torch.cuda.OutOfMemoryError
-        return ["records"]
 
-    one._measure, one._tell = measured, kept.append
+    one._measure = measured
     one.run(named("1b-4096-full"))
-    assert tried == [("none", 32768), ("none", 16384), ("none", 8192)] and kept == [["records"]]
-    assert capsys.readouterr().err.count("and it did not fit.") == 2
+    assert tried[0].setup.tokens_per_pack == 32768 and len(tried) == 4
+    # Faster ways that need no less are passed over.
+    needed = [way.needed_bytes for way in tried]
+    assert needed == sorted(set(needed), reverse=True)
+    assert reasons[3].count("and it did not fit.") == 3
+    assert "predicted seconds a step: none in packs of 32,768 0." in reasons[0]
+    assert reasons[3] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cases", [[], ["1b-4096-full", "7b-4096-full"]])
+def test_what_does_not_fit_is_said_and_the_others_run_unless_it_was_asked_for(
+    cases: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_train.py"])
+    tool: dict[str, Any] = runpy.run_path(str(TOOL))
+    ran = []
+
+    class Bench:
+        is_on_gpu, contenders = True, ()
+
+        def __init__(self, *_: object) -> None: ...
+
+        def has_time(self) -> bool:
+            return len(ran) < 3
+
+        def run(self, case: Case) -> None:
+            ran.append(case.name)
+            if len(ran) == 1:
+                raise InputError(f"{case.name} does not fit this device.")
+
+    globals_of = tool["main"].__globals__
+    globals_of.update(_Bench=Bench, start=lambda _: types.SimpleNamespace(device=None), stop=lambda: None)
+    if cases:
+        with pytest.raises(InputError, match="1b-4096-full does not fit"):
+            tool["main"](tool["BenchConfig"](cases=cases))
+    else:
+        tool["main"](tool["BenchConfig"]())
+        assert ran[:2] == ["7b-4096-full", "1b-4096-full"] and len(ran) == 3
+        assert "7b-4096-full does not fit this device." in capsys.readouterr().err

@@ -6,9 +6,10 @@ import pytest
 
 from engine.memory import plan
 from engine.memory_setup import Setup
+from engine.step_seconds import step_seconds
 from model.config import PRESETS
 from model.errors import InputError
-from tools.train_cases import default_cases, fitted, named, plans
+from tools.train_cases import default_cases, fitted, named, ways
 
 GIB = 1 << 30
 H200 = int(139.8 * GIB)
@@ -38,32 +39,33 @@ def test_every_shape_context_and_kind_is_there_once_and_those_with_a_target_come
     )
 
 
-def test_the_least_recomputation_comes_first_then_the_largest_packs_and_all_fit() -> None:
-    found = plans(named("1b-4096-full"), 32768, "bf16", H200)
+def test_what_makes_the_shortest_step_comes_first_and_all_fit() -> None:
+    found = ways(named("1b-4096-full"), 32768, "bf16", H200).plans
     assert (found[0].setup.recompute, found[0].setup.tokens_per_pack) == ("none", 32768)
-    order = [("none", "selective", "full").index(one.setup.recompute) for one in found]
-    assert order == sorted(order)
+    seconds = [step_seconds(one.config, one.setup).total for one in found]
+    assert seconds == sorted(seconds)
     assert all(one.fits(H200) for one in found)
     assert all(one.setup.tokens_per_pack * one.setup.micro_batches == 32768 for one in found)
-    smaller = plans(named("1b-4096-full"), 32768, "bf16", 30 * GIB)
+    assert {one.setup.recompute for one in found} == {"none", "selective", "full"}
+    smaller = ways(named("1b-4096-full"), 32768, "bf16", 30 * GIB).plans
     assert smaller[0].fits(30 * GIB) and smaller[0].setup.tokens_per_pack < 32768
-    assert plans(named("7b-4096-full"), 32768, "bf16", 24 * GIB) == []
+    assert ways(named("7b-4096-full"), 32768, "bf16", 24 * GIB).plans == []
 
 
 def test_what_is_asked_for_is_taken() -> None:
-    found = plans(named("1b-4096-full"), 32768, "bf16", H200, "full", 8192)
+    found = ways(named("1b-4096-full"), 32768, "bf16", H200, "full", 8192).plans
     assert [(one.setup.recompute, one.setup.tokens_per_pack) for one in found] == [("full", 8192)]
 
 
 def test_a_pack_holds_both_answers_of_a_pair() -> None:
-    sizes = {one.setup.tokens_per_pack for one in plans(named("1b-4096-reward"), 32768, "bf16", H200)}
+    sizes = {one.setup.tokens_per_pack for one in ways(named("1b-4096-reward"), 32768, "bf16", H200).plans}
     assert min(sizes) == 8192
 
 
 @pytest.mark.parametrize(("batch", "pack"), [(32768, 2048), (32768, 12288), (2048, None)])
 def test_packs_that_hold_no_document_or_divide_no_step_are_refused(batch: int, pack: int | None) -> None:
     with pytest.raises(InputError, match=r"--batch_tokens .* does not divide into packs that hold 4096 tokens"):
-        plans(named("1b-4096-full"), batch, "bf16", H200, None, pack)
+        ways(named("1b-4096-full"), batch, "bf16", H200, None, pack)
 
 
 def test_as_many_layers_as_fit_and_not_one_more() -> None:

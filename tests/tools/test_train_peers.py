@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pytest
@@ -209,13 +212,41 @@ def test_peers_run_without_our_determinism_and_leave_it_as_it_was(tmp_path: Path
         torch.use_deterministic_algorithms(False)
 
 
-def test_what_liger_replaced_is_put_back(tmp_path: Path) -> None:
-    case = named("mini-64-full")
-    peer = hugging_face(case.model, made_up_steps(case, tmp_path), CPU, "fp32", with_liger=False)
-    before = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = print
-    peer.close()
+@pytest.mark.parametrize("failing", [None, "patching", "building"])
+def test_what_liger_replaced_is_put_back(failing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patch(**options: object) -> None:
+        modeling_llama.apply_rotary_pos_emb = print  # as Liger-Kernel does
+        if failing == "patching":
+            raise TypeError("another version")
+
+    def make_room(optimizer: MasterAdamW) -> None:
+        assert modeling_llama.apply_rotary_pos_emb is print
+        if failing == "building":
+            raise torch.cuda.OutOfMemoryError
+
+    library = types.SimpleNamespace(apply_liger_kernel_to_llama=patch)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(transformers=library))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
+    monkeypatch.setattr(MasterAdamW, "make_room", make_room)
+    monkeypatch.setattr(Peer, "_speeds", lambda peer: {1: 1.0})
+    case, before = named("mini-64-full"), modeling_llama.apply_rotary_pos_emb
+    with pytest.raises((TypeError, torch.cuda.OutOfMemoryError)) if failing else nullcontext():
+        hugging_face(case.model, made_up_steps(case, tmp_path), CPU, "fp32", with_liger=True).close()
     assert modeling_llama.apply_rotary_pos_emb is before
+
+
+def test_a_peer_of_which_nothing_fits_says_so_and_holds_nothing(tmp_path: Path) -> None:
+    case = named("mini-64-full")
+    model = PlainDecoder(case.model)
+    undone = []
+
+    def loss(model: PlainDecoder, batch: Rows, targets: int) -> Tensor:
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="a single row is too much") as caught:
+        Peer(model, loss, made_up_steps(case, tmp_path), CPU, lambda: None, undo=lambda: undone.append(1))
+    frames = [frame.f_locals["self"] for frame, _ in walk_tb(caught.tb) if isinstance(frame.f_locals.get("self"), Peer)]
+    assert undone == [1] and frames and all(not vars(peer) for peer in frames)
 
 
 def test_who_is_missing_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

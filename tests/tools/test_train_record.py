@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.benchmark import Lap, useful_flops
-from tools.train_cases import named, plans
+from tools.train_cases import named, ways
 from tools.train_data import Step
 from tools.train_page import append, page
 from tools.train_parts import PARTS, Parts
@@ -30,7 +30,7 @@ def outcome(seconds: float, peak: int | None = 100 * GIB, busy: float = 0.9) -> 
 
 def made(name: str, contender: str, result: Outcome, peak: float | None = 989e12) -> dict[str, Any]:
     case = named(name)
-    plan = plans(case, 32768, "bf16", 200 * GIB)[0]
+    plan = ways(case, 32768, "bf16", 200 * GIB).plans[0]
     facts = {"device": "NVIDIA H200", "date": "2026-11-21", "commit": "abc", "precision": "bf16", "note": ""}
     return facts | record(case, contender, result, STEPS, SIZES, plan, peak)
 
@@ -114,6 +114,22 @@ def test_the_page_has_targets_speeds_and_parts_and_says_who_failed(tmp_path: Pat
     assert parts["ours"][2] == "3,000" and parts["ours"][-2:] == ["10.0%", "3.00%"]
     assert ["7b-4096-full", "at least 1.3 × transformers, Liger", "1.50 ×", "met"] in rows
     assert (tmp_path / "deep" / "train-h200.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_who_failed_after_some_laps_has_their_speed_and_its_failure_told() -> None:
+    result = outcome(3.0)
+    result.laps, result.parts, result.peak = result.laps[:2], None, None
+    result.failure = "out of memory (after 2 laps)"
+    one = made("7b-4096-sft", "plain", result)
+    assert one["tokens_per_second"] and one["failure"] == result.failure
+    # Of the steps that were taken.
+    ragged = [Step([size], 1, []) for size in (99, 10, 20, 30, 40, 50, 60)]
+    case = named("7b-4096-sft")
+    plan = ways(case, 32768, "bf16", 200 * GIB).plans[0]
+    assert record(case, "plain", result, ragged, SIZES, plan, None)["tokens_per_step"] == (10 + 20 + 30 + 40) / 4
+    text = page([made("7b-4096-sft", OURS, outcome(3.0)), one], "python x.py")
+    row = next(line for line in text.splitlines() if "| plain decoder |" in line)
+    assert "| packs; out of memory (after 2 laps) |" in row and "10,923" not in row and " tok" not in row
 
 
 def test_targets_are_for_gpus() -> None:
