@@ -152,7 +152,7 @@ class TokenChooser:
         top_k = min(options.top_k or self._vocab_size, self._vocab_size)
         filters = top_k, options.top_p, options.min_p, options.repetition_penalty
         self._seed_and_step[:, row].copy_(torch.tensor((seed, step)), non_blocking=True)
-        self._temperature[row] = options.temperature
+        self._temperature[row].fill_(options.temperature)  # assigned, it would be copied, and the copy waited for
         self._options[:, row].copy_(torch.tensor(filters, dtype=torch.float64), non_blocking=True)
         if options.repetition_penalty != 1:
             if self._seen is None:
@@ -210,7 +210,9 @@ class TokenChooser:
             kept = x.masked_fill(x < least_kept(x, divisor, top_k, top_p, min_p, self.filters), -math.inf)
         token, drawn_logprob = sample(kept, temperature, seeds, step)
         if seen is not None:
-            seen[torch.arange(len(x), device=x.device) if isinstance(index, slice) else index, token] = True
+            # From the device: a number of the host would be copied there, which no graph can hold.
+            places = torch.arange(len(x), device=x.device) if isinstance(index, slice) else index
+            seen[places, token] = seen.new_ones(())
         scaled = (logits - logits.amax(dim=1, keepdim=True)) / divisor
         own = scaled.gather(1, token.unsqueeze(1)) - scaled.logsumexp(dim=1, keepdim=True)
         # A row without filters has bitwise the log-probability that it has without neighbours.

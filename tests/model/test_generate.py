@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import backend
-from model import generate
+from model import decoding, generate
 from model.batch import IGNORE, PackedBatch
 from model.config import ModelConfig
 from model.decoding import Decoder, graph_sizes
@@ -355,6 +355,7 @@ def test_a_gpu_that_is_not_the_current_one_is_captured_and_waited_for(monkeypatc
     """The current one's stream would record nothing, and an event on it would be there before the tokens are."""
     decoder, ours = generator(max_rows=2)._decoder, torch.device("cuda", 1)
     cuda = MagicMock()
+    monkeypatch.setattr(decoding, "capture_stream", cache(decoding.capture_stream.__wrapped__))
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: torch.zeros(shape, dtype=dtype))
     decoder.device = ours
@@ -366,6 +367,20 @@ def test_a_gpu_that_is_not_the_current_one_is_captured_and_waited_for(monkeypatc
     decoder._result([], torch.zeros(0), torch.zeros(0))
     cuda.current_stream.assert_called_once_with(ours)
     cuda.Event.return_value.record.assert_called_once_with(cuda.current_stream.return_value)
+
+
+def test_all_graphs_of_a_gpu_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of several streams share no memory, and cuBLAS would keep a workspace for the stream of each."""
+    decoders, cuda = [generator(max_rows=2)._decoder for _ in range(2)], MagicMock()
+    monkeypatch.setattr(decoding, "capture_stream", cache(decoding.capture_stream.__wrapped__))
+    cuda.Stream.side_effect = lambda device: MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    with torch.inference_mode():
+        for decoder in decoders:
+            decoder.device = torch.device("cuda", 0)
+            decoder._capture(1)
+            decoder._capture(2)
+    assert len({call.kwargs["stream"] for call in cuda.graph.call_args_list}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,7 @@ from model.errors import InputError
 from model.sampling import Filters, SamplingOptions, TokenChooser, least_kept, penalise, row_seed
 from tests.kernels.oracle import random
 from tests.kernels.test_sample import assert_follows
+from tests.no_values import DEVICE, Watch, watched
 
 PLAIN = SamplingOptions()
 GREEDY = SamplingOptions(temperature=0)
@@ -419,6 +420,24 @@ def test_a_captured_graph_draws_what_steps_one_by_one_draw() -> None:
         expected = eager.choose(logits)
         graph.replay()
         assert torch.equal(token, expected[0]) and torch.equal(logprob, expected[1])
+
+
+class _Unpinned(Watch):
+    """Small copies that do not block may come from any memory: the driver takes their bytes along."""
+
+    def _look_at_copy(self, func: Any, source: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        assert func not in (Tensor.to, Tensor.copy_) or kwargs.get("non_blocking")
+
+
+def test_nobody_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so a graph can hold the choice: what is copied from the host while one is captured ends the capture."""
+    monkeypatch.setattr(sampling, "FIRST_RANKED", 1000)  # a GPU ranks all that it has to at once
+    with watched(monkeypatch), _Unpinned(set()):
+        chooser = TokenChooser(len(MIXED), 1000, DEVICE)
+        for row, option in enumerate(MIXED):
+            chooser.seat(row, option, row, [row])
+        chooser.choose(torch.empty(len(MIXED), 1000, device=DEVICE))
+        chooser.choose(torch.empty(3, 1000, device=DEVICE), torch.empty(3, dtype=torch.int64, device=DEVICE))
 
 
 # Options.
