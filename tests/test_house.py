@@ -84,3 +84,11 @@ def test_paths_through_the_house_name_a_file_for_every_arrow() -> None:
     for drawing in drawings:
         for way in drawing.split("▼")[:-1]:
             assert re.search(r"│ +\w+/[\w/]*\.py: \w+", way), way
+
+
+def test_every_test_that_needs_a_gpu_is_run_by_the_command_for_them() -> None:
+    _, _, rule = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ntest-gpu:")
+    run = re.findall(r"\btests/\S+", rule.partition("\n\n")[0])
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if re.search(r"pytest\.mark\.gpu\b", path.read_text(encoding="utf-8")):
+            assert any(path.is_relative_to(ROOT / of) for of in run), path

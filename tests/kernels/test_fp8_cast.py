@@ -11,8 +11,11 @@ from torch import Tensor
 
 from kernels import fp8_cast as module
 from kernels.fp8_cast import E4M3, E5M2, fp8_cast, fp8_round_reference, largest, largest_reference, scales_reference
+from kernels.fp8_linear import has_fp8
 from tests.kernels.faces import DEVICE
 from tests.kernels.oracle import random
+
+pytestmark = pytest.mark.skipif(not has_fp8(torch.device(DEVICE)), reason="needs a GPU with 8-bit numbers")
 
 # Every kernel here reads in fp32, so that the interpreter is right in bf16, too.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -403,25 +403,6 @@ def test_sixteen_bit_logits_are_chosen_from_in_fp32(dtype: torch.dtype) -> None:
         assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
 
 
-@pytest.mark.gpu
-def test_a_captured_graph_draws_what_steps_one_by_one_draw() -> None:
-    logits = random(len(MIXED), 151936, dtype=torch.bfloat16)
-    eager, captured = (TokenChooser(len(MIXED), 151936, "cuda") for _ in range(2))
-    for row, option in enumerate(MIXED):
-        eager.seat(row, option, row, [row])
-        captured.seat(row, option, row, [row])
-    captured.choose(logits)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        token, logprob = captured.choose(logits)
-    for row, option in enumerate(MIXED):  # the same sequences from the beginning
-        captured.seat(row, option, row, [row])
-    for _ in range(4):
-        expected = eager.choose(logits)
-        graph.replay()
-        assert torch.equal(token, expected[0]) and torch.equal(logprob, expected[1])
-
-
 class _Unpinned(Watch):
     """Small copies that do not block may come from any memory: the driver takes their bytes along."""
 
