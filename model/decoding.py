@@ -12,7 +12,8 @@ the same code runs as it is, on the rows there are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,24 @@ def capture_stream(device: torch.device) -> Any:
     cuBLAS keeps a workspace, 32 MiB on Hopper, for every stream that it was ever called on.
     """
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def places_are_distinct() -> Iterator[None]:
+    """Within the context PyTorch may write to the places of an index in any order.
+
+    Told to be deterministic, as training tells it, it sorts them on a GPU before it writes: a dozen small kernels for
+    the keys and again for the values of every layer, in every decoding step. Ours are distinct, but for rows of nobody.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=only_warns)
 
 
 @dataclass(frozen=True)
@@ -118,7 +137,8 @@ class Decoder:
             width = max(map(len, tables))
             table = self._send(torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32))
         layout = Layout(cu_seqlens_q, cu_seqlens_k, max(lengths_q), max(lengths_k))
-        hidden = self.model.model(tokens, at, None, cache=Prefill(self.cache, places, layout, table))
+        with places_are_distinct():
+            hidden = self.model.model(tokens, at, None, cache=Prefill(self.cache, places, layout, table))
         last = cu_seqlens_q[1:] - 1
         for chunk, of_last in zip(chunks, hidden[last.long()], strict=True):
             if chunk.prompt.is_computed:
@@ -188,7 +208,8 @@ class Decoder:
     def _replay(self, size: int, host: Inputs) -> tuple[Tensor, Tensor]:
         key = size, self.chooser.filters
         if key not in self._graphs:
-            self._graphs[key] = self._capture(size)
+            with places_are_distinct():
+                self._graphs[key] = self._capture(size)
         graph, tokens, logprobs = self._graphs[key]
         self._inputs.block.copy_(host.block, non_blocking=True)
         graph.replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,13 +21,13 @@ from kernels import backend
 from model import decoding, generate
 from model.batch import IGNORE, PackedBatch
 from model.config import ModelConfig
-from model.decoding import Decoder, graph_sizes
+from model.decoding import Decoder, Inputs, graph_sizes
 from model.errors import InputError
 from model.generate import Completion, Generator, Request
 from model.heads import CausalLM
-from model.kv_cache import PAGE, page_bytes
+from model.kv_cache import PAGE, KVCache, page_bytes
 from model.sampling import SamplingOptions, TokenChooser
-from model.scheduler import Chunk, Scheduler
+from model.scheduler import Chunk, Prompt, Scheduler
 from tests.model.test_streaming import byte_ids, tokenizer
 from tests.model.tiny import CONFIGS, LLAMA, causal_lm
 
@@ -367,6 +368,37 @@ def test_a_gpu_that_is_not_the_current_one_is_captured_and_waited_for(monkeypatc
     decoder._result([], torch.zeros(0), torch.zeros(0))
     cuda.current_stream.assert_called_once_with(ours)
     cuda.Event.return_value.record.assert_called_once_with(cuda.current_stream.return_value)
+
+
+def test_nobody_sorts_the_places_of_keys_where_training_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU `index_copy_` does so when it is told to be deterministic. What is said of all else stays said."""
+    said: list[bool] = []
+    write = KVCache.write
+
+    def watched(*arguments: Any) -> None:
+        said.append(torch.are_deterministic_algorithms_enabled())
+        write(*arguments)
+
+    monkeypatch.setattr(KVCache, "write", watched)
+    decoder = generator(max_rows=2)._decoder
+    shapes = (1,), (1,), (1, 5)
+    monkeypatch.setattr(
+        decoder,
+        "_capture",
+        lambda size: (MagicMock(), *decoder._step(*(torch.zeros(shape, dtype=torch.int32) for shape in shapes))),
+    )
+    prompt = Prompt([1, 2, 3], deque())
+    prompt.pages = [1]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.inference_mode():
+            decoder.prefill([Chunk(prompt, 0, 3)])
+            decoder._replay(1, Inputs(2, 5, "cpu"))
+        assert len(said) == 2 * LONG.num_layers and not any(said)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_all_graphs_of_a_gpu_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
