@@ -100,9 +100,14 @@ def main(config: ServeConfig) -> int:
     settings = server_settings(app, limits, asked.shutdown_seconds)
     server = uvicorn.Server(settings)
     stopped_by: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopped_by.append(number)
+        server.should_exit = True
+
     for number in signal.SIGINT, signal.SIGTERM:
-        # The server takes signals while it runs, and raises them again when it has finished.
-        signal.signal(number, lambda number, frame: stopped_by.append(number))
+        # The server takes signals while it runs, and raises them again when it has finished; before, they are ours.
+        signal.signal(number, stop)
     speak(DISCLAIMER)
     listener.listen(settings.backlog)  # who comes from now on waits, and is not refused
     address = f"[{config.host}]" if ":" in config.host else config.host

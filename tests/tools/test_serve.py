@@ -13,6 +13,7 @@ import pytest
 
 from engine.model_directory import ModelDirectory
 from tests.engine.serving.live import Alone, wait_for
+from tests.ranks import PATIENCE
 from tests.tools.in_child import Running, start_tool
 from tests.tools.small_chat import write_small_chat_model
 
@@ -32,7 +33,7 @@ def address(running: Running) -> str:
 def test_a_signal_ends_it_behind_the_running_answer(tmp_path: Path, number: signal.Signals, code: int) -> None:
     alone = Alone(write_small_chat_model(tmp_path / "model"))
     running = start_tool("serve", "--model", "model", "--port", 0, "--device", "cpu", cwd=tmp_path)
-    client = openai.OpenAI(base_url=f"{address(running)}/v1", api_key="-", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{address(running)}/v1", api_key="-", max_retries=0, timeout=PATIENCE)
     stream = client.chat.completions.create(
         model="model", messages=QUESTION, temperature=0, max_tokens=150, stream=True
     )
@@ -65,7 +66,7 @@ def test_products_keep_few_programs_unless_the_environment_says_how_many(tmp_pat
     address(running)
     told = (tmp_path / "environment").read_text().split()
     running.signal(0, signal.SIGTERM)
-    running.wait()
+    assert running.wait()[0].code == 143
     assert told == ["64", "7"]
 
 
