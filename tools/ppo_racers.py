@@ -174,7 +174,8 @@ class Ours:
 
         def ends(phase: str) -> None:
             nonlocal last
-            phases[phase], last = now(self._runtime.device) - last, now(self._runtime.device)
+            at = now(self._runtime.device)
+            phases[phase], last = at - last, at
 
         prompts = learner.prompts.next(load.prompts)
         self.samples = learner.sample(prompts, load.samples)

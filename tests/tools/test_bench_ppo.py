@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model.errors import InputError
+from tests.ranks import PATIENCE
 from tools.bench_ppo import BenchConfig
 from tools.ppo_racers import Load, import_trl
 
@@ -37,7 +38,7 @@ def run(*arguments: object, **changed: object) -> subprocess.CompletedProcess[st
     options = TINY | {name.replace("__", "."): value for name, value in changed.items()}
     tiny = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, str(TOOL), *tiny, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_an_iteration_is_measured_by_phase_and_the_record_is_kept(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_an_iteration_is_measured_by_phase_and_the_record_is_kept(tmp_path: Path
     assert len(laps) == TINY["rounds"]
     for lap in laps:
         assert set(lap["phases"]) == {"generation", "reading", "update"} and min(lap["phases"].values()) > 0
-        assert sum(lap["phases"].values()) == pytest.approx(lap["seconds"], rel=0.05)
+        assert sum(lap["phases"].values()) == pytest.approx(lap["seconds"])
         assert 4 <= lap["answer_tokens"] <= 4 * 16 and lap["prompt_tokens"] >= 4 * 8
     speed = np.median([(lap["prompt_tokens"] + lap["answer_tokens"]) / lap["seconds"] for lap in laps])
     assert float(record["our tok/s"].replace(",", "")) == pytest.approx(speed, abs=0.51)
