@@ -199,7 +199,7 @@ class _Preparation:
     def run(self) -> None:
         for folder in ("tokens", "units"):
             for leftover in (self.directory / folder).glob(".*"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # a worker that outlives its killed parent may just be done with it
         self.files = [probe(file, self.options) for file in self.listing.files]
         self._save_tokenizer()
         self.committed = committed_units(self.directory)
