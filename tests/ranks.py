@@ -15,6 +15,9 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+PATIENCE = 600.0
+"""Seconds after which something hangs, on the slowest machine; nothing is measured by it."""
+
 _context = mp.get_context("forkserver")
 # torch imports dynamo when the first DTensor is distributed: a second in each rank unless the server has it.
 _context.set_forkserver_preload(
@@ -83,7 +86,7 @@ def start_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[An
     return processes
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
     """Call `function(*args)` on `world` gloo ranks; return the ranks' results in order.
 
     `function` must be importable (module level) and return something picklable (numpy, not tensors).

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import _context, _rank_main, meeting_point
+from tests.ranks import PATIENCE, _context, _rank_main, meeting_point
 
 # What Python announces before it changes a directory or opens a file. os.fsync is not announced: see below.
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -49,7 +49,7 @@ def run_to_the_end_or_a_kill(function: Callable[..., None], *arguments: Any) -> 
     """Run a module-level function in a process of its own; True when it ended by itself."""
     process = _context.Process(target=function, args=arguments)
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode in (0, -signal.SIGKILL), f"the process ended with {process.exitcode}"
     return process.exitcode == 0
 
@@ -74,7 +74,7 @@ def run_ranks_and_kill(
     ]
     for rank in ranks:
         rank.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not once():
         assert all(rank.is_alive() for rank in ranks), "a rank ended before it was killed"
         assert time.monotonic() < deadline, "the ranks never got going"

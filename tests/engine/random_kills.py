@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -11,9 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import engine.building
 from engine.job import JobConfig
 from engine.loggers import read_rows
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 
 KILLS = 8
 CLOCK = ("tokens_per_second", "mfu", "memory_bytes", "data_wait_share")
@@ -32,13 +34,13 @@ def check_that_kills_leave_no_trace(
     steps = recipe(killed).train.steps
     assert steps is not None
     _run_to_the_end(start_ranks(job, world, recipe(unbroken)))
-    chance = random.Random(f"{job.__name__} {folder.name} {world}")
+    chance = random.Random(f"{job.__name__} {world}")
     reached: list[str] = []
-    for _ in range(kills):
-        processes = start_ranks(job, world, recipe(killed))
-        _wait_for_rows(killed, _last_step(killed), chance.randint(1, 9), steps, processes)
+    while len(reached) < kills and f"step-{steps:08d}" not in reached:
+        processes = start_ranks(_never_ends, world, job, recipe(killed))
+        _wait_for_rows(killed, _last_step(killed), chance.randint(1, 9), steps, reached, processes)
         time.sleep(chance.uniform(0, 0.1))
-        assert any(process.is_alive() for process in processes), "killed too late to prove anything"
+        assert all(process.is_alive() for process in processes), "a rank ended before it was killed"
         victim = chance.choice(processes)
         if chance.random() < 0.5:
             _kill(victim)
@@ -51,9 +53,20 @@ def check_that_kills_leave_no_trace(
     _compare(unbroken, killed, steps)
 
 
+def _never_ends(job: Callable[[JobConfig], None], config: JobConfig) -> None:
+    """A job that stops before it publishes its model, so that no kill, however late, comes after its end."""
+
+    def wait_to_be_killed(*_: object, **__: object) -> None:
+        while True:
+            signal.pause()
+
+    engine.building.publish = wait_to_be_killed  # type: ignore[assignment]
+    job(config)
+
+
 def _run_to_the_end(processes: list[BaseProcess]) -> None:
     for process in processes:
-        process.join(timeout=100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
@@ -74,14 +87,15 @@ def _newest_checkpoint(directory: Path) -> str:
     return max((path.parent.name for path in directory.glob("state/step-*/COMPLETE")), default="none")
 
 
-def _wait_for_rows(directory: Path, beyond: int, count: int, steps: int, processes: list[BaseProcess]) -> None:
-    """Until the run has come `count` steps further than the one before it, or as far as the next save."""
+def _wait_for_rows(
+    directory: Path, beyond: int, count: int, steps: int, reached: list[str], processes: list[BaseProcess]
+) -> None:
+    """Until the run has come `count` steps further than the one before it, and has saved what that one had not."""
     goal = min(beyond + count, steps - 2)
-    newest = _newest_checkpoint(directory)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and all(process.is_alive() for process in processes):
-        if _last_step(directory) >= goal and (newest == "none" or _newest_checkpoint(directory) > newest):
-            return
+    deadline = time.monotonic() + PATIENCE
+    while _last_step(directory) < goal or (reached and _newest_checkpoint(directory) <= reached[-1]):
+        assert all(process.is_alive() for process in processes), "a rank ended before it was killed"
+        assert time.monotonic() < deadline, "the ranks never got going"
         time.sleep(0.02)
 
 

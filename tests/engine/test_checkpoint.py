@@ -16,7 +16,7 @@ from torch import nn
 import engine.checkpoint
 from engine.checkpoint import Checkpointer
 from tests.engine.training_state import blank, differences, full_state, mesh_of, sharded, trainer_state
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 
 # pytest takes the place of the filter that the module sets.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -220,7 +220,7 @@ def test_an_asynchronous_save_returns_before_it_is_complete(tmp_path: Path, monk
     write_manifest = engine.checkpoint.write_manifest
 
     def patient(*arguments: object) -> None:
-        assert may_finish.wait(30)
+        assert may_finish.wait(PATIENCE)
         write_manifest(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine.checkpoint, "write_manifest", patient)

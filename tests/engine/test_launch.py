@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -49,7 +51,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=90, env=environment)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,9 @@ def test_success_is_zero_and_an_unknown_option_is_two(script: Path) -> None:
 def test_a_reader_that_has_left_is_no_mistake(script: Path, end: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run([sys.executable, script, "--end", end], stdout=writer, stderr=subprocess.PIPE, timeout=90)
+    ended = subprocess.run(
+        [sys.executable, script, "--end", end], stdout=writer, stderr=subprocess.PIPE, timeout=PATIENCE
+    )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, b"")
 

@@ -319,8 +319,8 @@ def test_a_document_without_a_break_takes_no_quadratic_time(trained: Path) -> No
             times.append(time.process_time() - start)
         return min(times)
 
-    # Linear is 4, quadratic 16: the bar is the geometric middle.
-    assert seconds(320_000) / seconds(80_000) < 8
+    # Linear is 16, quadratic 256: the bar is the geometric middle, which a loaded machine does not come near.
+    assert seconds(320_000) / seconds(20_000) < 64
 
 
 @pytest.mark.parametrize(

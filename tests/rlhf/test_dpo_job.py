@@ -36,7 +36,7 @@ from rlhf.dpo import DpoLossConfig, sequence_logprobs
 from rlhf.dpo_job import DpoConfig, dpo
 from rlhf.reference import reference_key, reference_logprobs
 from tests.engine.random_kills import check_that_kills_leave_no_trace
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.planted import write_comparisons
 from tests.rlhf.small_reward import write_small_sft
 
@@ -108,7 +108,7 @@ def test_several_processes_begin_at_the_reference_too_and_learn_the_same(
     folder: Path, made: Path, tmp_path: Path
 ) -> None:
     for process in (processes := start_ranks(dpo, 2, recipe(folder, tmp_path / "dpo"))):
-        process.join(timeout=100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     (one, _), (two, looks) = rows(made), rows(tmp_path / "dpo")
     assert two[0]["rewards/chosen"] == looks[0]["held_out_rewards/margins"] == 0.0

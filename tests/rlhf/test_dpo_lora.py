@@ -30,7 +30,7 @@ from rlhf import dpo_job
 from rlhf.dpo import sequence_logprobs
 from rlhf.dpo_job import DpoConfig, dpo
 from tests.engine.random_kills import check_that_kills_leave_no_trace
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.planted import write_comparisons
 from tests.rlhf.small_reward import write_small_sft
 from tests.rlhf.test_dpo_job import CONTEXT, LN2, PACK, recipe, rows
@@ -121,7 +121,7 @@ def test_the_reference_is_the_frozen_weights_to_the_bit_and_is_no_second_model(
 
 def test_two_processes_make_the_adapters_that_one_makes(folder: Path, made: Path, tmp_path: Path) -> None:
     for process in (processes := start_ranks(dpo, 2, recipe(folder, tmp_path / "dpo", **RANK))):
-        process.join(timeout=200)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     (one, _), (two, looks) = rows(made), rows(tmp_path / "dpo")
     assert two[0]["rewards/chosen"] == looks[0]["held_out_rewards/margins"] == 0.0

@@ -33,7 +33,7 @@ from rlhf.ppo_config import (
 from rlhf.ppo_job import train_ppo
 from rlhf.sampling_config import PromptDataConfig
 from tests.engine.random_kills import check_that_kills_leave_no_trace
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 from tests.small_adapter import write_small_adapter
 from tests.small_base import write_small_conversations
@@ -132,7 +132,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_as_an_unbroken_one(
 
 def test_two_processes_train_the_adapters_of_one(recipe: Callable[..., PpoConfig], made: Path, tmp_path: Path) -> None:
     for process in (processes := start_ranks(train_ppo, 2, recipe(tmp_path / "two"))):
-        process.join(timeout=200)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     for name, value in adapters(made).items():
         assert (adapters(tmp_path / "two")[name] - value).abs().max() <= 1e-4 * value.abs().max(), name

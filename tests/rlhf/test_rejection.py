@@ -30,7 +30,7 @@ from rlhf.rejection_config import DrawConfig, HeldOutConfig, RejectionConfig
 from rlhf.rejection_job import rejection
 from rlhf.selection import SelectConfig
 from tests.engine.kill import kill_at_touch, run_to_the_end_or_a_kill
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.small_rejection import CONTEXT, small_rejection, write_small_rejection
 from tests.rlhf.small_reward import write_small_reward_model
 
@@ -179,7 +179,7 @@ def test_more_rounds_go_on_from_those_that_are_there(folder: Path, made: Path, t
 def test_two_processes_sample_and_choose_what_one_does(folder: Path, made: Path, tmp_path: Path) -> None:
     config = small_rejection(folder, tmp_path / "two", rounds=1)
     for process in (processes := start_ranks(rejection, 2, config)):
-        process.join(timeout=100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     for name in ("samples.jsonl", "picks.jsonl"):
         assert lines(tmp_path / f"two/rounds/1/{name}") == lines(made / f"rounds/1/{name}")

@@ -30,7 +30,7 @@ from rlhf.rejection_job import rejection
 from rlhf.rollout import Rollout
 from tests.engine.kill import run_to_the_end_or_a_kill
 from tests.model.tiny import loaded
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.small_rejection import CONTEXT, small_rejection, write_small_rejection
 from tests.rlhf.test_rejection import killed_at, lines
 
@@ -141,7 +141,7 @@ def test_killed_again_and_again_it_ends_with_the_files_of_an_unbroken_run(
 def test_two_processes_train_the_adapters_of_one(folder: Path, made: Path, tmp_path: Path) -> None:
     config = small_lora(folder, tmp_path / "two", rounds=1)
     for process in (processes := start_ranks(rejection, 2, config)):
-        process.join(timeout=200)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert lines(tmp_path / "two/rounds/1/samples.jsonl") == lines(made / "rounds/1/samples.jsonl")
     for name, value in adapters(made / "rounds/1/model").items():

@@ -29,7 +29,7 @@ from rlhf.reward_job import LossConfig, RmConfig, padding_id, rm
 from rlhf.reward_model import open_reward_model
 from rlhf.reward_scores import HeldOut, NormaliseConfig
 from tests.engine.random_kills import check_that_kills_leave_no_trace
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.planted import write_comparisons
 from tests.rlhf.small_reward import write_small_sft
 
@@ -210,7 +210,7 @@ def test_a_run_without_anything_to_normalise_by_is_refused_before_it_begins(fold
 
 def test_two_processes_make_the_model_that_one_makes(folder: Path, made: Path, tmp_path: Path) -> None:
     for process in (processes := start_ranks(rm, 2, recipe(folder, tmp_path / "rm"))):
-        process.join(timeout=100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     one, two = load_config(made), load_config(tmp_path / "rm")
     assert (two.score_mean, two.score_std) == pytest.approx((one.score_mean, one.score_std), rel=1e-4)

@@ -29,7 +29,7 @@ from rlhf.ppo_job import train_ppo
 from rlhf.reward_job import RmConfig, rm
 from rlhf.reward_model import open_reward_model
 from tests.engine.random_kills import check_that_kills_leave_no_trace
-from tests.ranks import start_ranks
+from tests.ranks import PATIENCE, start_ranks
 from tests.rlhf.planted import write_comparisons
 from tests.rlhf.small_ppo import small_recipe
 from tests.rlhf.small_reward import write_small_sft
@@ -142,7 +142,7 @@ def test_ppo_and_evaluation_are_judged_by_it_as_by_the_merged_model(folder: Path
 
 def test_two_processes_make_the_adapters_that_one_makes(folder: Path, made: Path, tmp_path: Path) -> None:
     for process in (processes := start_ranks(rm, 2, recipe(folder, tmp_path / "rm", **RANK))):
-        process.join(timeout=200)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     one, two = (load_file(directory / "adapter_model.safetensors") for directory in (made, tmp_path / "rm"))
     assert one.keys() == two.keys()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -85,7 +86,7 @@ def test_killed_in_a_stage_the_chain_goes_on_with_that_stage(tmp_path: Path, sta
     (tmp_path / "wait.py").write_text(
         "import pathlib, time\n"
         "if not pathlib.Path('again').exists():\n"
-        "    pathlib.Path('again').touch(); time.sleep(60)\n"
+        "    pathlib.Path('again').touch(); time.sleep(3600)\n"
         "pathlib.Path('two.txt').write_text('x')"
     )
     (tmp_path / "run.py").write_text(
@@ -100,6 +101,7 @@ def test_killed_in_a_stage_the_chain_goes_on_with_that_stage(tmp_path: Path, sta
     running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE)
     while not (tmp_path / "again").exists():
         assert running.poll() is None
+        time.sleep(0.01)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import start_ranks
+from model.generate import Event, Generator
+from tests.ranks import PATIENCE, start_ranks
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # torchrun sets these; without it there are none.
@@ -50,7 +52,7 @@ class Running:
         path = self._folder / f"stderr-{rank}"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def wait(self, timeout: float = 100) -> list[Ended]:
+    def wait(self, timeout: float = PATIENCE) -> list[Ended]:
         """All ranks' ends; those that do not come in time are killed."""
         for process in self.processes:
             process.join(timeout)
@@ -97,3 +99,18 @@ def run_tool(
 ) -> list[Ended]:
     """Start a tool and wait for it."""
     return start_tool(tool, *arguments, cwd=cwd, world=world, before=before).wait()
+
+
+def hold_generation(path: str, size: int, until: str) -> None:
+    """For `before`: from when a file has so many bytes, the generator makes no step until there is another file.
+
+    What a test does meanwhile falls between these two, however slow the test is.
+    """
+    step, watched, awaited = Generator.step, Path(path), Path(until)
+
+    def held(self: Generator) -> list[Event]:
+        while watched.exists() and watched.stat().st_size >= size and not awaited.exists():
+            time.sleep(0.01)
+        return step(self)
+
+    Generator.step = held  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 from tests.tools.in_child import TOOLS
 
@@ -21,7 +22,7 @@ QUIET = ("--log.tensorboard", "false", "--log.curves", "false")
 def torchrun(folder: Path, tool: str, *words: object) -> str:
     """`torchrun tools/<tool>.py` and these words; the stage of the model that it leaves in ckpt/<tool>."""
     command = [Path(sys.executable).with_name("torchrun"), TOOLS / f"{tool}.py", *words]
-    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "ckpt" / tool / "MODEL_COMPLETE").read_text(encoding="utf-8"))["stage"]
 

@@ -18,6 +18,7 @@ from evals.choice_files import read_cmmlu
 from evals.choice_subjects import CMMLU_PAPER
 from model.config import PRESETS
 from model.errors import InputError
+from tests.ranks import PATIENCE
 from tools.bench_eval import BenchConfig, Questions, compare, write_questions
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_eval.py"
@@ -25,7 +26,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_eval.py"
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "--model=tiny", "--rounds=2", "--threads=1", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def write_short_questions(directory: Path) -> Path:

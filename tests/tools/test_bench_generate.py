@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.ranks import PATIENCE
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_generate.py"
 
 TINY = {
@@ -26,7 +28,7 @@ TINY = {
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     tiny = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, str(TOOL), *tiny, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_both_are_measured_answers_agree_and_the_record_is_kept(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from engine.launch import EXIT_GATE
 from kernels.offline.audit import Audit, Row
 from model.errors import InputError
+from tests.ranks import PATIENCE
 from tools import bench_kernels
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_kernels.py"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU th
 def test_the_audit_is_printed_and_kept(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(TOOL), "--ops", "gae", "--out", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "kernels-compiled.md").read_text()
     for text in (done.stdout, page):

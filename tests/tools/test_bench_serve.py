@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE
 from tests.tools.small_chat import write_small_chat_model
 from tools.bench_serve import Answer, Asking, questions, slope
 
@@ -32,7 +33,7 @@ def test_clients_get_what_they_get_alone_and_the_record_is_kept(tmp_path: Path) 
         "kept",
     ]
     done = subprocess.run(
-        [sys.executable, str(TOOL), *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, str(TOOL), *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "kept.jsonl").read_text())

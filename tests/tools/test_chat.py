@@ -21,7 +21,8 @@ from engine.chatting import DISCLAIMER
 from engine.data.conversations import parse_conversation
 from engine.terminal_chat import _noted_interrupts
 from model.generate import Generator
-from tests.tools.in_child import Ended, run_tool, start_tool
+from tests.ranks import PATIENCE
+from tests.tools.in_child import Ended, hold_generation, run_tool, start_tool
 from tests.tools.small_chat import chat, end_answers_at, read_from, transformers_answer, write_small_chat_model
 
 GREEDY = ("--sampling.temperature", 0, "--sampling.max_new_tokens", 24)
@@ -151,7 +152,7 @@ def interrupt_reading() -> None:
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -297,8 +298,12 @@ def test_a_run_that_is_killed_again_and_again_writes_the_same_bytes(folder: Path
     assert whole.count(b"\n") == 80
     chance, kills, out = random.Random(3), 0, folder / "killed.jsonl"
     for _ in range(30):
-        running = start_tool("chat", "--model", "model", *KILLED, "--output", "killed.jsonl", cwd=folder)
-        until, process = size(out) + chance.randrange(1, len(whole) // 2), running.processes[0]
+        until = size(out) + chance.randrange(1, len(whole) // 3)
+        # It goes on for some lines, and then waits to be killed.
+        before = functools.partial(hold_generation, out.name, until + len(whole) // 20, "never")
+        words = ("--model", "model", *KILLED, "--output", out.name)
+        running = start_tool("chat", *words, cwd=folder, before=before)
+        process = running.processes[0]
         wait_for(lambda: size(out) >= until or not process.is_alive(), "no line came")  # noqa: B023
         process.kill()
         (ended,) = running.wait()
@@ -334,9 +339,11 @@ def test_answers_go_into_a_file_and_nothing_else(folder: Path) -> None:
 def test_only_one_process_writes_a_file(folder: Path) -> None:
     many_questions(folder)
     words = ("--model", "model", *KILLED, "--output", "twice.jsonl")
-    first = start_tool("chat", *words, cwd=folder)
+    before = functools.partial(hold_generation, "twice.jsonl", 1, "refused")
+    first = start_tool("chat", *words, cwd=folder, before=before)
     wait_for(lambda: size(folder / "twice.jsonl"), "no line came")
     (second,) = run_tool("chat", *words, cwd=folder)
+    (folder / "refused").touch()
     (ended,) = first.wait()
     assert ended.code == 0
     assert second.code == 2 and "another process is writing it. Wait for it" in second.last_line

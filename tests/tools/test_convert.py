@@ -25,6 +25,7 @@ from model.chat import ChatTemplate
 from model.errors import InputError
 from model.hf import read_model
 from model.tokenizer import Tokenizer
+from tests.ranks import PATIENCE
 from tests.small_base import write_small_base
 from tests.tools.in_child import run_tool, start_tool
 from tests.tools.small_job import pretrain, write_small_job
@@ -224,7 +225,7 @@ def slow_down_casting() -> None:
 
 def test_a_conversion_that_is_killed_leaves_nothing_that_looks_whole(base: Path, tmp_path: Path) -> None:
     running = start_tool("convert", "import", "base", "--out", "ours", cwd=tmp_path, before=slow_down_casting)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob(".ours.converting/.model.safetensors.tmp")):
         assert time.monotonic() < deadline, running.stderr()
         time.sleep(0.01)

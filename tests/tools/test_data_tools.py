@@ -12,6 +12,7 @@ import pytest
 from engine.data.corpus import open_corpus
 from model.tokenizer_training import train_tokenizer
 from tests.engine.data.stand_in import Bytes
+from tests.ranks import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"第{number}例：高血压患者应低盐饮食，按时服药，定期复诊并监测血压。" for number in range(40)]
@@ -19,7 +20,7 @@ TEXTS = [f"第{number}例：高血压患者应低盐饮食，按时服药，定�
 
 def tool(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.evals.choice_samples import write_cmmlu, write_medqa
+from tests.ranks import PATIENCE
 from tests.rlhf.small_reward import write_small_reward_model
 from tests.small_base import FINDINGS, small_texts, write_small_base, write_small_conversations, write_small_data
-from tests.tools.in_child import TOOLS, run_tool, start_tool
+from tests.tools.in_child import TOOLS, hold_generation, run_tool, start_tool
 from tests.tools.small_chat import write_small_chat_model
 
 SHORT = ",max_new_tokens=12"
@@ -103,11 +105,13 @@ def test_a_report_that_cannot_be_written_ends_every_rank(folder: Path) -> None:
 
 def test_a_signal_keeps_what_was_answered_and_the_same_command_goes_on(folder: Path) -> None:
     words = ("--model", "chat", "--tasks", "medqa=medqa.jsonl", "qa=qa.jsonl,limit=9,max_new_tokens=200", "--out")
-    running = start_tool("evaluate_model", *words, "stopped", cwd=folder)
-    answers, deadline = folder / "stopped/chat/qa/settings.json", time.monotonic() + 60
+    answers, deadline = folder / "stopped/chat/qa/settings.json", time.monotonic() + PATIENCE
+    before = functools.partial(hold_generation, str(answers), 1, "signalled")
+    running = start_tool("evaluate_model", *words, "stopped", cwd=folder, before=before)
     while not answers.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     running.signal(0, signal.SIGTERM)
+    (folder / "signalled").touch()
     (ended,) = running.wait()
     assert ended.code == 143
     assert ended.last_line == "Stopped. What was answered is kept; the same command goes on."

@@ -16,6 +16,7 @@ from model.chat import ChatTemplate
 from model.generate import Generator, Request
 from model.hf import load_config
 from model.tokenizer import Tokenizer
+from tests.ranks import PATIENCE
 from tests.tools.small_job import checkpoints
 from tests.tools.small_ppo import run_ppo, start_ppo, write_small_ppo_job
 
@@ -113,7 +114,7 @@ def test_the_same_command_goes_on_with_more_iterations_to_the_same_bits(folder: 
 def test_a_signal_on_one_rank_saves_and_stops_all(folder: Path, number: int, code: int) -> None:
     out = folder / f"stopped-{code}"
     running = start_ppo(folder, out.name, "--train.steps", 300, "--checkpoint.every", 0, world=2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(trained(out)) > 2):
         time.sleep(0.05)
     running.signal(1, number)

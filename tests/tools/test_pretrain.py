@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from engine.data import loader
 from kernels.masters import split_master
+from tests.ranks import PATIENCE
 from tests.small_base import small_texts
 from tests.tools.in_child import TOOLS, run_tool
 from tests.tools.small_job import checkpoints, held_out_losses, losses, pretrain, rows, weights, write_small_job
@@ -56,7 +57,7 @@ def torchrun(cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
     launcher = Path(sys.executable).with_name("torchrun")
     command = [str(word) for word in (launcher, "--nproc-per-node", 2, TOOLS / "pretrain.py", *words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def held_out_loss_by_transformers(directory: Path, texts: list[str], context: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import time
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE
 from tests.rlhf.planted import write_comparisons
 from tests.rlhf.small_reward import write_small_reward_model, write_small_sft
 from tests.small_base import write_small_base
-from tests.tools.in_child import TOOLS, Running, run_tool, start_tool
+from tests.tools.in_child import TOOLS, Running, hold_generation, run_tool, start_tool
 
 WORDS = ("--model", "sft", "--reward", "rm", "--data", "compared.jsonl", "--eval.fraction", 0.1)
 WORDS += ("--rollout.samples", 3, "--rollout.max_new_tokens", 12, "--rollout.chunk", 3, "--select.truncated", True)
@@ -30,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_for_samples(running: Running, path: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and all(process.is_alive() for process in running.processes):
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
@@ -42,9 +44,12 @@ def test_a_signal_while_sampling_is_heard_and_the_same_command_ends_as_unbroken(
     ends = run_tool("rejection", *WORDS, "--out", "unbroken", cwd=folder, world=2)
     assert [ended.code for ended in ends] == [0, 0], ends[0].stderr
     samples = folder / "stopped/rounds/1/samples.jsonl"
-    running = start_tool("rejection", *WORDS, "--out", "stopped", cwd=folder, world=2)
+    three = sum(map(len, (folder / "unbroken/rounds/1/samples.jsonl").read_bytes().splitlines(keepends=True)[:3]))
+    before = functools.partial(hold_generation, str(samples), three, "signalled")
+    running = start_tool("rejection", *WORDS, "--out", "stopped", cwd=folder, world=2, before=before)
     wait_for_samples(running, samples, 3)
     running.signal(1, signal.SIGTERM)
+    (folder / "signalled").touch()
     assert [ended.code for ended in running.wait()] == [143, 143]
     assert 3 <= samples.read_bytes().count(b"\n") < 27, "it must fall between samples to prove anything"
     (refused,) = run_tool("chat", "--model", "stopped", cwd=folder)

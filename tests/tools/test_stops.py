@@ -16,6 +16,7 @@ from torch import nn
 import engine.pretraining
 from engine.step import Loss, Objective
 from model.batch import PackedBatch
+from tests.ranks import PATIENCE
 from tests.small_base import write_small_data
 from tests.tools.in_child import Running
 from tests.tools.small_job import (
@@ -52,12 +53,31 @@ def contents(directory: Path, *names: str) -> dict[str, bytes]:
 
 def wait_for_steps(running: Running, directory: Path, count: int) -> None:
     """Until so many steps are in metrics.jsonl."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and all(process.is_alive() for process in running.processes):
         if (directory / "metrics.jsonl").exists() and len(losses(directory)) >= count:
             return
         time.sleep(0.02)
     raise AssertionError(f"the run never came to step {count}: {running.stderr()}")
+
+
+def hold_in_step(step: int, until: str) -> None:
+    """Have a run of two micro-batches a step wait in a step until there is a file: it cannot end before."""
+    make, calls = engine.pretraining.next_token_loss, 0
+
+    def make_held(z_loss: float) -> Objective:
+        objective = make(z_loss)
+
+        def held(model: nn.Module, batch: PackedBatch) -> Loss:
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+            while calls >= 2 * step and not Path(until).exists():
+                time.sleep(0.01)
+            return objective(model, batch)
+
+        return held
+
+    engine.pretraining.next_token_loss = make_held  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +94,11 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_ends_bitwise_as_unbroke
 ) -> None:
     name = signal.Signals(number).name
     command = ("--train.steps", STEPS, "--checkpoint.every", 0)
-    running = start_pretraining(folder, name, *command, world=2)
+    before = functools.partial(hold_in_step, STEPS // 2, f"{name}-sent")
+    running = start_pretraining(folder, name, *command, world=2, before=before)
     wait_for_steps(running, folder / name, 4)
     running.signal(rank, number)
+    (folder / f"{name}-sent").touch()
     ends = running.wait()
     assert [ended.code for ended in ends] == codes
     (saved,) = checkpoints(folder / name)

@@ -16,13 +16,14 @@ from model.config import PRESETS, parameter_shapes
 from model.hf import load_config, read_model, write_model
 from model.tokenizer import Tokenizer
 from tests.model.tokenizer_bases import sentences, write_llama
+from tests.ranks import PATIENCE
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from tests.engine.data.dialogues import dialogues, prepare_records, write
+from tests.ranks import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 Q, A = "头疼怎么办？", "先休息。"
@@ -145,7 +146,7 @@ def test_kinds_are_told_apart_by_the_first_records(tmp_path: Path, tokenizer: To
 def test_the_command_finds_conversations_by_itself(tmp_path: Path, raw: Path, tokenizer_directory: Path) -> None:
     def page(*words: str | Path) -> str:
         command = [sys.executable, str(ROOT / "tools" / "check_data.py"), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -123,15 +123,16 @@ def test_two_workers_write_the_same_bytes_as_one(tmp_path: Path, tokenizer: Toke
 
 
 KILLED = """
-import sys
+import sys, threading
+from engine.data import prepare as module
 from engine.data.conversation_files import ConversationOptions
 from engine.data.encoders import ChatEncoder
-from engine.data.prepare import prepare
 from model.chat import ChatTemplate
 from model.tokenizer import Tokenizer
 tokenizer = Tokenizer.load(sys.argv[2])
 encoder = ChatEncoder(ChatTemplate.named("chimed", tokenizer), tokenizer, 128)
-prepare([sys.argv[1]], encoder, sys.argv[3], ConversationOptions(), workers=2, unit_bytes=8000)
+module.merge_index = lambda *_: threading.Event().wait()  # no kill, however late, comes after the end
+module.prepare([sys.argv[1]], encoder, sys.argv[3], ConversationOptions(), workers=2, unit_bytes=8000)
 """
 
 

@@ -23,22 +23,28 @@ from engine.serving.service import GenerationService
 from model.chat import Message
 from model.generate import Completion, Generator, Request
 from model.sampling import SamplingOptions
+from tests.ranks import PATIENCE
 
 NAME = "small"
 
 
 class Live:
-    """A server that runs. gate: while it is closed the generator makes no step."""
+    """A server that runs.
+
+    gate: while it is closed the generator makes no step. is_at_gate: it would make one.
+    """
 
     def __init__(self, directory: Path, max_rows: int, max_queue: int, limits: Limits, *who: Any) -> None:
         opened = ModelDirectory.open(str(directory))
         self.directory, self.generator = opened, opened.generator(device="cpu", max_rows=max_rows)
-        self.gate = threading.Event()
+        self.gate, self.is_at_gate = threading.Event(), threading.Event()
         self.gate.set()
         step = self.generator.step
 
         def gated_step() -> Any:
-            assert self.gate.wait(60)
+            self.is_at_gate.set()
+            assert self.gate.wait(PATIENCE)
+            self.is_at_gate.clear()
             return step()
 
         self.generator.step = gated_step  # type: ignore[method-assign]
@@ -51,11 +57,11 @@ class Live:
         self.thread.start()
 
     def client(self, kind: Any = openai.OpenAI, token: str = "-") -> Any:
-        return kind(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=token, max_retries=0, timeout=60)
+        return kind(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=token, max_retries=0, timeout=PATIENCE)
 
     def send(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, bytes]:
         """Status, headers and body, of a request that no client of OpenAI's would make."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, path, body, given)
         answer = connection.getresponse()
@@ -72,7 +78,7 @@ class Live:
     def stop(self) -> None:
         self.gate.set()
         self.server.should_exit = True
-        self.thread.join(60)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
 
 
@@ -92,7 +98,7 @@ def served(
         live.stop()
 
 
-def wait_for(is_so: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(is_so: Callable[[], bool], seconds: float = PATIENCE) -> None:
     until = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < until, "it did not come about"

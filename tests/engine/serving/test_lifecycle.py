@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.engine.serving.live import NAME, Alone, Live, served, wait_for
+from tests.ranks import PATIENCE
 
 QUESTION = "头晕怎么办？"
 ASKED = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
@@ -30,10 +31,10 @@ def accepted(live: Live) -> int:
 def test_a_client_that_leaves_frees_its_place(directory: Path, stream: bool) -> None:
     with served(directory, max_rows=1, max_queue=0) as live:
         live.gate.clear()
-        connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=PATIENCE)
         body = json.dumps({**ASKED, "max_tokens": LONG, "stream": stream})
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        wait_for(lambda: accepted(live) == 1)
+        wait_for(lambda: accepted(live) == 1 and live.is_at_gate.is_set())  # it takes in nothing until the next step
         with pytest.raises(openai.RateLimitError):
             answer(live, 3)
         connection.sock.close()
@@ -71,7 +72,7 @@ def test_a_server_that_stops_finishes_what_runs(directory: Path, alone: Alone) -
         wait_for(lambda: not live.server.servers[0].is_serving())
         live.gate.set()
         assert running.result() == alone.chat(QUESTION, 30)
-        live.thread.join(60)
+        live.thread.join(PATIENCE)
         assert not live.thread.is_alive() and not live.service.is_open
 
 
@@ -86,7 +87,7 @@ def test_clients_of_a_generator_that_fails_are_told_so(directory: Path) -> None:
         live.generator.step = fail  # type: ignore[assignment, method-assign]
         with pytest.raises(openai.InternalServerError, match="The server failed"):
             answer(live, 3)
-        assert told.wait(60) and str(live.service.failure) == "out of memory"
+        assert told.wait(PATIENCE) and str(live.service.failure) == "out of memory"
         assert live.send("GET", "/health")[0] == 503
         assert live.post("/v1/chat/completions", ASKED)[0] == 503
 

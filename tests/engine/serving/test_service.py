@@ -11,6 +11,7 @@ from engine.model_directory import ModelDirectory
 from engine.serving.service import GenerationService, Job, ServiceClosed
 from model.generate import Request
 from model.sampling import SamplingOptions
+from tests.ranks import PATIENCE
 
 
 def test_closing_finishes_what_was_accepted_and_takes_nothing_more(directory: Path) -> None:
@@ -19,7 +20,7 @@ def test_closing_finishes_what_was_accepted_and_takes_nothing_more(directory: Pa
     requests = [Request([5, number + 6], SamplingOptions(temperature=0, max_new_tokens=9)) for number in range(3)]
     delivered: list[Any] = []
     service.submit(Job(requests, delivered.append))
-    service.close(60)
+    service.close(PATIENCE)
     assert delivered[-1] is None and len(delivered) == 3 * 9 + 1
     assert service.load == (0, 0)
     with pytest.raises(ServiceClosed):

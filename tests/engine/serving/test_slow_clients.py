@@ -14,7 +14,9 @@ from engine.serving.limits import Limits
 from tests.engine.serving.live import NAME, Alone, Live, served, wait_for
 from tests.engine.serving.wire import CHAT, QUESTION, TEXT, Wire, asked, head, post
 
-SECONDS = 0.4
+SECONDS = 1.5
+"""What the server grants. The clients that behave beside the others must stay below it on a loaded machine too."""
+BY_DEFAULT = Limits().client_seconds
 pytestmark = pytest.mark.usefixtures("nothing_fails")
 
 
@@ -35,26 +37,26 @@ def is_answered(live: Live, alone: Alone) -> bool:
 
 @pytest.mark.parametrize("sent", ["nothing", "half a head", "a head by drops", "the next head by drops"])
 def test_a_head_that_does_not_come_ends_the_connection(impatient: Live, alone: Alone, sent: str) -> None:
+    began = time.monotonic()
     with Wire(impatient) as wire:
-        began = time.monotonic()
         if sent == "half a head":
             wire.send(head()[:-2])
         elif sent == "the next head by drops":
+            began = time.monotonic()
             wire.send(post(asked()))
             assert wire.answer()[0] == 200
-            began = time.monotonic()
         if "drops" in sent:
             wire.drip(head(CHAT, *(f"X-{number}: y" for number in range(40))))
         else:
             assert is_answered(impatient, alone)
         assert wire.rest() == b""
-        assert SECONDS / 2 < time.monotonic() - began < 4
+        assert SECONDS <= time.monotonic() - began < BY_DEFAULT
 
 
 def test_a_body_by_drops_is_told_so(impatient: Live, alone: Alone) -> None:
     with Wire(impatient) as wire:
         wire.send(head(CHAT, "Content-Type: application/json", "Content-Length: 10000"))
-        wire.drip(b" " * 60)
+        wire.drip(b" " * 200)
         assert wire.rest().startswith(b"HTTP/1.1 408 ")
     assert is_answered(impatient, alone)
 
@@ -67,7 +69,7 @@ def test_a_body_by_drops_behind_its_answer_ends_the_connection(impatient: Live, 
         wire.send(head(CHAT, f"Content-Length: {length}", host=host))
         assert wire.answer()[0] == status
         wire.drip(b" " * 200)
-        assert wire.rest() == b"" and time.monotonic() - began < 4
+        assert wire.rest() == b"" and time.monotonic() - began < BY_DEFAULT
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -78,7 +80,7 @@ def test_a_client_that_takes_nothing_is_given_up(impatient: Live, alone: Alone, 
         assert is_answered(impatient, alone)
         wait_for(lambda: not impatient.server.server_state.connections)
         assert time.monotonic() - began > SECONDS
-        assert impatient.service.load == (0, 0)
+        wait_for(lambda: impatient.service.load == (0, 0))
         assert b"[DONE]" not in (cut := wire.rest()) and not cut.endswith(b"}")
 
 
@@ -89,7 +91,7 @@ def test_a_client_that_takes_little_at_a_time_gets_all(impatient: Live) -> None:
         while not (parts and parts[-1].endswith(b"}}")):
             parts.append(wire.socket.recv(8192))
             assert parts[-1], "cut off"
-            time.sleep(0.02)
+            time.sleep(0.05)
         assert time.monotonic() - began > 2 * SECONDS
         answer = json.loads(b"".join(parts).partition(b"\r\n\r\n")[2])
         assert len(answer["choices"]) == 10

@@ -34,6 +34,7 @@ def test_the_parts_of_an_answer_wait_for_no_acknowledgement(narrow: Live) -> Non
     with Wire(narrow) as wire:
         wire.send(post(asked()))
         assert wire.answer()[0] == 200
+        wait_for(lambda: len(narrow.server.server_state.connections) == 1)  # those of other tests are gone
         (connection,) = narrow.server.server_state.connections
         sent_by = connection.transport.get_extra_info("socket")
         assert sent_by.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

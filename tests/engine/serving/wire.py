@@ -9,6 +9,7 @@ from http.client import HTTPResponse
 from typing import Any
 
 from tests.engine.serving.live import NAME, Live
+from tests.ranks import PATIENCE
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = "头晕怎么办？"
@@ -34,7 +35,7 @@ class Wire:
 
     def __init__(self, live: Live, buffer: int | None = None) -> None:
         self.socket = socket.socket()
-        self.socket.settimeout(60)
+        self.socket.settimeout(PATIENCE)
         if buffer is not None:
             # Segments larger than the buffer would come one by one, as timers allow.
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)

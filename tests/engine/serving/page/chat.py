@@ -13,9 +13,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 from model.generate import Event
 from model.generate import Request as GeneratorRequest
 from tests.engine.serving.live import Live
+from tests.ranks import PATIENCE
 
-SECONDS = 60
-expect.set_options(timeout=SECONDS * 1000)
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 class Dictation:
@@ -96,7 +96,7 @@ class Chat:
     def __init__(self, browser: Browser, live: Live, language: str = "zh-CN", **how: Any) -> None:
         self.origin = f"http://127.0.0.1:{live.port}"
         self.context = browser.new_context(locale=language, **how)
-        self.context.set_default_timeout(SECONDS * 1000)
+        self.context.set_default_timeout(PATIENCE * 1000)
         self.requests: list[Request] = []
         self.complaints: list[str] = []
         self.context.on("request", lambda request: self.requests.append(request))
