@@ -55,6 +55,7 @@ class RunLog:
         steps_done: by the checkpoint this process starts from; later rows, of a run that was killed, are dropped.
         recipe: the resolved configuration, a dataclass; `config.yaml` keeps it.
         panels: what curves.png shows, as `PANELS`.
+        is_over: no step is left to do.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RunLog:
         config: LogConfig,
         recipe: Any,
         panels: Sequence[Sequence[str]] = PANELS,
+        is_over: bool = False,
     ) -> None:
         self.is_active = int(os.environ.get("RANK", "0")) == 0
         self._events: Any = None
@@ -72,12 +74,7 @@ class RunLog:
             return
         self._directory = directory
         self._draws, self._panels = config.curves, panels
-        saved = directory / "config.yaml"
-        if steps_done and saved.is_file():
-            changed = changes(saved.read_text(encoding="utf-8"), recipe)
-            if changed:
-                speak(f"Changed since this run began: {', '.join(changed)}.")
-        write_durably(saved, to_yaml(recipe))
+        keep_recipe(directory, recipe, bool(steps_done), is_over)
         self._path = directory / "metrics.jsonl"
         drop_rows_after(self._path, steps_done)
         self._file = self._path.open("a", encoding="utf-8")
@@ -138,6 +135,24 @@ class RunLog:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def keep_recipe(directory: Path, recipe: Any, has_begun: bool, is_over: bool, longer: str = "--train.steps") -> None:
+    """Write a run's recipe into its config.yaml, and say what has changed since the run began. What is over keeps the
+    recipe that it was trained with; `longer`: the option that has it go on."""
+    saved = directory / "config.yaml"
+    if has_begun and saved.is_file():
+        changed = changes(saved.read_text(encoding="utf-8"), recipe)
+        if changed:
+            speak(f"Changed since this run began: {', '.join(changed)}.")
+        if changed and is_over:
+            speak(
+                "It was not trained with that. Use --resume never to begin anew, another --out for a new run, or raise "
+                f"{longer} to go on."
+            )
+        if is_over:
+            return
+    write_durably(saved, to_yaml(recipe))
 
 
 def is_broken(value: Any) -> bool:

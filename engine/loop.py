@@ -170,7 +170,8 @@ def train(
     runtime = run.runtime
     checkpointer = Checkpointer(run.directory, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous)
     progress, loader = _resume(run, checkpointer)
-    run_log = RunLog(run.directory, progress.step, log, recipe, (*PANELS, *run.panels))
+    is_over = progress.step == run.steps
+    run_log = RunLog(run.directory, progress.step, log, recipe, (*PANELS, *run.panels), is_over)
     clock = BusyClock(run.model.model.layers, runtime.device)
     desk = _Desk(run, progress, run_log, log, checkpointer)
     last_saved = progress.step
@@ -365,6 +366,12 @@ def require_same_run(
         )
 
 
+def say_resumed(directory: Path, done: int, asked: int, unit: str) -> None:
+    """Where a run goes on, and whether anything is left of it; `unit`: what it counts, such as "step"."""
+    over = f" {done:,} of {asked:,} {unit}s had been done before: nothing is trained." if done == asked else ""
+    speak(f"Resuming {directory} after {unit} {done}.{over}")
+
+
 def require_same_identity(directory: Path, saved: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
     """See that what a directory holds was made as this run would make it; `what` says of it how it came about.
 
@@ -391,5 +398,5 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Progress, Loader]:
         loader = run.fresh_loader(trainer["cursor"])
     except InputError as error:
         raise InputError(f"Cannot go on with {run.directory}. {error}") from None
-    speak(f"Resuming {run.directory} after step {step}.")
+    say_resumed(run.directory, step, run.steps, "step")
     return Progress(**trainer["progress"]), loader

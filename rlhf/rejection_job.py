@@ -10,7 +10,6 @@ from typing import Any
 
 from engine.agreement import ControlGroup
 from engine.building import Base, find_trained, make_run_directory
-from engine.config import to_yaml
 from engine.dry_run import planned_device, planned_world
 from engine.files import write_durably
 from engine.job import (
@@ -23,10 +22,12 @@ from engine.job import (
     resolve_shape,
 )
 from engine.launch import speak
-from engine.loop import require_same_identity
+from engine.loggers import keep_recipe
+from engine.loop import require_same_identity, say_resumed
 from engine.lora import FrozenBase, require_same_base, stand_on
 from engine.memory_roles_advice import describe_roles
 from engine.mesh import start, stop
+from engine.publish import MODEL_COMPLETE
 from rlhf.draws import Draws
 from rlhf.memory import plan_rejection
 from rlhf.ppo_config import RewardConfig
@@ -122,7 +123,7 @@ def _resolve(config: RejectionConfig, shape: StepShape) -> RejectionConfig:
 
 
 def _keep_identity(config: RejectionConfig, facts: dict[str, Any], frozen: FrozenBase | None) -> None:
-    """Write down what decides the samples, or see that it is what an earlier command wrote.
+    """Write down what decides the samples, or see that it is what an earlier command wrote; and the recipe.
 
     Args:
         frozen: what adapters stand on.
@@ -137,11 +138,15 @@ def _keep_identity(config: RejectionConfig, facts: dict[str, Any], frozen: Froze
         decisive |= {f"{group}.{name}": value for name, value in vars(getattr(config, group)).items()}
     asked = json.loads(json.dumps({**facts, **decisive, "lora": config.lora.describe()}))
     kept = directory / "rounds" / "identity.json"
-    if kept.exists():
+    has_begun = kept.exists()
+    is_over = has_begun and (directory / "rounds" / str(config.rounds) / "model" / MODEL_COMPLETE).exists()
+    if has_begun:
         saved = json.loads(kept.read_text(encoding="utf-8"))
         require_same_identity(directory, saved, asked, "its samples were drawn")
         require_same_base(directory, saved.get("base"), frozen)
     else:
         base = None if frozen is None else dataclasses.asdict(frozen)
         write_durably(kept, json.dumps({**asked, "base": base}, indent=1, ensure_ascii=False) + "\n")
-    write_durably(directory / "config.yaml", to_yaml(config))
+    if is_over:
+        say_resumed(directory, config.rounds, config.rounds, "round")
+    keep_recipe(directory, config, has_begun, is_over, "--rounds")

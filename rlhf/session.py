@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpointer
-from engine.launch import DivergedError, StoppedError, speak
+from engine.launch import DivergedError, StoppedError
 from engine.loggers import RunLog
-from engine.loop import require_same_run
+from engine.loop import require_same_run, say_resumed
 from engine.lora import FrozenBase, require_same_base
 from engine.metrics import peak_memory_bytes
 from engine.signals import StopSignals
@@ -89,7 +89,7 @@ class Session:
         self._dog = Watchdog(60 * self._config.parallel.timeout_minutes, self._runtime.name)
         with ExitStack() as stack:
             self._log = stack.enter_context(
-                closing(RunLog(self.directory, done, self._config.log, self._config, PANELS))
+                closing(RunLog(self.directory, done, self._config.log, self._config, PANELS, self.is_over))
             )
             self._signals = stack.enter_context(StopSignals())
             stack.enter_context(self._dog)
@@ -246,7 +246,7 @@ class Session:
         self._learner.begin(trainer["learner"])
         self._progress = Progress(**trainer["progress"])
         self._limits.counts = trainer["limits"]
-        speak(f"Resuming {self.directory} after iteration {step}.")
+        say_resumed(self.directory, step, self._iterations, "iteration")
 
     def _line(self, row: dict[str, Any]) -> str:
         kl = [f"kl {row['objective/kl']:.3g}"] if "objective/kl" in row else []

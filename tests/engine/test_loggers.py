@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine.job import TrainConfig
 from engine.loggers import LogConfig, RunLog, draw_curves, read_rows
 from engine.loop import CheckpointConfig, EvalConfig
 from engine.metrics import Speedometer
+from engine.optim import OptimConfig
 from engine.pretraining import PretrainConfig, pretrain
 from tests.small_base import write_small_base, write_small_data
 
@@ -64,6 +66,43 @@ def test_a_run_draws_its_curves_at_every_save_and_the_last_time_when_all_is_know
         )
     )
     assert drawn == [(2, False), (4, True)]
+
+
+def test_a_finished_run_called_again_says_that_nothing_is_trained_and_keeps_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PretrainConfig(
+        model=str(write_small_base(tmp_path / "base")),
+        out=str(tmp_path / "out"),
+        data=DataConfig(paths=[str(write_small_data(tmp_path / "data.jsonl"))], workers=1),
+        train=TrainConfig(steps=2, micro_batch_tokens=64, batch_tokens=64),
+        optim=OptimConfig(lr=1e-3),
+        log=PLAIN,
+    )
+    pretrain(config)
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in ("config.yaml", "model.safetensors")}
+    assert "had been done before" not in capsys.readouterr().err
+
+    over = f"Resuming {tmp_path / 'out'} after step 2. 2 of 2 steps had been done before: nothing is trained."
+    pretrain(config)
+    said = capsys.readouterr().err
+    assert over in said and "Changed since" not in said
+
+    pretrain(dataclasses.replace(config, optim=OptimConfig(lr=2e-3)))
+    said = capsys.readouterr().err
+    assert over in said
+    assert (
+        "Changed since this run began: optim.lr 0.001 -> 0.002.\nIt was not trained with that. Use --resume never to "
+        "begin anew, another --out for a new run, or raise --train.steps to go on.\n" in said
+    )
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
+
+    train = dataclasses.replace(config.train, steps=3)
+    pretrain(dataclasses.replace(config, train=train, optim=OptimConfig(lr=2e-3)))
+    said = capsys.readouterr().err
+    assert "nothing is trained" not in said and "It was not trained" not in said
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != kept["model.safetensors"]
+    assert "lr: 0.002" in (tmp_path / "out" / "config.yaml").read_text()
 
 
 def test_curves_are_drawn_from_rows_with_and_without_losses(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from engine.data.sampled import SampledEncoder, SampledOptions
 from engine.data.shards import TRAINED
 from engine.loop import EvalConfig
 from engine.mesh import stop
+from engine.optim import OptimConfig
 from engine.sft import SftConfig, SftTrainConfig, sft
 from engine.watchdog import Watchdog
 from model.chat import ChatTemplate
@@ -174,6 +175,18 @@ def test_more_rounds_go_on_from_those_that_are_there(folder: Path, made: Path, t
     rejection(small_rejection(folder, tmp_path / "more"))
     assert first == (made / "rounds/1/model/model.safetensors").read_bytes() != files(made)["model.safetensors"]
     assert files(tmp_path / "more") == files(made)
+
+
+def test_a_finished_run_called_again_says_that_nothing_is_trained(
+    folder: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(made)
+    recipe = (made / "config.yaml").read_bytes()
+    rejection(small_rejection(folder, made, optim=OptimConfig(lr=1e-3, beta2=0.5)))
+    said = capsys.readouterr().err
+    assert f"Resuming {made} after round 2. 2 of 2 rounds had been done before: nothing is trained." in said
+    assert "optim.beta2 " in said and "-> 0.5.\nIt was not trained with that." in said and "raise --rounds" in said
+    assert files(made) == before and (made / "config.yaml").read_bytes() == recipe
 
 
 def test_two_processes_sample_and_choose_what_one_does(folder: Path, made: Path, tmp_path: Path) -> None:

@@ -51,6 +51,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> PpoConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
 
 
+def test_a_finished_run_called_again_says_that_nothing_is_trained(
+    made: PpoConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=1))
+    recipe = Path(made.out, "config.yaml").read_bytes()
+    train_ppo(dataclasses.replace(once, optim=dataclasses.replace(made.optim, beta2=0.9)))
+    said = capsys.readouterr().err
+    assert f"Resuming {made.out} after iteration 1. 1 of 1 iterations had been done before: nothing is trained." in said
+    assert "optim.beta2 " in said and "-> 0.9.\nIt was not trained with that." in said
+    assert Path(made.out, "config.yaml").read_bytes() == recipe
+
+
 @pytest.mark.parametrize(
     ("name", "option", "inner", "value"),
     [
