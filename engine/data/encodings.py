@@ -222,9 +222,10 @@ def detect_encoding(path: str, compression: str, wanted: Encoding = "auto") -> s
             return wanted
         if marked or wanted == "utf-8":
             return marked or "utf-8"
-        offset = 0
+        offset, line = 0, 1
         while head.isascii() and len(head) == SAMPLE_BYTES:
             offset += len(head)
+            line += head.count(b"\n")
             head = stream.read(SAMPLE_BYTES)
             _refuse_binary(head, path)
         samples = 1
@@ -234,7 +235,7 @@ def detect_encoding(path: str, compression: str, wanted: Encoding = "auto") -> s
             is_end = len(more) < SAMPLE_BYTES
             head += more
             samples += 1
-    return _choose(head, is_end, offset, path)
+    return _choose(head, is_end, offset, path, line)
 
 
 def _multibyte_count(sample: bytes) -> int:
@@ -280,23 +281,40 @@ def _first_error(sample: bytes, codec: str, is_end: bool) -> int | None:
     return None
 
 
-def _choose(sample: bytes, is_end: bool, offset: int, path: str) -> str:
+def _choose(sample: bytes, is_end: bool, offset: int, path: str, line: int = 1) -> str:
+    """The encoding of a sample. offset, line: of its first byte in the file."""
     utf8_error = _first_error(sample, "utf-8", is_end)
     gb_error = _first_error(sample, "gb18030", is_end)
     if utf8_error is None:
         is_chinese = gb_error is None and _reads_as_chinese(sample)
         return "gbk" if is_chinese else "utf-8"
-    if gb_error is not None:
-        raise InputError(
-            f"{path}: byte {offset + utf8_error} is not UTF-8, and byte {offset + gb_error} is not GB18030. "
-            "Mend the file, or name its encoding with --data.encoding."
-        )
-    if not _is_plausible(sample):
-        raise InputError(
-            f"{path}: byte {offset + utf8_error} is not UTF-8, and read as GB18030 the text is not Chinese. "
-            "Convert the file to UTF-8, or name its encoding with --data.encoding."
-        )
-    return "gbk" if _first_error(sample, "gbk", is_end) is None else "gb18030"
+    if gb_error is None and _is_plausible(sample):
+        return "gbk" if _first_error(sample, "gbk", is_end) is None else "gb18030"
+    for codec, error in (("utf-8", utf8_error), ("gb18030", gb_error)):
+        if error is not None and is_end and _is_cut_off(sample, codec, error):
+            raise InputError(
+                f"{path}: the file is cut off within its last character (byte {offset + error}, {codec.upper()}). "
+                f"Fetch it again, or read what is there with --data.encoding {codec}."
+            )
+    what = "read as GB18030 the text is not Chinese" if gb_error is None else f"byte {offset + gb_error} is not GB18030"
+    remedy = "Mend the file, or name its encoding with --data.encoding."
+    if _is_mostly_utf8(sample, is_end):
+        remedy = "Mend that line, or leave out whatever is not UTF-8 with --data.encoding utf-8."
+    line += sample.count(b"\n", 0, utf8_error)
+    raise InputError(f"{path}:{line}: byte {offset + utf8_error} of the file is not UTF-8, and {what}. {remedy}")
+
+
+def _is_cut_off(sample: bytes, codec: str, error: int) -> bool:
+    """Whether a file reads well, and not as ASCII alone, up to an unfinished character at its end."""
+    reads_well = _first_error(sample, codec, is_end=False) is None and not sample[:error].isascii()
+    return reads_well and (codec == "utf-8" or _is_plausible(sample))
+
+
+def _is_mostly_utf8(sample: bytes, is_end: bool) -> bool:
+    """Whether most of the lines that are not ASCII are UTF-8."""
+    lines = sample.split(b"\n")
+    wide = [line for line in (lines if is_end else lines[:-1]) if not line.isascii()]
+    return 2 * sum(_first_error(line, "utf-8", is_end=True) is not None for line in wide) < len(wide)
 
 
 def _is_common(pair: bytes) -> bool:

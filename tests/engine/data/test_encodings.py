@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from engine.data import encodings
 from engine.data.encodings import Stream, codec_of, count_newlines, detect_encoding
+from engine.data.reading import read_records
+from engine.data.sources import ReadOptions, list_files, probe
 from model.errors import InputError
 
 TEXT = "高血压是以体循环动脉压升高为主要特征的慢性疾病。\n患者应低盐饮食，按时服药。\n"
@@ -87,10 +90,41 @@ def test_character_cut_by_the_end_of_the_sample_does_no_harm(
         assert detect(tmp_path / "a.txt", b"x" * shift + (TEXT * 100).encode(encoding)) == encoding
 
 
-def test_neither_encoding_names_the_byte(tmp_path: Path) -> None:
+def test_neither_encoding_names_line_and_byte(tmp_path: Path) -> None:
     content = TEXT.encode() + b"\xff\xff" + TEXT.encode()
-    with pytest.raises(InputError, match=rf"a.txt: byte {len(TEXT.encode())} is not UTF-8, and byte \d+ is not GB"):
+    where = rf"a.txt:3: byte {len(TEXT.encode())} of the file is not UTF-8, and byte \d+ is not GB"
+    with pytest.raises(InputError, match=where):
         detect(tmp_path / "a.txt", content)
+
+
+def test_one_line_of_gbk_is_named_and_costs_itself_alone(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{number}{TEXT}β"}, ensure_ascii=False) for number in range(60)]
+    content = [line.encode("gb18030" if number == 40 else "utf-8") for number, line in enumerate(lines)]
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(InputError, match=r"a\.jsonl:41: byte \d+ .* with --data\.encoding utf-8\.$"):
+        detect(path, b"\n".join(content))
+    file = probe(list_files([path]).files[0], ReadOptions(encoding="utf-8"))
+    records = list(read_records(file, ReadOptions().schema))
+    assert [record.line for record in records if record.text is None] == [41]
+    assert [record.text for record in records if record.text] == [
+        json.loads(line)["text"] for number, line in enumerate(lines) if number != 40
+    ]
+
+
+def test_lines_are_counted_from_the_beginning_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encodings, "SAMPLE_BYTES", 1 << 14)
+    ascii_text = b"0123456789abcde\n" * (1 << 12)
+    with pytest.raises(InputError, match=rf"a\.txt:{(1 << 12) + 2}: byte"):
+        detect(tmp_path / "a.txt", ascii_text + "β\n".encode() + b"\xff\xff" + TEXT.encode())
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "UTF-8"), ("gb18030", "GB18030")])
+def test_file_that_ends_within_a_character_is_called_cut_off(tmp_path: Path, encoding: str, shown: str) -> None:
+    content = TEXT.strip().encode(encoding)
+    size = len("。".encode(encoding))
+    where = rf"cut off within its last character \(byte {len(content) - size}, {shown}\).*--data.encoding {encoding}"
+    with pytest.raises(InputError, match=where):
+        detect(tmp_path / "a.txt", content[:-1])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +158,7 @@ def test_named_encoding_is_believed(tmp_path: Path) -> None:
     ],
 )
 def test_binary_files_are_refused(tmp_path: Path, content: bytes, kind: str) -> None:
-    with pytest.raises(InputError, match=f"a.txt: .*{kind}"):
+    with pytest.raises(InputError, match=f"a.txt:.*{kind}"):
         detect(tmp_path / "a.txt", content)
 
 
