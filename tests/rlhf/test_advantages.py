@@ -124,13 +124,14 @@ def test_groups_are_those_of_a_prompt_wherever_their_answers_stand(seed: int, sc
     trajectory = trajectory.replace(score=score, rewards=torch.zeros(len(trajectory.tokens)))
     trajectory = trajectory.replace(rewards=shaped_rewards(trajectory, 0.0, "k1"))
     grouped, left_out = group_advantages(trajectory, scale), rloo_advantages(trajectory)
+    exact = score.double().tolist()
     for number, span in enumerate(spans(trajectory)):
-        own = np.array([score[i] for i in range(14) if samples[i].prompt == samples[number].prompt], np.float64)
-        others = [score[i] for i in range(14) if samples[i].prompt == samples[number].prompt and i != number]
-        expected = (score[number] - own.mean()) / ((own.std() + 1e-4) if scale else 1)
+        own = np.array([exact[i] for i in range(14) if samples[i].prompt == samples[number].prompt])
+        others = [exact[i] for i in range(14) if samples[i].prompt == samples[number].prompt and i != number]
+        expected = (exact[number] - own.mean()) / ((own.std() + 1e-4) if scale else 1)
         torch.testing.assert_close(grouped[span], torch.full_like(grouped[span], float(expected)))
-        baseline = np.mean(others) if others else score[number]
-        expected = float(score[number] - baseline)
+        baseline = np.mean(others) if others else exact[number]
+        expected = float(exact[number] - baseline)
         torch.testing.assert_close(left_out[span], torch.full_like(left_out[span], expected), atol=1e-6, rtol=1e-5)
     for advantages in (grouped, left_out):
         assert not advantages[~trajectory.actions].any()
