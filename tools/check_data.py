@@ -4,7 +4,8 @@
     python tools/check_data.py --data PATH... --model DIR --template chatml --context 4096
 
 What the files hold, texts, conversations or comparisons of answers, is found from the first records. Tokens of the
-latter two are counted under a chat template, and some are shown with the trained ones marked.
+latter two are counted under a chat template, and some are shown with the trained ones marked. Files that cannot be read
+are named at the end, each with the reason; then the exit code is 2.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from engine.data.conversation_files import ConversationOptions
 from engine.data.preference_files import PreferenceOptions
 from engine.data.preferences import ONLY_PREFERENCES
 from engine.data.progress import ProgressLine
-from engine.data.sources import DataOptions, only
-from engine.launch import run
+from engine.data.shards import is_prepared
+from engine.data.sources import DataOptions, list_files, only
+from engine.launch import run, speak
 from model.chat import resolve_template
+from model.errors import InputError
 from model.tokenizer import Tokenizer
+
+Kind = Literal["text", "conversations", "preferences"]
 
 
 @dataclass
@@ -79,26 +84,55 @@ def main(config: CheckConfig) -> None:
     if kind == "preferences":
         options = only(PreferenceOptions, config.data)
         options.check()
-        report = check_preferences(paths, options, counting, config.held_out, progress)
-        print(render_preferences(report, counting and config.context, "tokens" if counting else "characters"))
-    elif kind == "conversations":
+        compared = check_preferences(paths, options, counting, config.held_out, progress)
+        print(render_preferences(compared, counting and config.context, "tokens" if counting else "characters"))
+        return _name(compared.unusable)
+    if kind == "conversations":
         conversations = only(ConversationOptions, config.data)
-        print(
-            render_conversations(
-                check_conversations(paths, conversations, counting, config.held_out, progress), config.context
-            )
+        talks = check_conversations(paths, conversations, counting, config.held_out, progress)
+        print(render_conversations(talks, config.context))
+        return _name(talks.unusable)
+    texts = check(paths, tokenizer, config.data, config.held_out, config.verify, progress)
+    print(render(texts))
+    _name(texts.unusable)
+
+
+def _name(unusable: list[str]) -> None:
+    """Say which files cannot be read. Raises InputError if there are any."""
+    if len(unusable) == 1:
+        raise InputError(unusable[0])
+    for sentence in unusable:
+        speak(sentence)
+    if unusable:
+        raise InputError(
+            f"{len(unusable):,} files cannot be read, for the reasons above. Mend them, or leave them out."
         )
-    else:
-        print(render(check(paths, tokenizer, config.data, config.held_out, config.verify, progress)))
 
 
-def _kind(data: CheckOptions) -> Literal["text", "conversations", "preferences"]:
-    """What the first records are, or what their fields are said to mean."""
+def _kind(data: CheckOptions) -> Kind:
+    """What the first records are, of the first file that has any, or what their fields are said to mean.
+
+    Raises:
+        InputError: no file has any; the others' reasons are said before the last one's.
+    """
     if data.keys:
         return "preferences" if data.keys.keys() & set(ONLY_PREFERENCES) else "conversations"
-    if are_preferences(data.paths, only(PreferenceOptions, data)):
+    if data.paths and is_prepared(data.paths[0]):
+        return _kind_of(data.paths[0], data)
+    unusable = []
+    for file in list_files(data.paths).files:
+        try:
+            return _kind_of(file.path, data)
+        except InputError as error:
+            unusable.append(str(error))
+    _name(unusable)
+    raise AssertionError("there is a file, or list_files has said so")
+
+
+def _kind_of(path: str, data: CheckOptions) -> Kind:
+    if are_preferences([path], only(PreferenceOptions, data)):
         return "preferences"
-    return "conversations" if are_conversations(data.paths, only(ConversationOptions, data), data) else "text"
+    return "conversations" if are_conversations([path], only(ConversationOptions, data), data) else "text"
 
 
 if __name__ == "__main__":

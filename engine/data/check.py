@@ -59,7 +59,7 @@ def check(
         held_out: raw or prepared, to be looked for in `paths`.
         verify: compare every byte of prepared shards with what was written.
     Raises:
-        InputError: as `prepare` and `open_corpus`.
+        InputError: as `prepare` and `open_corpus`, but of a raw file that cannot be read: the report names it.
     """
     options = options or ReadOptions()
     if all(map(is_prepared, paths)) and paths:
@@ -71,7 +71,7 @@ def check(
             )
         report, hashes = _check_raw(paths, tokenizer, options, progress)
     if held_out:
-        other = _hashes_of(held_out, options)
+        other = _hashes_of(held_out, options, report)
         report.held_out = len(other)
         report.overlap = int(np.isin(keys(other), keys(hashes)).sum())
     return report
@@ -153,10 +153,12 @@ def _length(text: str, report: Report, tokenizer: TextTokenizer | None) -> int:
     return length
 
 
-def _hashes_of(paths: Sequence[str], options: ReadOptions) -> np.ndarray:
+def _hashes_of(paths: Sequence[str], options: ReadOptions, report: Report) -> np.ndarray:
     if all(map(is_prepared, paths)):
         return _stored_hashes(open_corpus(paths).store)
-    return _check_raw(paths, None, options, None)[1]
+    other, hashes = _check_raw(paths, None, options, None)
+    report.unusable += other.unusable
+    return hashes
 
 
 def _stored_hashes(store: Store) -> np.ndarray:

@@ -83,6 +83,7 @@ def are_conversations(paths: Sequence[str], options: ConversationOptions, texts:
         return read_manifest(next(prepared_parts(paths[0]))).get("kind") == "conversations"
     first = list_files(paths).files[0]
     if first.format == "text":
+        probe(first, texts)
         return False
     try:
         probe(first, options)
@@ -110,7 +111,7 @@ def check_conversations(
         counting: to count tokens, and to see what exceeds a context.
         held_out: raw or prepared; its first questions are looked for in `paths`.
     Raises:
-        InputError: as `prepare`.
+        InputError: as `prepare`, but of a file that cannot be read: the report names it.
     """
     for path in filter(is_prepared, paths):
         raise InputError(f"{path}: prepared. Check the raw files that it was prepared from.")
@@ -120,7 +121,7 @@ def check_conversations(
         tally.add(found)
     tally.finish()
     if held_out:
-        questions = _questions_of(held_out, options)
+        questions = _questions_of(held_out, options, report)
         report.held_out, report.overlap = len(questions), int(np.isin(questions, tally.hashes[:, 1]).sum())
     return report
 
@@ -229,12 +230,13 @@ class _Tally:
             self._report.samples.append(f"{place}\n{shown}")
 
 
-def _questions_of(paths: Sequence[str], options: ConversationOptions) -> np.ndarray:
-    """Hashes of first questions: uint64 [N]."""
+def _questions_of(paths: Sequence[str], options: ConversationOptions, report: ConversationReport) -> np.ndarray:
+    """Hashes of first questions: uint64 [N]. Unusable files go into the report."""
     if all(map(is_prepared, paths)):
         store = open_corpus(paths, kind="conversations").store
         return store.hashes(0, len(store))[:, 1]
-    hashes = b"".join(conversation_hash(found.messages) for found in _read(paths, options, ConversationReport(), None))
+    other = ConversationReport(unusable=report.unusable)
+    hashes = b"".join(conversation_hash(found.messages) for found in _read(paths, options, other, None))
     return np.frombuffer(hashes, "<u8").reshape(-1, 2)[:, 1]
 
 

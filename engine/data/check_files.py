@@ -12,6 +12,7 @@ from engine.data.reading import read_records
 from engine.data.records import Record
 from engine.data.report import counts, unless_zero, without_numbers
 from engine.data.sources import FileOptions, list_files, malformed, probe
+from model.errors import InputError
 
 _EXAMPLES = 3  # places named for each fault
 
@@ -21,6 +22,7 @@ class FilesReport:
     """Facts about files and their records.
 
     files, encodings, formats: files of each kind. ignored_files: of other kinds.
+    unusable: of the files, and of held-out ones, those that cannot be read: why, in a sentence each.
     read: records that could be read.
     tokens: None where they are not counted.
     faults: records that are left out, by reason with numbers left out of it; places: of some, as "file:line: reason".
@@ -29,6 +31,7 @@ class FilesReport:
 
     files: int = 0
     ignored_files: int = 0
+    unusable: list[str] = field(default_factory=list)
     encodings: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     read: int = 0
@@ -52,10 +55,10 @@ class FilesReport:
 
     def file_rows(self) -> list[tuple[str, str]]:
         """What the files are: names and values."""
-        ignored = unless_zero(self.ignored_files, "of other kinds ignored")
+        others = unless_zero(len(self.unusable), "unusable") + unless_zero(self.ignored_files, "of other kinds ignored")
         return [
-            ("files", f"{self.files:,} ({counts(self.formats)}){ignored}"),
-            ("encodings", counts(self.encodings)),
+            ("files", f"{self.files:,} ({counts(self.formats) or 'none is readable'}){others}"),
+            ("encodings", counts(self.encodings) or "none"),
         ]
 
     def fault_rows(self, name: str) -> list[tuple[str, str]]:
@@ -69,18 +72,24 @@ class FilesReport:
 def read_files(
     paths: Sequence[str], options: FileOptions, report: FilesReport, progress: Callable[[Progress], None] | None
 ) -> Iterator[tuple[str, Record]]:
-    """Every record of raw files, readable or not, with its file; what the files are goes into the report."""
+    """Every record of raw files, readable or not, with its file; what the files are goes into the report.
+
+    A file that is unusable, from its beginning or from somewhere on, goes into the report too, and others are read.
+    """
     listing = list_files(paths)
     report.files, report.ignored_files = len(listing.files), listing.ignored
     began, done = time.monotonic(), 0
     for listed in listing.files:
-        file = probe(listed, options)
-        report.encodings[file.encoding or "utf-8"] += 1
-        report.formats[file.format] += 1
-        for record in read_records(file, options.schema):
-            report.read += record.text is not None
-            yield file.path, record
-        done += file.size
+        try:
+            file = probe(listed, options)
+            report.encodings[file.encoding or "utf-8"] += 1
+            report.formats[file.format] += 1
+            for record in read_records(file, options.schema):
+                report.read += record.text is not None
+                yield file.path, record
+        except InputError as error:
+            report.unusable.append(str(error))
+        done += listed.size
         if progress is not None:
             progress(Progress(done, listing.size, 0, report.read, report.tokens or 0, time.monotonic() - began))
 

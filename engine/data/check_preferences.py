@@ -97,7 +97,7 @@ def check_preferences(
         counting: to count tokens, and to see what exceeds a context.
         held_out: raw files; their first questions are looked for in `paths`.
     Raises:
-        InputError: as `prepare`.
+        InputError: as `prepare`, but of a file that cannot be read: the report names it.
     """
     for path in filter(is_prepared, paths):
         raise InputError(f"{path}: prepared. Check the raw files that it was prepared from.")
@@ -107,7 +107,7 @@ def check_preferences(
         tally.add(found)
     tally.finish()
     if held_out:
-        other = _read(held_out, options, PreferenceReport(), None)
+        other = _read(held_out, options, PreferenceReport(unusable=report.unusable), None)
         questions = np.array([_question(found.comparison) for found in other], np.uint64)
         report.held_out, report.overlap = len(questions), int(np.isin(questions, tally.questions()).sum())
     return report
