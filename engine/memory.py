@@ -147,15 +147,17 @@ class _Planner:
         self.of_down_proj = unit_of((shape for name, shape in trained.items() if name.startswith(_LAST)), setup).size
 
     def moments(self) -> tuple[Moment, ...]:
+        # Without FSDP gradients are added up in fp32, which autograd makes of what ops give in 16 bits.
+        is_widened = not self.setup.is_wrapped and self.b < FP32
         in_blocks: list[Moment] = []
         for layer in reversed(range(self.layers)):
             in_blocks.append(self._block_backward(layer))
             if self.setup.fp8:
                 in_blocks.append(self._block_products(layer))
+                if is_widened:
+                    in_blocks.append(self._block_widened(layer))
             if self.setup.is_wrapped:
                 in_blocks.append(self._block_reduction(layer))
-        # Without FSDP gradients are added up in fp32, which autograd makes of what ops give in 16 bits.
-        is_widened = not self.setup.is_wrapped and self.b < FP32
         in_root = [self._embedding_backward()] if self.is_embedding_trained else []
         if is_widened and self.is_embedding_trained:
             in_root.append(self._embedding_widened())
@@ -216,6 +218,12 @@ class _Planner:
         before = self._block_backward(layer)
         activations = before.activations - self.tensors.at_work(layer == 0) + self.tensors.in_8_bits(layer == 0)
         return replace(before, name=f"8-bit products of block {layer}", activations=activations)
+
+    def _block_widened(self, layer: int) -> Moment:
+        """That gradient in 16 bits and in fp32, when the product is done."""
+        before = self._block_backward(layer)
+        activations = before.activations - self.tensors.at_work(layer == 0) + self.tensors.widened(layer == 0)
+        return replace(before, name=f"gradient of block {layer}'s gates in fp32", activations=activations)
 
     def _block_reduction(self, layer: int) -> Moment:
         """A block's gradients are summed over ranks."""

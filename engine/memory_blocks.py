@@ -73,14 +73,24 @@ class BlockTensors:
         The activation's gradient and what that was made of are gone. Copies of the upstream gradient lie both ways;
         that of the weight gives way to that of the input when one result is there.
         """
-        there = self.at_work(is_first) - self._sum(("activation", "gate_up_proj"))
-        if self.setup.recompute == "selective":
-            there += self.bytes["second norm"]  # made again
         b, tokens, width = self.setup.number_bytes, self.setup.tokens_per_pack, self.config.hidden_size
         out = 2 * self.config.intermediate_size
         of_input = 2 * tokens * out + out * width + b * tokens * width
         of_weight = tokens * (out + width) + b * (tokens + out) * width
-        return there + max(of_input, of_weight)
+        return self._beside_gates(is_first) + max(of_input, of_weight)
+
+    def widened(self, is_first: bool) -> int:
+        """When that product's gradients are there, and autograd has made fp32 of the weight's."""
+        b, tokens, width = self.setup.number_bytes, self.setup.tokens_per_pack, self.config.hidden_size
+        of_weight = (b + FP32) * 2 * self.config.intermediate_size * width
+        gone = ("gate_up_proj",) if self.setup.recompute == "none" else ("gate_up_proj", "second norm")  # if made again
+        return self._beside_gates(is_first) - self._sum(gone) + b * tokens * width + of_weight
+
+    def _beside_gates(self, is_first: bool) -> int:
+        """In the backward pass of the product of gates, with the upstream gradient."""
+        there = self.at_work(is_first) - self._sum(("activation", "gate_up_proj"))
+        # Made again.
+        return there + (self.bytes["second norm"] if self.setup.recompute == "selective" else 0)
 
     def reading(self) -> int:
         """At most, in a forward pass that nothing is kept of."""

@@ -108,9 +108,10 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if isinstance(target, Master):
             target.copy_(full)
             continue
-        if target.dtype == torch.bfloat16 and not isinstance(target, DTensor):
-            # Rounded as a master's upper half is, so that a frozen copy of a model in training agrees with it.
-            full, _ = split_master(full.to(target.device, torch.float32))
+        if target.dtype == torch.bfloat16 != full.dtype and not isinstance(target, DTensor):
+            # Rounded as a master's upper half is, so that a frozen copy of a model in training agrees with it; where it
+            # lies, since that takes several times its memory.
+            full, _ = split_master(full.float())
         full = full.to(device=target.device, dtype=target.dtype)
         if isinstance(target, DTensor):
             full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)

@@ -8,7 +8,7 @@ path for its maker's processors, and oneDNN is twice as fast on others. Elsewher
 Of a 16-bit weight whose gradient is kept in fp32 (its `grad_dtype`), the last product writes `weight.grad`, or adds
 itself to it, as in Megatron-LM's gradient accumulation fusion: a GPU multiplies narrow operands into a wide result and
 can start from what stands there. That is 4 bytes a parameter in a step's first micro-batch and 8 in each other one, and
-nothing is rounded to 16 bits on the way. Autograd would have the product written in 16 bits, read, and added: 8 and 12.
+nothing is rounded to 16 bits on the way. Autograd would have the product written in 16 bits, widened, and added: 8 and 20.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class _LinearIntoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.weight = weight
-        ctx.save_for_backward(x, weight)  # the weight too, so that a step between the passes is found
+        ctx.save_for_backward(x, weight)  # the weight too: on a CPU a step between the passes is found
         return linear_reference(x, weight, bias)
 
     @staticmethod

@@ -61,7 +61,7 @@ _FIRST = ("7b-4096-full", "1b-4096-full", "7b-4096-sft", "1b-4096-sft", "7b-4096
 _ON_GPU = (("7b", 4096), ("1b", 4096), ("13b", 4096), ("7b", 8192), ("1b", 8192), ("13b", 8192))
 _ON_CPU = (("small", 256), ("small", 512))
 _MODES: tuple[Recompute, ...] = ("none", "selective", "full")
-# Peers keep weights in bf16 beside fp32 masters, ours gathers a block at a time: two bytes a parameter more.
+# Peers keep weights in bf16 beside fp32 masters, ours in halves of the masters: two bytes a parameter more.
 _PEERS_EXTRA = 2
 
 

@@ -137,6 +137,23 @@ def test_the_plan_knows_what_copies_hold(tokens: int, recompute: Recompute) -> N
     assert [without_optimizer(moment) for moment in planned] == pytest.approx(counted, rel=SLACK)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_plan_knows_that_one_process_widens_gradients(recompute: Recompute) -> None:
+    config = replace(SMALL, vocab_size=16, intermediate_size=1280)
+    setup = Setup(128, 64, recompute=recompute, micro_batches=2, fp8=True)
+    with sharded(config, setup) as (model, pack, live):
+        use_fp8(model, torch.device("cpu"))
+        for _ in range(setup.micro_batches):
+            live.log.clear()
+            (summed_loss(model, pack, setup) / setup.tokens_per_pack).backward()
+    # Of a block's four products the gates' is the second; then autograd makes a copy of its weight's gradient.
+    products = [at for at, (name, _) in enumerate(live.log) if name == "chimed.fp8_linear_bwd.default"][1::4]
+    counted = [next(total for name, total in live.log[at:] if name == "aten._to_copy.default") for at in products]
+    moments = {moment.name: moment for moment in plan(config, setup).moments}
+    planned = [moments[f"gradient of block {layer}'s gates in fp32"] for layer in reversed(range(SMALL.num_layers))]
+    assert [without_optimizer(moment) for moment in planned] == pytest.approx(counted, rel=SLACK)
+
+
 def test_what_is_kept_is_what_is_kept_without() -> None:
     kept = [plan(PRESETS["7b"], Setup(8192, 4096, world=8, fp8=fp8)).moments[0] for fp8 in (False, True)]
     assert kept[0] == kept[1]

@@ -25,7 +25,7 @@ from engine.memory_heads import FP32, head_cost
 from engine.mesh import ParallelConfig, Runtime
 from engine.optim import AdamW, OptimConfig
 from engine.recompute import Recompute
-from engine.shard import Precision, local, parallelize, set_last_micro_batch
+from engine.shard import Precision, fill, local, parallelize, set_last_micro_batch
 from engine.step import next_token_loss
 from kernels import linear_cross_entropy, linear_logprob, vocabulary
 from kernels.backend import Chip, observed_launches
@@ -431,3 +431,14 @@ def test_plan_holds_what_the_head_holds_on_a_cpu(
     )
     counted = held_by_faces(config, setup, faces, is_frozen)
     assert planned_for_faces(config, setup, is_frozen) == pytest.approx(counted, rel=SLACK)
+
+
+def test_a_frozen_base_is_loaded_in_less_memory_than_its_steps_take() -> None:
+    """What fits when it trains must not run out of memory before, also where words are most of the model."""
+    config = replace(BIASED_QWEN2, vocab_size=152064, hidden_size=3584, intermediate_size=18944)
+    setup = Setup(4096, 4096, recompute="full", lora=LORA)
+    with sharded(config, setup) as (model, _, live):
+        live.log.clear()
+        fill(model, ((name, like.to(torch.bfloat16)) for name, like in model.named_parameters()))
+        matrix = config.vocab_size * config.hidden_size * setup.number_bytes  # of the file, which the host holds
+        assert live.peak() - matrix <= plan(config, setup).peak.total
