@@ -46,6 +46,7 @@ CANNOT = {
     "torchrun --shutdown-timeout *": "options of torchrun's; tests/tools/test_cluster.py",
     "*python -m venv *": "what follows downloads packages of others",
     "*/bin/pip install *": "downloads packages of others",
+    ".venv/bin/pip download *": "downloads packages of others",
     "/tmp/race/bin/python tools/bench_ppo.py": "needs TRL; tests/tools/test_bench_ppo.py",
     "lm/bin/lm_eval *": "another project's program; tests/evals/record_lm_eval.py",
     "bash scripts/run_*.sh": "another project's, to be moved away from",
