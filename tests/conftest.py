@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     # Before any kernel is imported: Triton decides then. Kernels run on the interpreter where a test asks for them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same draws in every run, so that a change alone turns a test red; `--hypothesis-profile default` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
