@@ -14,7 +14,7 @@ import json
 import math
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,7 +167,7 @@ def _normalise(argv: Sequence[str], fields: dict[str, Any], aliases: dict[str, s
             if flag == "config" and len(values) != 1:
                 raise InputError("--config takes one YAML file.")
             continue
-        _check_known(flag, fields, f"--{word[2:].partition('=')[0]} is not an option")
+        _check_known(flag, fields, f"--{word[2:].partition('=')[0]} is not an option", aliases)
         words += _option_words(flag, fields[flag], values)
     return words
 
@@ -228,12 +228,12 @@ def _check_file(path: Path, fields: dict[str, Any]) -> dict[str, str]:
     return places
 
 
-def _check_known(name: str, fields: dict[str, Any], found: str) -> None:
+def _check_known(name: str, fields: dict[str, Any], found: str, aliases: Iterable[str] = ()) -> None:
     if name in fields:
         return
-    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5) or [
-        field for field in fields if field.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
+    begun = sorted((known for known in [*aliases, *fields] if known.startswith(name)), key=len)
+    close = begun or difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    close = close or [field for field in fields if field.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f"Did you mean --{close[0]}?" if close else "See --help for the list."
     raise InputError(f"{found}. {hint}")
 

@@ -37,7 +37,7 @@ from engine.recompute import Recompute
 from engine.schedule import ScheduleConfig, learning_rate
 from engine.shard import Precision, parallelize
 from model.batch import PackedBatch
-from model.config import ModelConfig, parameter_shapes
+from model.config import PRESETS, ModelConfig, parameter_shapes
 from model.errors import InputError
 from model.lora import LoraSpec, add_lora, is_trained, lora_shapes
 
@@ -135,18 +135,21 @@ class StepShape:
         return self.tokens_per_pack * self.packs_per_step
 
 
-def resolve_shape(config: TrainConfig, model: ModelConfig, world: int, largest: int = 0) -> StepShape:
+def resolve_shape(
+    config: TrainConfig, model: ModelConfig, world: int, largest: int = 0, name: str | None = None
+) -> StepShape:
     """Fill in defaults and check that the sizes fit together.
 
     Args:
         largest: tokens that a micro-batch holds at least where its size is not given, as for a prompt's answers.
+        name: of the model, a preset or a directory, for messages.
     Raises:
         InputError: sizes that do not divide, exceed the model, or leave ranks without work.
     """
     context = config.context or model.max_position_embeddings
     pack = config.micro_batch_tokens or max(context, 1024, -(-largest // 64) * 64)
     step = config.batch_tokens or -(-16 * context // pack) * pack
-    model.with_context(context)  # refuses what the positions and their scaling do not reach
+    _require_reach(model, context, name)
     if config.fp8:
         check_fp8(model)
     if pack < context:
@@ -165,6 +168,19 @@ def resolve_shape(config: TrainConfig, model: ModelConfig, world: int, largest: 
             f"Raise --train.batch_tokens to {pack * world}, lower --train.micro_batch_tokens, or start fewer processes."
         )
     return StepShape(context, pack, step // pack)
+
+
+def _require_reach(model: ModelConfig, context: int, name: str | None) -> None:
+    """Refuse a context that the model's positions and their scaling do not reach."""
+    try:
+        model.with_context(context)
+    except InputError as error:
+        if name in PRESETS and dataclasses.replace(model, head=PRESETS[name].head) == PRESETS[name]:
+            raise InputError(
+                f"--model {name} is a preset of at most {model.max_position_embeddings} tokens, --train.context is "
+                f"{context}. Shorten the context, or give --model another preset or a model directory."
+            ) from None
+        raise InputError(f"{error}" if name is None else f"{name}: {error}") from None
 
 
 def resolve_recipe(config: Config, shape: StepShape, steps: int, lr: float) -> Config:
@@ -302,7 +318,7 @@ def plan_report(config: JobConfig, model: ModelConfig, shape: StepShape, loss: L
 
 def plan_alone(config: JobConfig, model: ModelConfig, loss: Loss = "cross_entropy") -> None:
     """Print all that a dry run can say of a preset without a tokenizer."""
-    shape = resolve_shape(config.train, model, planned_world(config.plan))
+    shape = resolve_shape(config.train, model, planned_world(config.plan), name=config.model)
     print(plan_report(config, model, shape, loss))
     print(f"{config.model} is a preset: with --tokenizer, schedule and a sample of the data are shown, too.")
 

@@ -91,7 +91,7 @@ def pretrain(config: PretrainConfig) -> None:
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)
-    shape = resolve_shape(config.train, base.config, runtime.world)
+    shape = resolve_shape(config.train, base.config, runtime.world, name=config.model)
     with runtime.main_first():
         trained = directory / (TOKENIZER if config.resume == "auto" else NEW_TOKENIZER)
         if runtime.is_main:
@@ -151,7 +151,7 @@ def pretrain(config: PretrainConfig) -> None:
 
 def dry_run(config: PretrainConfig, base: Base) -> None:
     """Print the memory plan, the schedule and one document to stdout."""
-    shape = resolve_shape(config.train, base.config, planned_world(config.plan))
+    shape = resolve_shape(config.train, base.config, planned_world(config.plan), name=config.model)
     tokenizer = find_tokenizer(config.data, config.tokenizer, base, Path(config.out) / TOKENIZER)
     model = base.config if tokenizer is None else fit_vocabulary(base, tokenizer)
     look = look_at_data(config.data.paths, config.data, tokenizer, model.vocab_size, shape.context)

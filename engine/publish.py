@@ -153,7 +153,7 @@ def require_model(directory: Path | str) -> Path:
 
 def _require_whole(directory: Path) -> None:
     if not directory.is_dir():
-        raise InputError(f"{directory}: there is no such model directory. Give a preset's name or an existing one.")
+        raise InputError(f"{directory}: there is no such model directory. Check the path.")
     marker = directory / MODEL_COMPLETE
     if not marker.exists():
         if any((directory / name).exists() for name in (*STATE, PUBLISHING)):

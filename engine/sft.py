@@ -122,7 +122,7 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     directory = Path(config.out)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
-    shape = resolve_shape(config.train, base.config, runtime.world)
+    shape = resolve_shape(config.train, base.config, runtime.world, name=config.model)
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
@@ -197,7 +197,7 @@ def dry_run(config: SftConfig, base: Base) -> None:
     """Print the memory plan, the schedule and one conversation to stdout."""
     if base.directory is None and config.tokenizer is None:
         return plan_alone(config, base.config)
-    shape = resolve_shape(config.train, base.config, planned_world(config.plan))
+    shape = resolve_shape(config.train, base.config, planned_world(config.plan), name=config.model)
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look = look_at_conversations(config.data, template, tokenizer, shape.context)
     print(plan_report(config, model, shape))

@@ -111,14 +111,14 @@ def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: R
     """
     directory = Path(config.out)
     frozen = stand_on(base.directory, config.model, config.out) if config.lora.rank else None
-    context = resolve_shape(config.train, base.config, runtime.world).context
+    context = resolve_shape(config.train, base.config, runtime.world, name=config.model).context
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
         tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
         reading = (config.data, template, tokenizer, context, directory)
         opened = open_preferences(*reading)
-        shape = resolve_shape(config.train, base.config, runtime.world, opened.most_tokens)
+        shape = resolve_shape(config.train, base.config, runtime.world, opened.most_tokens, name=config.model)
         opened, held_out = open_held_out_preferences(opened, config.eval.fraction, config.eval.data, *reading)
         require_room(held_out or opened, shape.tokens_per_pack)
         require_a_step(opened, shape.tokens_per_step)
@@ -189,10 +189,10 @@ def plan_on_comparisons(
             print(remark)
         return
     world = planned_world(config.plan)
-    context = resolve_shape(config.train, base.config, world).context
+    context = resolve_shape(config.train, base.config, world, name=config.model).context
     tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
     look, largest = look_at_preferences(config.data, template, tokenizer, context)
-    shape = resolve_shape(config.train, base.config, world, largest)
+    shape = resolve_shape(config.train, base.config, world, largest, name=config.model)
     print(plan_report(config, dataclasses.replace(model, head=head), shape, loss))
     if remark:
         print(remark)

@@ -141,7 +141,7 @@ def ppo_shape(config: PpoConfig, model: ModelConfig, world: int) -> StepShape:
             f"--ptx.batch_tokens {texts} is no multiple of --train.micro_batch_tokens {pack}. Use "
             f"{max(1, round(texts / pack)) * pack}."
         )
-    shape = resolve_shape(dataclasses.replace(config.train, batch_tokens=pack * world), model, world)
+    shape = resolve_shape(dataclasses.replace(config.train, batch_tokens=pack * world), model, world, name=config.model)
     return dataclasses.replace(shape, packs_per_step=texts // pack)
 
 

@@ -55,7 +55,7 @@ def rejection(config: RejectionConfig) -> None:
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)
-    shape = resolve_shape(config.train, base.config, runtime.world)
+    shape = resolve_shape(config.train, base.config, runtime.world, name=config.model)
     with runtime.main_first():
         if runtime.is_main:
             make_run_directory(directory)
@@ -84,7 +84,7 @@ def rejection(config: RejectionConfig) -> None:
 
 def dry_run(config: RejectionConfig, base: Base) -> None:
     """Print the memory plan, what a round samples and one prompt to stdout."""
-    shape = resolve_shape(config.train, base.config, planned_world(config.plan))
+    shape = resolve_shape(config.train, base.config, planned_world(config.plan), name=config.model)
     policy = base.config.with_context(shape.context)
     print(f"sampling and scoring\n{describe_roles(plan_rejection(config, policy, shape), planned_device(config.plan))}")
     print("fine-tuning")

@@ -19,7 +19,7 @@ RECIPES = sorted(ROOT.glob("configs/**/*.yaml"))
 SUBCOMMANDS = {"tools/convert.py": tuple((name,) for name in ("inspect", "import", "export", "merge", "verify"))}
 # torchrun's own options come before the tool; those of the word after them are not looked at.
 _COMMAND = re.compile(r"(?:^|[|;&]\s*)(?:[A-Z_]+=\S+ )*(?:python3?|torchrun)\b[^|]*?\b((?:tools|samples)/\w+\.py)(.*)$")
-_OTHER = re.compile(r"(make|sbatch|srun|torchrun|python3?|pip|git|bash|sh|docker|source) |[\w./]+/bin/")
+_OTHER = re.compile(r"(make|curl|sbatch|srun|torchrun|python3?|pip|git|bash|sh|docker|source) |[\w./]+/bin/")
 
 
 class Command(NamedTuple):

@@ -103,7 +103,8 @@ def main() -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Begin with {', '.join(COMMANDS)}; see --help."
-        print(f"{name!r} is not something to do here. {hint}", file=sys.stderr)
+        found = f"{name!r} is not something to do here" if name else "Nothing says what to do"
+        print(f"{found}. {hint}", file=sys.stderr)
         sys.exit(EXIT_INPUT)
     job, config_class = COMMANDS[name]
     has_directory = len(words) > 1 and not words[1].startswith("--")
@@ -111,33 +112,38 @@ def main() -> None:
 
 
 def inspect(config: InspectConfig) -> None:
-    print(describe_model(_given(config.model, "a model directory")))
+    print(describe_model(_given(config.model, "a model directory", "inspect ckpt/sft")))
 
 
 def bring_in(config: ImportConfig) -> None:
-    source, out = _given(config.model, "a model directory"), _given(config.out, "--out DIR")
+    example = "import BASE --out ours"
+    source, out = _given(config.model, "a model directory", example), _given(config.out, "--out DIR", example)
     print(import_model(source, out, config.dtype, config.pad_vocab, config.max_shard_gb))
 
 
 def take_out(config: ExportConfig) -> None:
-    source, out = _given(config.model, "a model directory"), _given(config.out, "--out DIR")
+    example = "export ckpt/sft --out served"
+    source, out = _given(config.model, "a model directory", example), _given(config.out, "--out DIR", example)
     print(export_model(source, out, config.dtype, config.step, config.max_shard_gb))
 
 
 def merge(config: MergeConfig) -> None:
-    source, out = _given(config.model, "an adapter's directory"), _given(config.out, "--out DIR")
+    example = "merge ADAPTER --out whole"
+    source, out = _given(config.model, "an adapter's directory", example), _given(config.out, "--out DIR", example)
     print(merge_model(source, out, config.dtype, config.max_shard_gb))
 
 
 def verify(config: VerifyConfig) -> int:
-    report = verify_model(_given(config.model, "a model directory"), config.against, config.tolerance)
+    report = verify_model(
+        _given(config.model, "a model directory", "verify ckpt/sft"), config.against, config.tolerance
+    )
     print(report)
     return 0 if report.is_equal else EXIT_GATE
 
 
-def _given(value: str | None, what: str) -> str:
+def _given(value: str | None, what: str, example: str) -> str:
     if value is None:
-        raise InputError(f"Nothing says {what}. Give it, as in python tools/convert.py export ckpt/sft --out served.")
+        raise InputError(f"Nothing says {what}. Give it, as in python tools/convert.py {example}.")
     return value
 
 

@@ -212,6 +212,11 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if tuple(first["loc"]) == ("body",) and isinstance(error.body, bytes):  # FastAPI reads no body of other types
+            kind = request.headers.get("content-type", "")
+            came = f"as {kind}" if kind else "without a type"
+            message = f"The body came {came}. Send it with the header Content-Type: application/json."
+            return JSONResponse(ApiError(400, message).body, 400)
         place = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, (str, int)))
         return JSONResponse(ApiError(400, f"{place or 'body'}: {first['msg']}. Correct it.").body, 400)
 

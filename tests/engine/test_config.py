@@ -72,6 +72,9 @@ def test_the_printed_recipe_reads_back_the_same(tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["--train.stepz", "3"], "--train.stepz is not an option. Did you mean --train.steps?"),
+        (["--dat", "a"], "--dat is not an option. Did you mean --data?"),
+        (["--train.st", "3"], "--train.st is not an option. Did you mean --train.steps?"),
+        (["--train", "3"], "--train is not an option. Did you mean --train.lr?"),
         (["--steps", "3"], "--steps is not an option. Did you mean --train.steps?"),
         (["--train.steps", "many"], "--train.steps: 'many' is not a whole number or null."),
         (["--train.kind", "square"], "--train.kind: 'square' is not one of cosine, linear."),

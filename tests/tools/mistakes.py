@@ -163,6 +163,7 @@ NOTE = "患者因头晕就诊，诊断为高血压。"
 
 OPTIONS = {
     "an option that does not exist": pretrain("--train.step", 4),
+    "the beginning of an option's name": pretrain("--dat", "data.jsonl"),
     "a value of the wrong type": pretrain("--train.steps", "many"),
     "a value that is none of the choices": pretrain("--train.precision", "fp16"),
     "8-bit products of sizes that are no multiples of 16": pretrain_new("--train.fp8"),
@@ -270,6 +271,7 @@ MODEL = {
 
 SIZES = {
     "a context longer than the model's": pretrain_new("--train.context", 64),
+    "a context longer than a preset's": pretrain_new("--model", "tiny", "--train.context", 4096),
     "a micro-batch that cannot hold the context": pretrain_new("--train.micro_batch_tokens", 16),
     "a step that is no multiple of the micro-batch": pretrain_new("--train.batch_tokens", 250),
     "more processes than micro-batches in a step": pretrain_new("--train.batch_tokens", 64, world=2),

@@ -78,6 +78,9 @@ def begin_answers(folder: Path) -> None:
 
 CONVERTING = {
     "a command that tools/convert.py does not have": convert("exprt", "base", "--out", "new"),
+    "nothing for tools/convert.py to do": convert(),
+    "no model directory to look at": convert("inspect"),
+    "a model to convert that is not there": convert("export", "bose", "--out", "new"),
     "nowhere to write a converted model": convert("export", "run"),
     "--out of a conversion holds something": convert("export", "run", "--out", "base"),
     "the checkpoint to be exported is not there": convert("export", "run", "--out", "new", "--step", 3),

@@ -48,6 +48,7 @@ CANNOT = {
     "*/bin/pip install *": "downloads packages of others",
     ".venv/bin/pip download *": "downloads packages of others",
     "/tmp/race/bin/python tools/bench_ppo.py": "needs TRL; tests/tools/test_bench_ppo.py",
+    "curl http://127.0.0.1:8000/*": "needs a server; tests/engine/serving/test_malformed.py sends the same",
     "lm/bin/lm_eval *": "another project's program; tests/evals/record_lm_eval.py",
     "bash scripts/run_*.sh": "another project's, to be moved away from",
 }

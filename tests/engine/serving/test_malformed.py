@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from engine.serving.errors import ApiError
+from tests.documented import ROOT, others
 from tests.engine.serving.live import NAME, Live
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -56,6 +59,32 @@ def test_it_is_refused_in_a_sentence(live: Live, what: str) -> None:
     assert told["error"]["type"] == "invalid_request_error" and told["error"]["message"].endswith(".")
     assert live.service.load == (0, 0)
     assert live.post(CHAT, GOOD)[0] == 200
+
+
+def documented_request() -> tuple[str, dict[str, str], bytes]:
+    """Path, headers and body of the request that docs/serving.md shows for curl."""
+    (typed,) = [typed for _, typed in others(ROOT / "docs" / "serving.md") if typed.startswith("curl ")]
+    _, url, *options = shlex.split(typed)
+    given = list(zip(options[::2], options[1::2], strict=True))
+    headers = dict(value.split(": ") for flag, value in given if flag == "-H")
+    (body,) = [json.loads(value) for flag, value in given if flag == "-d"]
+    assert len(given) == len(headers) + 1
+    return urlsplit(url).path, headers, json.dumps({**body, "model": NAME, "max_tokens": 1}).encode()
+
+
+def test_the_documented_request_is_answered_and_without_its_content_type_told_of_it(live: Live) -> None:
+    path, headers, body = documented_request()
+    assert live.send("POST", path, body, **headers)[0] == 200
+    form = "application/x-www-form-urlencoded"  # what curl -d says by itself
+    for kind, given in (
+        (form, {"Content-Type": form}),
+        ("without a type", {}),
+        ("text/plain", {"Content-Type": "text/plain"}),
+    ):
+        status, _, answer = live.send("POST", path, body, **given)
+        told = json.loads(answer)["error"]["message"]
+        assert status == 400 and kind in told
+        assert told.endswith(" Send it with the header Content-Type: application/json.")
 
 
 def test_whatever_a_sentence_quotes_can_be_sent() -> None:
