@@ -17,7 +17,7 @@ from engine.files import explain
 from engine.launch import speak
 from engine.masters import masters
 from engine.mesh import Runtime
-from engine.publish import STATE, publish, require_model
+from engine.publish import STATE, holds_model_or_run, publish, require_model
 from engine.shard import fill
 from model.config import PRESETS, Head, ModelConfig, parameter_shapes
 from model.errors import InputError
@@ -74,6 +74,11 @@ def find_trained(
         InputError: a preset, no complete model directory, or a model with the other head.
     """
     if Path(model).exists():
+        if not holds_model_or_run(Path(model)):
+            raise InputError(
+                f"{option} {model}: it holds no config.json, so it is no model directory. Run {maker} first, or give a "
+                "Hugging Face model directory."
+            )
         return _open_base(model, head)
     if is_planned and model in PRESETS:
         return Base(PRESETS[model], None)

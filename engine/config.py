@@ -167,7 +167,14 @@ def _normalise(argv: Sequence[str], fields: dict[str, Any], aliases: dict[str, s
             if flag == "config" and len(values) != 1:
                 raise InputError("--config takes one YAML file.")
             continue
-        _check_known(flag, fields, f"--{word[2:].partition('=')[0]} is not an option", aliases)
+        written = word.partition("=")[0]
+        _check_known(flag, fields, f"{written} is not an option", aliases)
+        if typing.get_origin(fields[flag]) is list and not all(
+            values or [""]
+        ):  # a variable of the shell that is not set
+            raise InputError(
+                f"{written} is given {'an empty value' if values else 'no value'}. Name some, or leave it out."
+            )
         words += _option_words(flag, fields[flag], values)
     return words
 

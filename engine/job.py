@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -133,6 +133,12 @@ class StepShape:
     @property
     def tokens_per_step(self) -> int:
         return self.tokens_per_pack * self.packs_per_step
+
+
+def require_data(paths: Sequence[str]) -> None:
+    """Raises InputError where no data is named, before a run directory is made."""
+    if not paths:
+        raise InputError("There is no data. Name files or directories with --data.")
 
 
 def resolve_shape(

@@ -35,6 +35,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
+    require_data,
     resolve_precision,
     resolve_recipe,
     resolve_shape,
@@ -88,6 +89,7 @@ def pretrain(config: PretrainConfig) -> None:
     base = find_base(config.model)
     if config.dry_run:
         return dry_run(config, base)
+    require_data(config.data.paths)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)

@@ -151,6 +151,12 @@ def require_model(directory: Path | str) -> Path:
     return Path(directory)
 
 
+def holds_model_or_run(directory: Path) -> bool:
+    """Whether a directory is, or is to become, that of a model."""
+    names = (MODEL_COMPLETE, "config.json", *STATE, PUBLISHING)
+    return is_adapter(directory) or any((directory / name).exists() for name in names)
+
+
 def _require_whole(directory: Path) -> None:
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such model directory. Check the path.")

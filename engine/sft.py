@@ -35,6 +35,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
+    require_data,
     resolve_precision,
     resolve_recipe,
     resolve_shape,
@@ -119,6 +120,7 @@ def sft(config: SftConfig) -> None:
 
 def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     """The job within a process group, which another job may have formed. Raises as `sft` does."""
+    require_data(config.data.paths)
     directory = Path(config.out)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)

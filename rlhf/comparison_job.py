@@ -30,6 +30,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
+    require_data,
     resolve_recipe,
     resolve_shape,
 )
@@ -109,6 +110,7 @@ def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: R
     Raises:
         InputError: data, template, sizes or directory that cannot work.
     """
+    require_data(config.data.paths)
     directory = Path(config.out)
     frozen = stand_on(base.directory, config.model, config.out) if config.lora.rank else None
     context = resolve_shape(config.train, base.config, runtime.world, name=config.model).context

@@ -54,6 +54,12 @@ def test_list_options_take_several_words_and_pairs_make_a_mapping() -> None:
     assert config.data == Data(paths=["a b.txt", "c*.jsonl"], weights=[1.0, 0.5], keys={"user": "ask", "bot": "a"})
 
 
+def test_a_list_may_be_emptied_and_one_of_a_file_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data:\n  paths: [a.txt]\n")
+    assert read("--config", str(recipe), "--data", "[]").data == Data()
+
+
 def test_no_words_give_the_defaults() -> None:
     assert read() == Recipe()
 
@@ -79,6 +85,10 @@ def test_the_printed_recipe_reads_back_the_same(tmp_path: Path) -> None:
         (["--train.steps", "many"], "--train.steps: 'many' is not a whole number or null."),
         (["--train.kind", "square"], "--train.kind: 'square' is not one of cosine, linear."),
         (["--train.lr", "1e-3", "2e-3"], "--train.lr takes one value, not 2. Give it a number."),
+        (["--data"], "--data is given no value. Name some, or leave it out."),
+        (["--data", "--train.steps", "3"], "--data is given no value. Name some, or leave it out."),
+        (["--data", "a.txt", ""], "--data is given an empty value. Name some, or leave it out."),
+        (["--data.weights="], "--data.weights is given an empty value. Name some, or leave it out."),
         (["--data.weights", "heavy"], "--data.weights: 'heavy' is not a number."),
         (["--data.keys", "user"], "--data.keys takes name=value pairs"),
         (["--config"], "--config takes one YAML file."),

@@ -168,6 +168,8 @@ OPTIONS = {
     "a value that is none of the choices": pretrain("--train.precision", "fp16"),
     "8-bit products of sizes that are no multiples of 16": pretrain_new("--train.fp8"),
     "an option without its value": pretrain("--train.steps"),
+    "a list without a value, such as a variable of the shell that is not set": pretrain_new("--data"),
+    "no data at all": pretrain_new("--data", "[]"),
     "a word that belongs to no option": Mistake("pretrain", ("data.jsonl",)),
     "a number out of its range": pretrain("--checkpoint.keep", 0),
     "a data option out of its range": pretrain("--data.min_characters", 0),

@@ -60,6 +60,12 @@ GROUPS = (
     MISTAKES_CONTAMINATION,
 )
 PLAYED = {situation: mistake for group in GROUPS for situation, mistake in group.items()}
+# Found before a run directory is made, let alone data prepared in it.
+WRITES_NOTHING = (
+    "no data at all",
+    "a list without a value, such as a variable of the shell that is not set",
+    "a base to fine-tune that nobody has trained yet",
+)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -138,4 +144,6 @@ def test_a_mistake_ends_with_one_sentence_and_loses_nothing(template: Path, tmp_
         assert "Traceback" not in ended.stderr
         assert ended.stdout == ""
     later = contents(folder)
+    if situation in WRITES_NOTHING:
+        assert later.keys() == earlier.keys() and not (folder / "new").exists()
     assert {name for name in earlier if later.get(name) != earlier[name]} == set()
