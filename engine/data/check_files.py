@@ -25,7 +25,8 @@ class FilesReport:
     unusable: of the files, and of held-out ones, those that cannot be read: why, in a sentence each.
     read: records that could be read.
     tokens: None where they are not counted.
-    faults: records that are left out, by reason with numbers left out of it; places: of some, as "file:line: reason".
+    faults: records that are left out, by reason with numbers left out of it; reasons: the first of each, with its
+        numbers; places: of some, as "file:line: reason".
     held_out, overlap: held-out records, and how many of them are also here; None without.
     """
 
@@ -37,6 +38,7 @@ class FilesReport:
     read: int = 0
     tokens: int | None = None
     faults: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     held_out: int | None = None
     overlap: int | None = None
@@ -45,6 +47,7 @@ class FilesReport:
         """A record is left out."""
         kind = without_numbers(reason)
         self.faults[kind] += 1
+        self.reasons.setdefault(kind, reason)
         self.see(kind, f"{place}: {reason}")
 
     def see(self, kind: str, place: str) -> None:
@@ -65,7 +68,10 @@ class FilesReport:
         """What is left out, under a name, and why."""
         rows = [(name, f"{self.faults.total():,}")]
         for kind, count in self.faults.most_common():
-            rows += [("", f"{count:,} x {kind}"), *(("", f"  e.g. {place}") for place in self.places[kind])]
+            rows += [
+                ("", f"{count:,} x {self.reasons[kind]}"),
+                *(("", f"  e.g. {place}") for place in self.places[kind]),
+            ]
         return rows
 
 

@@ -22,6 +22,7 @@ import torch
 from engine.data.corpus import Corpus
 from engine.data.mixture import Mixture
 from engine.data.packing import Packer, Piece, Position, Window, count_packs, max_documents
+from engine.data.report import count_too_long
 from engine.data.shards import TRAINED
 from model.batch import IGNORE, PackedBatch
 from model.errors import InputError
@@ -187,10 +188,18 @@ def require_a_step(corpus: Corpus, tokens: int) -> None:
         InputError: fewer tokens in an epoch than a step holds.
     """
     if corpus.epoch_tokens < tokens:
-        raise InputError(
-            f"An epoch of the data has {corpus.epoch_tokens:,} tokens, a step takes {tokens:,}. "
-            "Give more data, or lower --train.batch_tokens."
-        )
+        what = f"An epoch of the data has {corpus.epoch_tokens:,} tokens, a step takes {tokens:,}"
+        manifests = [(prepared.directory, prepared.manifest) for prepared in corpus.store.prepared]
+        if corpus.kind != "texts" and (
+            lost := sum(count_too_long(path / "rejects.jsonl", manifest["context"]) for path, manifest in manifests)
+        ):
+            read = sum(manifest["documents"] + manifest["rejected"] for _, manifest in manifests)
+            raise InputError(
+                f"{what}: {lost:,} of {read:,} records are left out, longer than the context of "
+                f"{manifests[0][1]['context']:,} tokens. Raise --train.context, on a --model of a longer one if "
+                "need be, give more data, or lower --train.batch_tokens."
+            )
+        raise InputError(f"{what}. Give more data, or lower --train.batch_tokens.")
 
 
 def packs_per_epoch(corpus: Corpus, seed: int, tokens_per_pack: int, context: int) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 _BAR = 40  # characters of the longest bar
+_NUMBER = re.compile(r"0x[0-9a-f]+|(?<![A-Za-z0-9_])(?<![A-Za-z]-)[0-9]+")
 
 
 def keys(hashes: np.ndarray) -> np.ndarray:
@@ -23,15 +26,31 @@ def counts(counter: Counter[str]) -> str:
 
 
 def without_numbers(reason: str) -> str:
-    """A reason as the kind of reason that it is."""
-    return re.sub(r"\d+", "N", reason)
+    """The kind of reason that a reason is: what reasons are counted by. Names, such as utf-8, keep their numbers."""
+    return _NUMBER.sub("N", reason)
 
 
 def reject_reasons(path: Path) -> list[tuple[str, int]]:
-    """How often each reason is given in a list of rejects, the most common first."""
+    """How often each kind of reason is given in a list of rejects, the most common first; as it is given first, with
+    the file and line of that."""
+    found: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for record in _rejects(path):
+        kind = without_numbers(record["reason"])
+        found[kind] += 1
+        line = "" if record["line"] is None else f":{record['line']}"
+        first.setdefault(kind, f"{record['reason']} (first {record['file']}{line})")
+    return [(first[kind], count) for kind, count in found.most_common()]
+
+
+def count_too_long(path: Path, context: int) -> int:
+    """Records in a list of rejects whose reason is the context."""
+    return sum(f"context of {context}" in record["reason"] for record in _rejects(path))
+
+
+def _rejects(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
-        records = map(json.loads, lines)
-        return Counter(without_numbers(record["reason"]) for record in records).most_common()
+        yield from map(json.loads, lines)
 
 
 def unless_zero(count: int, what: str) -> str:

@@ -15,6 +15,7 @@ from engine.conversations import (
 )
 from engine.corpora import DataConfig, open_data
 from engine.data.corpus import Corpus
+from engine.data.loader import require_a_step
 from engine.data.shards import TRAINED
 from model.chat import ChatTemplate
 from model.errors import InputError
@@ -69,10 +70,22 @@ def test_what_was_read_left_out_and_shortened_is_said(
     said = capsys.readouterr().err
     assert corpus.kind == "conversations" and corpus.num_documents == 3
     assert "Files read: 1 utf-8; 3 conversations with" in said
-    assert "3 records (2 x turn N (assistant) is empty, 1 x no conversation is known" in said
+    assert f"3 records (2 x turn 2 (assistant) is empty (first {raw}:4), 1 x no conversation is known" in said
     assert "the last question of 1 conversations, which nobody answers" in said
     assert "Longer than the context of 128 tokens: 1 conversations lost their" in said
     assert describe_conversations(corpus, None) == f"3 conversations, {corpus.num_tokens:,} tokens to train on."
+
+
+def test_too_few_tokens_for_a_step_are_laid_to_the_context_that_left_records_out(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    raw = write(tmp_path / "a.jsonl", [ask("丙"), *(ask(f"{number}" + Q * 30) for number in range(4)), ask("丁", "")])
+    corpus = opened(tmp_path, tokenizer, [raw], context=64)
+    assert corpus.num_documents == 1
+    with pytest.raises(
+        InputError, match=r"a step takes 9,999: 4 of 6 records are left out, longer than the context of 64 .*context,"
+    ):
+        require_a_step(corpus, 9999)
 
 
 def test_prepared_once_and_found_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -162,8 +175,8 @@ def test_texts_and_conversations_are_not_taken_for_one_another(tmp_path: Path, t
 
 
 def test_records_without_answers_are_no_training_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    raw = write(tmp_path / "a.jsonl", [{"conversations": [Q], "chosen": A, "rejected": "不知道。"}])
-    with pytest.raises(InputError, match=r"no conversation \(1 x it holds no answer\)"):
+    raw = write(tmp_path / "a.jsonl", [{"conversations": [Q]}])
+    with pytest.raises(InputError, match=r"no conversation \(1 x it holds no answer \(first .*a.jsonl:1\)\)"):
         opened(tmp_path, tokenizer, [raw])
     with pytest.raises(InputError, match="There is no data"):
         opened(tmp_path, tokenizer, [])

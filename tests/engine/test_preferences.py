@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.data.groups import PreferenceSet
+from engine.data.loader import require_a_step
 from engine.preferences import (
     PreferenceDataConfig,
     describe_preferences,
@@ -64,12 +65,25 @@ def test_what_was_read_left_out_and_shortened_is_said(
     groups = opened(tmp_path, tokenizer, [write(tmp_path / "a.jsonl", records)], max_responses=4)
     said = capsys.readouterr().err
     assert f"Files read: 1 utf-8; 3 prompts with 8 answers, {groups.num_tokens:,} tokens." in said
-    assert "Left out: 3 records (2 x the better and the worse answer are the same, 1 x no comparison" in said
-    assert "2 questions (1 x this question has one answer, 1 x all N answers to this question have one grade" in said
+    first = f"(first {tmp_path}/a.jsonl:"
+    assert f"Left out: 3 records (2 x the better and the worse answer are the same {first}4), 1 x no comparison" in said
+    assert f"2 questions (1 x this question has one answer {first}7), 1 x all 6 answers to this question have" in said
     assert "2 answers beyond --data.max_responses." in said
     assert "Longer than the context of 128 tokens: 1 prompts lost their" in said
     size = f"3 prompts with 8 answers, {groups.num_tokens:,} tokens to train on"
     assert describe_preferences(groups, None) == f"{size}; 1 exact duplicates dropped."
+
+
+def test_too_few_tokens_for_a_step_are_laid_to_the_context_that_left_records_out(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = [pair(), *(pair(f"{number}？", GOOD * 30) for number in range(4)), pair("丁？", "一", "一")]
+    groups = opened(tmp_path, tokenizer, [write(tmp_path / "a.jsonl", records)], context=64)
+    assert groups.num_groups == 1
+    with pytest.raises(
+        InputError, match=r": 4 of 6 records are left out, longer than the context of 64 tokens\. Raise"
+    ):
+        require_a_step(groups, 9999)
 
 
 def test_prepared_once_and_mapped_by_whoever_comes_next(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -129,7 +143,7 @@ def test_one_question_is_not_split(tmp_path: Path, tokenizer: Tokenizer, capsys:
 
 def test_files_that_compare_nothing_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     alone = write(tmp_path / "a.jsonl", [row(1, GOOD, "甲"), row(1, GOOD, "乙")])
-    with pytest.raises(InputError, match=r"there is no comparison of answers \(2 x this question has one answer\)"):
+    with pytest.raises(InputError, match=r"there is no comparison of answers \(2 x this question has one answer \(first .*a.jsonl:1\)\)"):
         opened(tmp_path, tokenizer, [alone])
     with pytest.raises(InputError, match="There is no data"):
         opened(tmp_path, tokenizer, [])

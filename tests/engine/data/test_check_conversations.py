@@ -81,7 +81,7 @@ def test_faults_are_counted_by_reason_and_named_by_place(raw: Path) -> None:
         f"{raw}/a.jsonl:9: turn 2 (assistant) is empty",
     ]
     page = render_conversations(found)
-    assert "rejected       4\n               2 x turn N (assistant) is empty\n" in page
+    assert "rejected       4\n               2 x turn 2 (assistant) is empty\n" in page
     assert f"  e.g. {raw}/a.jsonl:4: turn 1 is the assistant's" in page
     assert f"1 whose last question has no answer and is left out\n               e.g. {raw}/a.jsonl:6" in page
     with pytest.raises(InputError, match=r"a\.jsonl:4: turn 1 is the assistant's"):
