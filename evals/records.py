@@ -25,7 +25,9 @@ class Value(NamedTuple):
 
 
 def listed(path: Path) -> SourceFile:
-    """A file by its path. Raises InputError: it is not there."""
+    """A file by its path. Raises InputError: it is not there, or a directory."""
+    if path.is_dir():
+        raise InputError(f"{path}: this is a directory, and a file is wanted. Name one of the files in it.")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file. Check the path.")
     [file] = list_files([path]).files

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from engine.data.conversations import KEYS, Recognised, dump, load, recognise
+from engine.data.conversations import FOR_COMPARISONS, KEYS, Recognised, dump, load, recognise
 from engine.data.encodings import Encoding
+from engine.data.preferences import recognise_comparison
 from engine.data.reading import read_records
 from engine.data.records import Document, Record, RecordError, SourceFile
 from engine.data.sources import FileOptions, list_files, malformed, only, probe, refusal, unix_newlines
@@ -46,6 +47,8 @@ class ConversationSchema:
             messages, schema = recognise(value, self.keys)
         except ConversationError as error:
             raise RecordError(str(error)) from None
+        if not any(message.role == "assistant" for message in messages) and _is_comparison(value):
+            raise RecordError(f"it holds no answer; {FOR_COMPARISONS}")
         if self.has_unix_newlines:
             messages = [Message(message.role, unix_newlines(message.content)) for message in messages]
         for number, message in enumerate(messages, 1):
@@ -63,6 +66,13 @@ class ConversationSchema:
 
     def header(self, first_row: Sequence[str]) -> Sequence[str]:
         return first_row
+
+
+def _is_comparison(value: Any) -> bool:
+    try:
+        return not recognise_comparison(value).is_candidate
+    except ConversationError:
+        return False
 
 
 @dataclass

@@ -60,6 +60,7 @@ _CHOICES = ("options", "option", "choices")
 
 KEYS = ("user", "assistant", "system", "history", "turns", "role", "content")
 """What a field can be mapped to."""
+FOR_COMPARISONS = "comparisons are for tools/rm.py and tools/dpo.py"
 
 
 class UnknownFieldsError(ConversationError):
@@ -105,7 +106,7 @@ def recognise(record: Any, keys: Mapping[str, Sequence[str]] | None = None) -> R
         if keys and (missing := _missing(record, keys)):
             what = f"{names_in(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         hint = "; texts are for tools/pretrain.py" if "text" in fields else ""
-        hint = "; comparisons are for tools/rm.py" if {"chosen", "rejected"} <= fields.keys() else hint
+        hint = f"; {FOR_COMPARISONS}" if {"chosen", "rejected"} <= fields.keys() else hint
         raise UnknownFieldsError(f"{what}; this record has {names_in(record)}{hint}")
     return found
 

@@ -95,6 +95,9 @@ def recognise_comparison(record: Any, keys: Mapping[str, Sequence[str]] | None =
     found = _by_keys(record, keys) if keys else None
     found = found or _by_pair(fields) or _by_list(fields) or _by_candidate(fields)
     if found is None:
+        lonely = next((other for pair in _PAIRS for one, other in (pair, pair[::-1]) if one in fields), None)
+        if lonely is not None:
+            raise ConversationError(f'"{lonely}" is missing; this record has {names_in(record)}')
         hint = "; conversations are for tools/sft.py" if CONVERSATION_FIELDS & fields.keys() else ""
         raise ConversationError(
             f"no comparison of answers is known by these fields; this record has {names_in(record)}{hint}"

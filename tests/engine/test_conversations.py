@@ -178,6 +178,10 @@ def test_records_without_answers_are_no_training_data(tmp_path: Path, tokenizer:
     raw = write(tmp_path / "a.jsonl", [{"conversations": [Q]}])
     with pytest.raises(InputError, match=r"no conversation \(1 x it holds no answer \(first .*a.jsonl:1\)\)"):
         opened(tmp_path, tokenizer, [raw])
+    compared = write(tmp_path / "b.jsonl", [{"conversations": [Q], "chosen": A, "rejected": "不知道。"}])
+    sentence = r"b\.jsonl:1: it holds no answer; comparisons are for tools/rm\.py and tools/dpo\.py\. "
+    with pytest.raises(InputError, match=sentence):
+        opened(tmp_path, tokenizer, [compared])
     with pytest.raises(InputError, match="There is no data"):
         opened(tmp_path, tokenizer, [])
 

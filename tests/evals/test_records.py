@@ -38,6 +38,11 @@ def test_what_is_no_object_is_a_record_only_where_anything_is(tmp_path: Path) ->
     assert [*read_values(file, takes_any=True)][1:] == [(2, [2], ""), (3, None, broken)]
 
 
+def test_a_directory_in_the_place_of_a_file_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"this is a directory, and a file is wanted\. Name one"):
+        listed(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

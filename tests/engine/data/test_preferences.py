@@ -243,6 +243,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": said("user", Q1, "assistant", A1)},
         'these fields; this record has "messages"; conversations are for tools/sft.py',
     ),
+    "a better answer alone": (
+        {"conversations": said("user", Q1), "chosen": A1},
+        '^"rejected" is missing; this record has "conversations", "chosen"$',
+    ),
+    "a worse answer alone": ({"prompt": Q1, "response_rejected": A1}, '^"response_chosen" is missing;'),
     "answers without grades": ({"prompt": Q1, "responses": [GOOD, BAD]}, "no comparison of answers is known"),
     "no question": (BOTH, "no question is known by these fields; beside its answers this record has nothing"),
     "an empty question": ({"prompt": " ", **BOTH}, r"turn 1 \(user\) is empty"),
