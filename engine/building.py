@@ -94,6 +94,16 @@ def _open_base(model: str, head: Head | None) -> Base:
     return Base(load_config(directory, head), directory)
 
 
+def require_weights(base: Base) -> None:
+    """See that the weights to begin with are whole and of the model's shapes, by the heads of their files alone.
+
+    Raises:
+        InputError: they are not, or not there.
+    """
+    if base.directory is not None:
+        read_model(base.directory, base.config)  # reads no tensor until one is asked for
+
+
 def fit_vocabulary(base: Base, tokenizer: Tokenizer) -> ModelConfig:
     """The model's configuration for this tokenizer: a preset takes its size, a trained model must have it.
 

@@ -65,11 +65,12 @@ def find_tokenizer(config: DataConfig, given: str | None, base: Base, trained: P
     return Tokenizer.load(trained) if trained.is_dir() else None
 
 
-def resolve_tokenizer(config: DataConfig, given: str | None, base: Base, trained: Path, seed: int) -> Tokenizer:
-    """As `find_tokenizer`; where there is none, one is trained on the data and kept in `trained`."""
-    found = find_tokenizer(config, given, base, trained)
-    if found is not None:
-        return found
+def train_tokenizer(config: DataConfig, base: Base, trained: Path, seed: int) -> Tokenizer:
+    """A tokenizer for a preset, trained on the data and kept in `trained`.
+
+    Raises:
+        InputError: there is no text in the data.
+    """
     speak(f"Training a tokenizer of {base.config.vocab_size} pieces on the data ({trained}).")
     lines, _ = sample_lines(read_texts(config.paths, config), _TOKENIZER_CHARACTERS, seed)
     if not lines:

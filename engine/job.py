@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from engine.building import Base, fill_from_base, set_run_aside
+from engine.building import Base, fill_from_base, require_weights, set_run_aside
 from engine.config import check_range
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
@@ -135,10 +135,17 @@ class StepShape:
         return self.tokens_per_pack * self.packs_per_step
 
 
-def require_data(paths: Sequence[str]) -> None:
-    """Raises InputError where no data is named, before a run directory is made."""
+def require_inputs(paths: Sequence[str], base: Base) -> None:
+    """See what can be seen before data is opened, which may take hours, and before a run directory is made.
+
+    Args:
+        paths: of the data.
+    Raises:
+        InputError: there are none, or the base's weights are not whole.
+    """
     if not paths:
         raise InputError("There is no data. Name files or directories with --data.")
+    require_weights(base)
 
 
 def resolve_shape(

@@ -18,7 +18,7 @@ from engine.corpora import (
     open_data,
     open_held_out,
     print_baselines,
-    resolve_tokenizer,
+    train_tokenizer,
 )
 from engine.data.loader import require_a_step
 from engine.dry_run import look_at_data, planned_world
@@ -35,7 +35,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
-    require_data,
+    require_inputs,
     resolve_precision,
     resolve_recipe,
     resolve_shape,
@@ -89,7 +89,7 @@ def pretrain(config: PretrainConfig) -> None:
     base = find_base(config.model)
     if config.dry_run:
         return dry_run(config, base)
-    require_data(config.data.paths)
+    require_inputs(config.data.paths, base)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)
@@ -97,15 +97,20 @@ def pretrain(config: PretrainConfig) -> None:
     with runtime.main_first():
         trained = directory / (TOKENIZER if config.resume == "auto" else NEW_TOKENIZER)
         if runtime.is_main:
-            make_run_directory(directory)
             shutil.rmtree(directory / NEW_TOKENIZER, ignore_errors=True)
-        tokenizer = resolve_tokenizer(config.data, config.tokenizer, base, trained, config.seed)
+        tokenizer = find_tokenizer(config.data, config.tokenizer, base, trained)
+        model_config = None if tokenizer is None else fit_vocabulary(base, tokenizer)
+        if runtime.is_main:
+            make_run_directory(directory)
+        if tokenizer is None or model_config is None:
+            tokenizer = train_tokenizer(config.data, base, trained, config.seed)
+            model_config = fit_vocabulary(base, tokenizer)
         documents = open_data(config.data, tokenizer, directory)
         documents, held_out = open_held_out(
             documents, config.eval.fraction, config.eval.data, config.data, tokenizer, directory
         )
         require_a_step(documents, shape.tokens_per_step)
-    model_config = fit_vocabulary(base, tokenizer).with_context(shape.context)
+    model_config = model_config.with_context(shape.context)
     recipe = _resolve(config, base, documents.epoch_tokens, shape)
     assert recipe.train.steps is not None
     if runtime.is_main:

@@ -35,7 +35,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
-    require_data,
+    require_inputs,
     resolve_precision,
     resolve_recipe,
     resolve_shape,
@@ -120,15 +120,15 @@ def sft(config: SftConfig) -> None:
 
 def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     """The job within a process group, which another job may have formed. Raises as `sft` does."""
-    require_data(config.data.paths)
+    require_inputs(config.data.paths, base)
     directory = Path(config.out)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     shape = resolve_shape(config.train, base.config, runtime.world, name=config.model)
     with runtime.main_first():
+        tokenizer, template, model_config = read_chat_base(base, config.tokenizer, config.chat)
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer, template, model_config = read_chat_base(base, config.tokenizer, config.chat)
         documents = open_conversations(config.data, template, tokenizer, shape.context, directory)
         documents, held_out = open_held_out_conversations(
             documents,

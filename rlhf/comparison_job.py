@@ -30,7 +30,7 @@ from engine.job import (
     plan_report,
     rate_of,
     rate_report,
-    require_data,
+    require_inputs,
     resolve_recipe,
     resolve_shape,
 )
@@ -110,14 +110,14 @@ def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: R
     Raises:
         InputError: data, template, sizes or directory that cannot work.
     """
-    require_data(config.data.paths)
+    require_inputs(config.data.paths, base)
     directory = Path(config.out)
     frozen = stand_on(base.directory, config.model, config.out) if config.lora.rank else None
     context = resolve_shape(config.train, base.config, runtime.world, name=config.model).context
     with runtime.main_first():
+        tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
         if runtime.is_main:
             make_run_directory(directory)
-        tokenizer, template, model = read_chat_base(base, config.tokenizer, config.chat)
         reading = (config.data, template, tokenizer, context, directory)
         opened = open_preferences(*reading)
         shape = resolve_shape(config.train, base.config, runtime.world, opened.most_tokens, name=config.model)

@@ -18,7 +18,7 @@ from engine.job import (
     count_parameters,
     plan_alone,
     plan_report,
-    require_data,
+    require_inputs,
     resolve_precision,
     resolve_shape,
 )
@@ -53,7 +53,7 @@ def rejection(config: RejectionConfig) -> None:
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
-    require_data(config.data.paths)
+    require_inputs(config.data.paths, base)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)

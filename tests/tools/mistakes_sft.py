@@ -89,6 +89,7 @@ TUNING = {
     "a preset to fine-tune": sft_new("--model", "7b"),
     "a base to fine-tune that nobody has trained yet": sft_new("--model", "notes", spoil={"notes/prepared/x": ""}),
     "a base to fine-tune that its run has not finished": sft_new("--model", "run", spoil={"run/MODEL_COMPLETE": None}),
+    "a base to fine-tune whose weights are cut short": sft_new(spoil={"chat-base/model.safetensors": 1000}),
     "a base to fine-tune without a tokenizer": sft_new(spoil={"chat-base/*token*": None}),
     "fewer conversations than a step takes": sft_new("--train.batch_tokens", 102_400),
     "all questions are held out": sft_new("--eval.data", "chats.jsonl"),

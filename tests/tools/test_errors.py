@@ -18,7 +18,7 @@ from tests.rlhf.planted import write_comparisons
 from tests.small_adapter import write_small_adapter
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
-from tests.tools.mistakes import MISTAKES, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes import MISTAKES, MODEL, NOT_PERMITTED, prepare, pretrain
 from tests.tools.mistakes_adapters import MISTAKES_ADAPTERS
 from tests.tools.mistakes_attitudes import MISTAKES_ATTITUDES
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
@@ -65,6 +65,12 @@ WRITES_NOTHING = (
     "no data at all",
     "a list without a value, such as a variable of the shell that is not set",
     "a base to fine-tune that nobody has trained yet",
+    *MODEL,
+    "more ids than the model has rows",
+    "another tokenizer than the base's",
+    "a base without a tokenizer",
+    "a base to fine-tune without a tokenizer",
+    "a base to fine-tune whose weights are cut short",
 )
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
