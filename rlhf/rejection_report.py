@@ -71,9 +71,11 @@ def describe_gain(before: Draws, after: Draws) -> str:
     """Scores on held-out prompts before and after, and their difference with its interval."""
     scores = [np.array([row["responses"][0]["score"] for row in draws.rows()]) for draws in (before, after)]
     gain = clustered_difference(scores[1] - scores[0], np.arange(len(scores[0])))
+    said = f"held-out prompts: mean score {scores[0].mean():.4f} before, {scores[1].mean():.4f} after; "
+    if len(scores[0]) == 1:
+        return f"{said}gain {gain.value:+.4f} (one prompt)"
     return (
-        f"held-out prompts: mean score {scores[0].mean():.4f} before, {scores[1].mean():.4f} after; "
-        f"gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] on {len(scores[0]):,} prompts "
+        f"{said}gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] on {len(scores[0]):,} prompts "
         "(95 % interval over prompts)"
     )
 

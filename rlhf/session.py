@@ -185,12 +185,7 @@ class Session:
             self.iteration, looked.prompts, looked.samples, looked.trajectory, looked.raw, is_held_out=True
         )
         row = looked.row
-        parts = [
-            f"{name} {row[f'held_out/{name}']:.3g} ± {row[f'held_out/{name}_interval']:.2g}"
-            for name in ("reward", "kl", "length")
-            if f"held_out/{name}" in row
-        ]
-        self._log.say(f"iteration {self.iteration}, held out: {', '.join(parts)}")
+        self._log.say(f"iteration {self.iteration}, held out: {describe_look(row, len(looked.prompts))}")
         reward, best = row["held_out/reward"], self._progress.best_reward
         if math.isfinite(reward) and (best is None or reward > best):
             self._progress.best_reward = reward
@@ -262,3 +257,11 @@ class Session:
                 f"{row['tokens_per_second']:,.0f} tok/s",
             ]
         )
+
+
+def describe_look(row: Mapping[str, float], prompts: int) -> str:
+    """Means over held-out prompts with their intervals; of one prompt there is none."""
+    means = {name: row[f"held_out/{name}"] for name in ("reward", "kl", "length") if f"held_out/{name}" in row}
+    if prompts == 1:
+        return ", ".join(f"{name} {mean:.3g}" for name, mean in means.items()) + " (one prompt)"
+    return ", ".join(f"{name} {mean:.3g} ± {row[f'held_out/{name}_interval']:.2g}" for name, mean in means.items())

@@ -20,9 +20,12 @@ import numpy as np
 from engine.data.duplicates import find_duplicates
 from engine.data.selection import Selection
 from engine.data.shards import Prepared, Shard, TokenFiles, fingerprint, prepared_parts, token_path
+from engine.launch import speak
 from model.errors import InputError
 
 _SCAN = 1 << 20  # hashes looked at in one go
+# A held-out share is doubted that differs from the one asked for by more than this factor, or has fewer documents.
+_FAR, _FEW = 3, 20
 
 Kind = Literal["texts", "conversations", "preferences"]
 
@@ -208,7 +211,7 @@ class Corpus:
 
         Whether a document is held out depends on its text alone (its first question, for a conversation), so it stays
         where it is when the corpus grows, is reordered or is prepared in parts. Where there are two texts or
-        questions or more, each side gets one at least.
+        questions or more, each side gets one at least. A share far from `fraction`, or of few documents, is said.
         """
         assert 0 <= fraction < 1
         held_out = self._below(int(fraction * 2.0**64)) if fraction else np.empty(0, np.int64)
@@ -217,7 +220,10 @@ class Corpus:
             keys = np.concatenate([self.store.hashes(document, document + 1)[:, 1] for document in every])
             bound = np.unique(keys)[1:][-1 if len(held_out) else 0 :][:1]
             held_out = every[keys < bound] if len(bound) else every[:0]
-        return self._without(held_out), self._only(held_out)
+        rest, chosen = self._without(held_out), self._only(held_out)
+        if warning := doubt(rest, chosen, fraction):
+            speak(warning)
+        return rest, chosen
 
     def without(self: C, held_out: Corpus) -> tuple[C, int]:
         """This corpus without the texts of another (the first questions, of conversations and preferences), and how
@@ -279,6 +285,25 @@ class Corpus:
         if selection.is_listed_chosen:
             return listed
         return self.store.tokens_between(selection.first, selection.last) - listed
+
+
+def doubt(train: Corpus, held_out: Corpus, fraction: float) -> str:
+    """A sentence on a held-out share far from the fraction asked for, or too small to tell much; "" for none."""
+    tokens = held_out.num_tokens
+    if not tokens:
+        return ""
+    share = tokens / (tokens + train.num_tokens)
+    is_far = not fraction / _FAR <= share <= fraction * _FAR
+    if not is_far and held_out.num_documents >= _FEW:
+        return ""
+    unit = {"texts": "documents", "preferences": "prompts"}.get(train.kind, train.kind)
+    every = held_out.num_documents + train.num_documents
+    said = f"{held_out.num_documents:,} of {every:,} {unit} are held out, {share:.2%} of the tokens"
+    if share > fraction * _FAR:
+        advice = "which are not trained on. Give --eval.data files of its own."
+    else:
+        advice = "on which a loss is uncertain. Raise --eval.fraction, or give --eval.data files of its own."
+    return f"Warning: {said} where --eval.fraction asks for {fraction:.2%}, {advice}"
 
 
 def open_corpus(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 from engine.mesh import stop
 from engine.watchdog import Watchdog
 from model.errors import InputError
+from rlhf.draws import Draws
 from rlhf.ppo_config import AlgorithmConfig, PpoConfig, RolloutConfig
 from rlhf.ppo_job import train_ppo
+from rlhf.rejection_report import describe_gain
+from rlhf.session import describe_look
 from tests.rlhf.small_ppo import write_small_roles
 from tests.rlhf.toys import small_model, toy
 from tests.small_base import write_small_conversations
@@ -86,3 +90,16 @@ def test_a_run_goes_on_with_its_own_seed_reference_and_reward(
     with pytest.raises(InputError, match=f"its checkpoint was trained with {name}"):
         train_ppo(dataclasses.replace(made, **{option: value}))
     stop()
+
+
+def test_a_mean_over_one_prompt_has_no_interval() -> None:
+    row = {"held_out/reward": 0.842, "held_out/reward_interval": 0.0, "held_out/kl": 0.1, "held_out/kl_interval": 0.0}
+    assert describe_look(row, 1) == "reward 0.842, kl 0.1 (one prompt)"
+    assert describe_look({**row, "held_out/reward_interval": 0.02}, 2) == "reward 0.842 ± 0.02, kl 0.1 ± 0"
+
+
+def test_a_gain_on_one_prompt_has_no_interval(tmp_path: Path) -> None:
+    for name, score in (("before", 0.25), ("after", 0.75)):
+        (tmp_path / name).write_text(json.dumps({"responses": [{"score": score}]}) + "\n")
+    said = describe_gain(Draws(tmp_path / "before"), Draws(tmp_path / "after"))
+    assert said.endswith("0.2500 before, 0.7500 after; gain +0.5000 (one prompt)")

@@ -240,3 +240,25 @@ def test_held_out_documents_never_come(tmp_path: Path) -> None:
     corpus = open_corpus([prepare_lengths(tmp_path / "1", [6] * 400)])
     train, held_out = corpus.split(0.2)
     assert set(seen(Mixture(train, 0), 0)) == set(range(400)) - set(held_out.documents().tolist())
+
+
+def test_a_held_out_share_that_is_not_what_was_asked_for_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books = open_corpus([prepare_texts(tmp_path / "1", ["甲" * 400, "乙" * 300])])
+    capsys.readouterr()
+    _, held_out = books.split(0.005)
+    share = held_out.num_tokens / books.num_tokens
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"Warning: 1 of 2 documents are held out, {share:.2%} of the tokens where --eval.fraction ")
+    assert "asks for 0.50%, which are not trained on. Give --eval.data" in said
+    few = open_corpus([prepare_texts(tmp_path / "2", [f"第{number}例" for number in range(300)])])
+    capsys.readouterr()
+    _, held_out = few.split(0.02)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"Warning: {held_out.num_documents} of 300 documents are held out")
+    assert "a loss is uncertain. Raise --eval.fraction" in said
+    for corpus, fraction in ((few, 0.2), (few, 0.0)):
+        _, held_out = corpus.split(fraction)
+        assert held_out.num_documents >= 20 or not fraction
+        assert not capsys.readouterr().err
