@@ -17,6 +17,7 @@ from engine.files import explain
 from engine.launch import speak
 from engine.masters import masters
 from engine.mesh import Runtime
+from engine.out_directory import published
 from engine.publish import STATE, holds_model_or_run, publish, require_model
 from engine.shard import fill
 from model.config import PRESETS, Head, ModelConfig, parameter_shapes
@@ -167,7 +168,8 @@ _KEPT = ("prepared", "sample")
 
 
 def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
-    """Move an earlier run's state, model and metrics to `replaced-<n>`, a run directory of its own, to begin anew.
+    """Move an earlier run's state, model and metrics to `replaced-<n>`, a run directory of its own, to begin anew; or a
+    model or tokenizer that no run has left.
 
     Args:
         moving_in: folders that the new run has made for itself, if it has, and their names from now on.
@@ -179,7 +181,7 @@ def set_run_aside(directory: Path, moving_in: Mapping[str, str]) -> None:
     entries = sorted(directory.iterdir(), key=lambda entry: entry.name not in STATE)
     stays = {*_KEPT, *moving_in}
     try:
-        if any((directory / name).is_dir() for name in STATE):
+        if any((directory / name).is_dir() for name in STATE) or published(directory):
             aside.mkdir()
             for entry in entries:
                 if entry.name not in stays and not entry.name.startswith("replaced-"):

@@ -7,11 +7,8 @@ the end. What differs is what stands in it. `import_model` adds the marker of a 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint_weights import read_checkpoint
-from engine.files import explain, human_size, sync_directory, sync_tree, write_durably
+from engine.files import human_size, new_directory, sync_tree, write_durably
 from engine.live_line import LiveLine
 from engine.publish import mark_complete, require_model
 from model.chat import ChatTemplate
@@ -118,7 +115,7 @@ def export_model(
         tensors = read_model(model.directory, model.config)
     else:
         tensors = read_checkpoint(model.directory, step, model.config)
-    with _new_directory(Path(out), model.config.num_parameters * kind.itemsize) as folder:
+    with new_directory(Path(out), model.config.num_parameters * kind.itemsize) as folder:
         _write(folder, model, _cast(tensors, model, kind, "Exporting"), kind, max_shard_gb)
     return Converted(Path(out), model.config, kind)
 
@@ -235,41 +232,8 @@ def _write_marked(
 ) -> Converted:
     """Write a new directory with the marker of a whole model."""
     kind = model.dtype(dtype)
-    with _new_directory(out, config.num_parameters * kind.itemsize) as folder:
+    with new_directory(out, config.num_parameters * kind.itemsize) as folder:
         _write(folder, replace(model, config=config), _cast(tensors, model, kind, _DOING[stage]), kind, max_shard_gb)
         sync_tree(folder)
         mark_complete(folder, {path.name: path.stat().st_size for path in sorted(folder.iterdir())}, 0, stage)
     return Converted(out, config, kind)
-
-
-@contextlib.contextmanager
-def _new_directory(path: Path, size: int) -> Iterator[Path]:
-    """A folder beside `path` that takes its name, flushed, when the block ends well, and goes when it does not.
-
-    Args:
-        size: bytes that will be written; there must be room for them.
-    Raises:
-        InputError: `path` holds something; there is no room; the filesystem refuses.
-    """
-    if path.name in ("", ".."):
-        raise InputError(f"--out {path} names no new directory. Give one a name, as in --out {path / 'served'}.")
-    beside = path.with_name(f".{path.name}.converting")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"--out {path} exists, and nothing is overwritten. Choose another, or remove it first.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise InputError(
-                f"--out {path}: {human_size(size)} are needed and {human_size(free)} are free there. Choose another."
-            )
-        shutil.rmtree(beside, ignore_errors=True)  # what a conversion that was killed has left
-        beside.mkdir()
-        yield beside
-        sync_tree(beside)
-        os.rename(beside, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise InputError(f"--out {path}: {explain(error)}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -93,6 +93,58 @@ def discard_directory(directory: Path) -> None:
         remove_directory(directory)
 
 
+def require_new(path: Path) -> None:
+    """See that a path is free, or an empty directory's. Raises InputError: it is not."""
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"--out {path} exists, and nothing is overwritten. Choose another, or remove it first.")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, size: int = 0, may_repeat: bool = False) -> Iterator[Path]:
+    """A folder beside `path` that takes its name, flushed, when the block ends well, and goes when it does not.
+
+    Args:
+        size: bytes that will be written; there must be room for them.
+        may_repeat: a directory that holds the very files that were written stays as it is.
+    Raises:
+        InputError: `path` holds something else; there is no room; the filesystem refuses.
+    """
+    if path.name in ("", ".."):
+        raise InputError(f"--out {path} names no new directory. Give one a name, as in --out {path / 'served'}.")
+    place = path.resolve() if path.is_dir() else path  # of a link to an empty directory, what it leads to
+    beside = place.with_name(f".{place.name}.converting")
+    try:
+        if not may_repeat:
+            require_new(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place.parent).free
+        if free < size:
+            raise InputError(
+                f"--out {path}: {human_size(size)} are needed and {human_size(free)} are free there. Choose another."
+            )
+        shutil.rmtree(beside, ignore_errors=True)  # what a command that was killed has left
+        beside.mkdir()
+        yield beside
+        if may_repeat and _have_same_files(beside, path):
+            return
+        require_new(path)
+        sync_tree(beside)
+        os.rename(beside, place)
+        sync_directory(place.parent)
+    except OSError as error:
+        raise InputError(f"--out {path}: {explain(error)}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _have_same_files(one: Path, other: Path) -> bool:
+    """Whether two directories without folders hold the same, to the byte."""
+    if not other.is_dir():
+        return False
+    contents = [{path.name: path.is_file() and path.read_bytes() for path in each.iterdir()} for each in (one, other)]
+    return contents[0] == contents[1]
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path` for this process; the lock ends with the process, however that ends.

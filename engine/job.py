@@ -33,6 +33,7 @@ from engine.memory_heads import Loss
 from engine.mesh import ParallelConfig, Runtime
 from engine.metrics import MFU_CONVENTION, peak_flops
 from engine.optim import OptimConfig
+from engine.out_directory import require_apart, require_run
 from engine.recompute import Recompute
 from engine.schedule import ScheduleConfig, learning_rate
 from engine.shard import Precision, parallelize
@@ -105,8 +106,12 @@ class JobConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def reads(self) -> dict[str, str | None]:
+        """Directories that the run reads, by their options; what names none is None, or names nothing that is there."""
+        return {"--model": self.model, "--tokenizer": self.tokenizer}
+
     def check(self) -> None:
-        """Raises InputError where a value makes no sense by itself."""
+        """Raises InputError where a value makes no sense by itself, or --out holds what would be lost."""
         for group in dataclasses.fields(self):
             if hasattr(options := getattr(self, group.name), "check"):
                 options.check()
@@ -117,6 +122,9 @@ class JobConfig:
             )
         if self.train.fp8 and self.lora.rank:
             raise InputError("--train.fp8 trains all weights, --lora.rank adapters beside them. Leave out one of them.")
+        require_apart(self.out, self.reads())
+        if self.resume == "auto":
+            require_run(self.out)
 
 
 Config = TypeVar("Config", bound=JobConfig)

@@ -133,8 +133,7 @@ def stand_on(directory: Path | None, model: str, out: str) -> FrozenBase:
         directory: of a model, or of an adapter and so of what the two make; None for a preset.
         model, out: as given, for messages.
     Raises:
-        InputError: fresh weights, which nobody could find again; or the run's own directory, whose place it takes,
-            or one in it, such as `best`.
+        InputError: fresh weights, which nobody could find again; or a directory in the run's own, such as `best`.
     """
     if directory is None:
         raise InputError(
@@ -143,10 +142,9 @@ def stand_on(directory: Path | None, model: str, out: str) -> FrozenBase:
         )
     run = Path(out).resolve()
     for each in map(Path.resolve, lineage(directory)):
-        if each.is_relative_to(run):
-            is_or_holds = "is" if each == run else "holds"
+        if run in each.parents:  # that it is none of them is seen before (`engine.out_directory`)
             raise InputError(
-                f"--out {out} {is_or_holds} a model that the adapters stand on. Give the run a directory of its own."
+                f"--out {out} holds a model that the adapters stand on. Give the run a directory of its own."
             )
     return FrozenBase(str(directory.absolute()), fingerprint_weights(directory))
 

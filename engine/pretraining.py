@@ -46,7 +46,7 @@ from engine.lora import adapter_rate, stand_on
 from engine.mesh import start, stop
 from engine.optim import AdamW
 from engine.step import next_token_loss
-from model.config import ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.heads import CausalLM
 from model.lora import flops_per_token
 
@@ -66,6 +66,10 @@ class PretrainConfig(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
     takes_fp8 = True
+
+    def reads(self) -> dict[str, str | None]:
+        """As in every job; a preset's name is no directory, even where there is one of that name."""
+        return {**super().reads(), "--model": None if self.model in PRESETS else self.model}
 
 
 def default_learning_rate(model: ModelConfig, is_pretrained: bool) -> float:

@@ -7,6 +7,7 @@ engines read; otherwise `tokenizer.model`, converted piece for piece (`tokenizer
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from model.tokenizer_sentencepiece import SPACE, read_sentencepiece, to_tokenize
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _NAMEABLE = (*_NAMED, "sep_token", "cls_token", "mask_token")
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -32,6 +33,7 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+"""Names of all files that tell of a tokenizer."""
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # transformers' name for "as tokenizer.json says"
 _PROBE = " a  b\n\n12.5 mg\t高血压病，　é\u0301😀</s>"  # touches spaces, digits, normalisation and bytes
 
@@ -80,7 +82,7 @@ class Tokenizer:
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory. Give one that holds tokenizer.json or tokenizer.model.")
         directory = find_tokenizer(directory) or directory
-        files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
         named = _json(files, "special_tokens_map.json", directory)
         config = {name: token for name, token in named.items() if name in _NAMED}
         config |= _json(files, "tokenizer_config.json", directory)
@@ -224,7 +226,8 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(decisive, ensure_ascii=True).encode()).hexdigest()[:32]
 
     def save(self, directory: str | Path) -> None:
-        """Write what transformers and serving engines need to give the same ids.
+        """Write what transformers and serving engines need to give the same ids. Whenever it is killed, every file is
+        the old one or the new.
 
         Raises:
             InputError: the directory cannot be written.
@@ -235,11 +238,16 @@ class Tokenizer:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                with open(directory / name, "wb") as file:
+                with open(_beside(directory, name), "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
+            for name in files:
+                os.replace(_beside(directory, name), directory / name)
         except OSError as error:
+            for name in files:
+                with contextlib.suppress(OSError):
+                    _beside(directory, name).unlink(missing_ok=True)
             raise InputError(f"{directory}: cannot write the tokenizer ({error.strerror}). Choose another.") from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,6 +309,11 @@ def find_tokenizer(directory: Path) -> Path | None:
     """Where a model's tokenizer is: in its directory, or for an adapter without one in what it stands on."""
     names = ("tokenizer.json", "tokenizer.model")
     return next((each for each in lineage(directory) if any((each / name).is_file() for name in names)), None)
+
+
+def _beside(directory: Path, name: str) -> Path:
+    """Where a file is written before it takes its name."""
+    return directory / f".{name}.tmp"
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:

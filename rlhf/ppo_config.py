@@ -281,6 +281,15 @@ class PpoConfig(SamplingJobConfig):
     ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
+    def reads(self) -> dict[str, str | None]:
+        """As in every job, and the other roles' models."""
+        others = {
+            "--reward": self.reward.source,
+            "--kl.reference": self.kl.reference,
+            "--value.model": self.value.model,
+        }
+        return {**super().reads(), **others}
+
     def check(self) -> None:
         """Raises InputError where values make no sense, by themselves or together."""
         super().check()

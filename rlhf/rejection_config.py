@@ -62,6 +62,10 @@ class RejectionConfig(SamplingJobConfig):
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(final_ratio=0.0))
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
 
+    def reads(self) -> dict[str, str | None]:
+        """As in every job, and the judge's."""
+        return {**super().reads(), "--reward": self.reward}
+
     def check(self) -> None:
         """Raises InputError where a value makes no sense by itself."""
         super().check()

@@ -26,7 +26,8 @@ def main(config: DpoConfig) -> None:
 
 def demo(config: DpoConfig) -> None:
     """The same on the bundled comparisons."""
-    find_trained(config.model, "tools/sft.py")  # before anything is written
+    config.check()  # before anything is written
+    find_trained(config.model, "tools/sft.py")
     speak("No --data: these are the bundled comparisons.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_preferences(folder)

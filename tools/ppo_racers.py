@@ -140,6 +140,7 @@ class Ours:
         model = load_config(directory).with_context(load.longest_prompt + load.longest_answer)
         recipe = PpoConfig(
             model=str(directory),
+            out=str(directory / "run"),  # nothing is written
             seed=load.seed,
             train=PpoTrainConfig(steps=1000, context=model.context, micro_batch_tokens=micro_batch_tokens),
             optim=OptimConfig(lr=1e-6, beta2=0.999, weight_decay=0.0),

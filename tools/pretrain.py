@@ -28,6 +28,7 @@ def demo(config: PretrainConfig) -> None:
     """The same on the bundled sample, for presets only: nobody means to train a trained base on it."""
     if config.data.paths or config.model not in PRESETS:
         return pretrain(config)
+    config.check()  # before anything is written
     speak("No --data: this is the bundled sample.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_pretraining(folder)

@@ -29,7 +29,8 @@ def main(config: RejectionConfig) -> None:
 
 def demo(config: RejectionConfig) -> None:
     """The same on the bundled prompts."""
-    find_trained(config.model, "tools/sft.py")  # before anything is written
+    config.check()  # before anything is written
+    find_trained(config.model, "tools/sft.py")
     speak("No --data: these are the bundled questions.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_prompts(folder)

@@ -28,7 +28,8 @@ def main(config: RmConfig) -> None:
 
 def demo(config: RmConfig) -> None:
     """The same on the bundled comparisons, normalised by the answers of held-out conversations."""
-    find_trained(config.model, "tools/sft.py", head=None)  # before anything is written
+    config.check()  # before anything is written
+    find_trained(config.model, "tools/sft.py", head=None)
     speak("No --data: these are the bundled comparisons.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_preferences(folder)

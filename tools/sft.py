@@ -27,7 +27,8 @@ def main(config: SftConfig) -> None:
 
 def demo(config: SftConfig) -> None:
     """The same on the bundled dialogues."""
-    find_trained(config.model, "tools/pretrain.py")  # before anything is written
+    config.check()  # before anything is written
+    find_trained(config.model, "tools/pretrain.py")
     speak("No --data: these are the bundled dialogues.")
     with sample_folder(config.out, config.dry_run) as folder:
         train, held_out = bundled_dialogues(folder)

@@ -8,6 +8,7 @@ Without --data the bundled sample is read. --model also writes that model to --o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.data.sources import ReadOptions, read_texts
+from engine.files import explain, new_directory, require_new
 from engine.launch import run, speak
+from engine.out_directory import require_apart
 from engine.publish import require_model
 from model.errors import InputError
 from model.hf import load_config
-from model.tokenizer import Tokenizer
+from model.tokenizer import FILES, Tokenizer, has_tokenizer
 from model.tokenizer_extension import domain_pieces, extend_tokenizer, open_base
 from model.tokenizer_report import HeldOutLines, TokenizerReport, measure
 from model.tokenizer_resize import resize_model
@@ -41,7 +44,7 @@ class TrainTokenizer:
 
     data: DataOptions = field(default_factory=DataOptions)
     out: str = "ckpt/tokenizer"
-    """directory to write"""
+    """directory to write, a new one"""
     vocab_size: int = 4096
     """ids in all; of the base and the new pieces together, with --extend"""
     extend: str | None = None
@@ -57,16 +60,20 @@ class TrainTokenizer:
 
 
 def main(config: TrainTokenizer) -> None:
+    require_apart(config.out, {"--extend": config.extend, "--model": config.model})
     if config.model and not config.extend:
         raise InputError("--model is resized to an extended vocabulary. Give --extend its tokenizer's directory too.")
     if config.extend:
         open_base(config.extend, config.vocab_size)  # before hours of reading
     if config.model:
         load_config(require_model(config.model), "lm")
-    try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{config.out}: cannot be made ({error.strerror}). Choose another --out.") from None
+    out = Path(config.out)
+    if not _may_be_repeated(config):
+        require_new(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: {explain(error)}") from None
     speak("Reading the text")
     held_out = HeldOutLines(_texts(config))
     lines, sample = sample_lines(held_out, config.max_characters, config.seed)
@@ -75,13 +82,26 @@ def main(config: TrainTokenizer) -> None:
         _extend(config, lines)
     else:
         model = train_sentencepiece(lines, config.vocab_size, config.character_coverage)
-        Tokenizer.from_sentencepiece(model, {}).save(config.out)
+        with new_directory(out, may_repeat=True) as folder:
+            Tokenizer.from_sentencepiece(model, {}).save(folder)
     tokenizer = Tokenizer.load(config.out)
     _print_vocabulary(config, tokenizer, sample)
     if held_out.lines:  # none where the text has fewer than fifty lines
         _print_compression(tokenizer, config.extend, held_out.lines)
     speak("Reading the text again, to see that it comes back")
     _print_round_trip(measure(tokenizer, _at_most(_texts(config), config.max_characters)))
+
+
+def _may_be_repeated(config: TrainTokenizer) -> bool:
+    """Whether --out holds a tokenizer alone, of the size asked for: the same command may have made it."""
+    out = Path(config.out)
+    if config.model or not has_tokenizer(out) or {path.name for path in out.iterdir()} - {*FILES}:
+        return False
+    with contextlib.suppress(InputError):
+        if Tokenizer.load(out).vocab_size == config.vocab_size:
+            speak(f"{out} holds a tokenizer of this size. It stays; whether it is the same is seen at the end.")
+            return True
+    return False
 
 
 def _texts(config: TrainTokenizer) -> Iterable[str]:
@@ -93,13 +113,16 @@ def _texts(config: TrainTokenizer) -> Iterable[str]:
 def _extend(config: TrainTokenizer, lines: list[str]) -> None:
     assert config.extend is not None
     candidates = domain_pieces(config.extend, lines, config.vocab_size, config.character_coverage)
-    extension = extend_tokenizer(config.extend, candidates, config.out, config.vocab_size)
+    rows = None
+    with new_directory(Path(config.out), may_repeat=not config.model) as folder:
+        extension = extend_tokenizer(config.extend, candidates, folder, config.vocab_size)
+        if config.model:
+            speak(f"Resizing {config.model}")
+            rows = resize_model(config.model, Tokenizer.load(config.extend), Tokenizer.load(folder), folder)
     print(f"new pieces       {len(extension.pieces):,} from id {extension.first_id}; every one is emitted for its text")
     print(f"left out         {extension.unreachable:,} that the base would never emit")
-    if config.model:
-        speak(f"Resizing {config.model}")
-        old, new = Tokenizer.load(config.extend), Tokenizer.load(config.out)
-        print(f"model rows       {resize_model(config.model, old, new, config.out):,}")
+    if rows is not None:
+        print(f"model rows       {rows:,}")
 
 
 def _print_vocabulary(config: TrainTokenizer, tokenizer: Tokenizer, sample: Sample) -> None:

@@ -11,7 +11,9 @@ from typing import IO
 
 import pytest
 
-from engine.files import explain, human_size, locked, remove_directory, sync_tree, write_durably
+from engine.files import explain, human_size, locked, new_directory, remove_directory, sync_tree, write_durably
+from model.errors import InputError
+from tests.engine.kill import kill_at_touch, run_to_the_end_or_a_kill
 
 
 def test_a_file_keeps_its_old_content_until_the_new_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +47,48 @@ def test_a_directory_loses_its_name_before_its_files(tmp_path: Path, monkeypatch
     remove_directory(directory)
     assert list(tmp_path.iterdir()) == []
     remove_directory(directory)  # gone already: nothing to do
+
+
+FILES = {"one": "1", "two": "22"}
+
+
+def make_directory(path: Path, may_repeat: bool = True) -> None:
+    with new_directory(path, may_repeat=may_repeat) as folder:
+        for name, content in FILES.items():
+            (folder / name).write_text(content)
+
+
+def make_directory_and_be_killed(path: Path, touch: int) -> None:
+    kill_at_touch(touch, path.parent)
+    make_directory(path)
+
+
+def test_a_new_directory_is_whole_or_not_there_wherever_its_making_is_killed(tmp_path: Path) -> None:
+    path, touch, has_ended = tmp_path / "out", 0, False
+    while not has_ended:
+        touch += 1
+        shutil.rmtree(path, ignore_errors=True)
+        has_ended = run_to_the_end_or_a_kill(make_directory_and_be_killed, path, touch)
+        assert not path.exists() or {file.name: file.read_text() for file in path.iterdir()} == FILES
+        make_directory(path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert touch > 8
+
+
+def test_a_directory_is_made_again_only_where_it_holds_the_very_files(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "out").symlink_to("place")
+    make_directory(tmp_path / "out")  # in an empty directory, by a link
+    assert {file.name: file.read_text() for file in (tmp_path / "place").iterdir()} == FILES
+    make_directory(tmp_path / "out")
+    with pytest.raises(InputError, match=r"out exists, and nothing is overwritten. Choose another, or remove it first"):
+        make_directory(tmp_path / "out", may_repeat=False)
+    for change in (lambda path: path.write_text("2"), lambda path: path.unlink(), lambda path: path.mkdir()):
+        change(tmp_path / "out" / "two")
+        with pytest.raises(InputError, match="out exists, and nothing is overwritten"):
+            make_directory(tmp_path / "out")
+    assert (tmp_path / "out" / "one").read_text() == "1" and (tmp_path / "out" / "two").is_dir()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "place"]
 
 
 def test_every_file_of_a_tree_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -357,3 +360,35 @@ def test_what_is_missing_is_named(qwen: Path, trained: Path, tmp_path: Path) -> 
         Tokenizer.load(trained).encode_batch(["fine", "broken \ud83d"])
     with pytest.raises(InputError, match="cannot write the tokenizer"):
         Tokenizer.load(trained).save(tmp_path / "tokenizer.json")
+
+
+def test_a_file_stays_the_old_one_until_every_new_one_is_flushed(
+    trained: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "saved")
+    seen, real_fsync = [], os.fsync
+
+    def contents() -> dict[str, bytes]:
+        files = (path for path in (tmp_path / "saved").iterdir() if not path.name.endswith(".tmp"))
+        return {path.name: path.read_bytes() for path in files}
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        seen.append(contents())
+
+    def fail(descriptor: int) -> None:
+        fsync(descriptor)
+        if len(seen) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = contents()
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match="cannot write the tokenizer"):
+        Tokenizer.load(llama).save(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == set(old) and contents() == old
+    seen.clear()
+    monkeypatch.setattr(os, "fsync", fsync)
+    Tokenizer.load(llama).save(tmp_path / "saved")
+    assert len(seen) >= 3 and all(content == old for content in seen)
+    assert Tokenizer.load(tmp_path / "saved").fingerprint == Tokenizer.load(llama).fingerprint
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == set(contents())

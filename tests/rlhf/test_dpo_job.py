@@ -150,6 +150,8 @@ def test_a_reference_that_was_stopped_is_read_anew_in_steps_of_another_size(fold
     small = TrainConfig(steps=3, micro_batch_tokens=PACK, batch_tokens=PACK)
     dpo(recipe(folder, tmp_path / "dpo", train=small, eval=held_out))
     shutil.rmtree(tmp_path / "dpo" / "state")
+    for name in json.loads((tmp_path / "dpo" / "MODEL_COMPLETE").read_text())["files"]:
+        (tmp_path / "dpo" / name).unlink()  # one that was stopped before its first checkpoint has no model
     large = TrainConfig(steps=3, micro_batch_tokens=PACK, batch_tokens=2 * PACK)
     held_out = EvalConfig(data=[str(folder / "held.jsonl")])
     dpo(recipe(folder, tmp_path / "dpo", train=large, eval=held_out))

@@ -159,7 +159,7 @@ def test_a_base_that_has_moved_is_the_same_base_and_another_is_refused(folder: P
     for changes, refusal in (
         ({"model": str(folder / "adapted")}, "its adapters were trained beside weights that lay in"),
         ({"lora": LoraConfig(rank=4, alpha=3.0)}, "its checkpoint was trained with lora 'rank 4, alpha 8"),
-        ({"out": str(tmp_path / "moved")}, "is a model that the adapters stand on"),
+        ({"out": str(tmp_path / "moved")}, "is read from there, and would be replaced"),
     ):
         with pytest.raises(InputError, match=refusal):
             dpo(dataclasses.replace(recipe(folder, tmp_path / "dpo", **moved), **changes))

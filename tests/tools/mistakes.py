@@ -250,6 +250,11 @@ TOKENIZER = {
     "a base without a tokenizer": pretrain_new(spoil={"base/*token*": None}),
     "a vocabulary larger than the text supports": train_tokenizer("--vocab_size", 100_000),
     "a vocabulary smaller than the text's characters": train_tokenizer("--vocab_size", 270),
+    "a tokenizer or a model that is extended in its place": train_tokenizer(
+        *("--extend", "base", "--model", "base", "--out", "base", "--vocab_size", 500)
+    ),
+    "--out of a tokenizer holds a model": train_tokenizer("--out", "wide"),
+    "--out of a tokenizer holds another one": train_tokenizer("--out", "large", "--vocab_size", 480),
     "--extend with a base that has no tokenizer.model": train_tokenizer(
         "--extend", "base", spoil={"base/tokenizer.model": None}
     ),
@@ -283,6 +288,10 @@ SIZES = {
 RUNS = {
     "--out lies below a file": pretrain("--out", "data.jsonl/run"),
     "--out is on a read-only filesystem": pretrain("--out", "sealed/run", spoil=make_sealed, before=seal),
+    "--out is the model that training begins from": pretrain("--out", "base"),
+    "--out is the tokenizer that is trained with": pretrain(*FRESH, "--tokenizer", "large", "--out", "large"),
+    "--out holds a model that no run has left": pretrain("--out", "wide"),
+    "--out holds a tokenizer": pretrain("--out", "large"),
     "the checkpoint in --out is of another model": pretrain("--model", "wide"),
     "the checkpoint in --out was trained on other data": pretrain("--data", "more.jsonl", spoil=write_more_data),
     "the checkpoint in --out was trained with another seed": pretrain("--seed", 1),

@@ -48,6 +48,7 @@ MISTAKES_ROLLOUT: dict[str, Mistake] = {
     "answers as long as the context": judged("--rollout.max_new_tokens", 128),
     "answers that leave no room for any question": judged("--rollout.max_new_tokens", 127),
     "all prompts are held out": judged("--eval.data", "chats.jsonl", "--rollout.max_new_tokens", 4),
+    "--out is the reward model": judged("--out", "judge", *SMALL),
     "a reference with another tokenizer": judged("--kl.reference", "wide", *SMALL, spoil=add_no_bos),
     "a critic with another tokenizer": judged("--value.model", "wide", *SMALL, spoil=add_no_bos),
     "other prompts when a run goes on": judged(*SMALL, "--train.steps", 2, spoil=change_the_prompts),

@@ -115,7 +115,7 @@ def test_a_run_with_an_adapter_is_exported_by_step_and_trained_on(tmp_path: Path
     pretrain(tmp_path, "again", "--model", "run", "--lora.rank", 1)
     assert [path.name for path in lineage(tmp_path / "again")] == ["again", "run", "base"]
     (refused,) = start_pretraining(tmp_path, "run", "--model", "again", "--lora.rank", 1, "--resume", "never").wait()
-    assert refused.code == 2 and refused.last_line.startswith("--out run is a model that the adapters stand on.")
+    assert refused.code == 2 and refused.last_line.startswith("--out run: --model again is read from there, and")
     pretrain(tmp_path, "whole", "--model", "again", "--train.steps", 1, "--optim.lr", 1e-12)
     merge_model(tmp_path / "again", tmp_path / "both")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "whole"))
