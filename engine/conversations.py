@@ -17,12 +17,14 @@ from engine.data.encoders import ChatEncoder
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
 from engine.data.report import reject_reasons
-from engine.data.shards import is_prepared, read_manifest
+from engine.data.shards import TRAINED, is_prepared, read_manifest
 from engine.launch import speak
 from model.chat import ChatTemplate
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
+# Among so many conversations one is looked for that is whole.
+_LOOKED_AT = 1000
 # Reasons that are said; all of them are in rejects.jsonl.
 _REASONS = 3
 C = TypeVar("C", bound=Corpus)
@@ -163,6 +165,19 @@ def _report(paths: Sequence[str], directory: Path, option: str) -> None:
             f"Longer than the context of {manifest['context']:,} tokens: {manifest['shortened']:,} conversations lost "
             f"their {manifest['dropped_turns']:,} oldest turns, {manifest['cut']:,} answers were cut."
         )
+
+
+def first_whole(corpus: Corpus, ends: Sequence[int]) -> int:
+    """The first conversation whose last answer was not cut, or the first of all where none soon is whole; `ends`: ids
+    that end an answer."""
+    found = [int(document) for document in corpus.documents()[:_LOOKED_AT]]
+
+    def is_whole(document: int) -> bool:
+        stored = corpus.read(document)
+        trained = stored[stored >= TRAINED] % TRAINED
+        return len(trained) > 0 and int(trained[-1]) in ends
+
+    return next(filter(is_whole, found), found[0])
 
 
 def describe_conversations(corpus: Corpus, held_out: Corpus | None) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.config import check_range
-from engine.conversations import ConversationDataConfig, open_conversations
+from engine.conversations import ConversationDataConfig, first_whole, open_conversations
 from engine.data.conversation_files import read_conversations
 from engine.data.corpus import open_corpus
 from engine.data.preference_files import read_comparisons
@@ -170,7 +170,7 @@ def look_at_conversations(
     """
     if not config.paths or any(map(is_prepared, config.paths)):
         corpus = open_conversations(config, template, tokenizer, context, Path())
-        stored = corpus.read(int(corpus.documents()[0]))
+        stored = corpus.read(first_whole(corpus, template.end_ids(tokenizer)))
         shown = _as_batch((stored % TRAINED).tolist(), context, (stored >= TRAINED).tolist())
         return DataLook(corpus.num_tokens, True, show_document(shown, tokenizer))
     found = [
@@ -188,7 +188,7 @@ def look_at_conversations(
         len(json.dumps([vars(message) for message in messages], ensure_ascii=False).encode()) for messages, _ in usable
     )
     tokens = sum(len(row.ids) for _, row in usable) / size * list_files(config.paths).size
-    first = usable[0][1]
+    first = next((row for _, row in usable if not row.is_cut), usable[0][1])
     return DataLook(math.ceil(tokens), False, show_document(_as_batch(first.ids, context, first.trained), tokenizer))
 
 

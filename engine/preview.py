@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TextIO
 
 from model.batch import IGNORE, PackedBatch
 from model.tokenizer import Tokenizer
 
 _BOLD, _DIM, _RESET = "\033[1m", "\033[2m", "\033[0m"
+_LEAST_TOKENS = 16  # of a stretch between two borders, where there is not room for all of it
+_HALF = "\ufffd"  # what a part of a character decodes to
+_CHARACTER_TOKENS = 4  # at most, where a token is a byte
 
 
 def show_document(
@@ -19,7 +23,7 @@ def show_document(
 
     Args:
         index: which of the pack's documents.
-        most_tokens: longer ones lose their middle, and say so; how the last answer ends is always seen.
+        most_tokens: longer ones lose the middles of their parts, and say so; how the last answer ends is always seen.
         stream: where the text will be printed; by default stdout.
     """
     begin, end = batch.cu_seqlens[index : index + 2].tolist()
@@ -35,22 +39,48 @@ def show_ids(
     most_tokens: int = 200,
     stream: TextIO | None = None,
 ) -> str:
-    """Tokens as text: trained ones bold on a terminal, between ⟦ and ⟧ elsewhere."""
+    """Tokens as text: trained ones bold on a terminal, between ⟦ and ⟧ elsewhere.
+
+    Long stretches of the one or the other lose their middle, so that every border is seen; where there are too many
+    stretches, those in the middle are left out.
+    """
     is_terminal = (stream or sys.stdout).isatty()
+    borders = [at for at in range(1, len(ids)) if trained[at] != trained[at - 1]]
+    stretches = list(pairwise([0, *borders, len(ids)])) if len(ids) else []
+    text = []
+    most_stretches = max(2, most_tokens // _LEAST_TOKENS)
+    if len(ids) > most_tokens and len(stretches) > most_stretches:  # as many from the beginning as from the end
+        first, last = stretches[: most_stretches // 2], stretches[-(most_stretches // 2) :]
+        left_out = last[0][0] - first[-1][1]
+    else:
+        first, last, left_out = stretches, [], 0
+    shares = _shares([end - start for start, end in (*first, *last)], most_tokens)
+    for number, ((start, end), share) in enumerate(zip((*first, *last), shares, strict=True)):
+        if left_out and number == len(first):
+            text.append(f" … {left_out} tokens more … ")
+        shown = _shorten(list(ids[start:end]), share, tokenizer)
+        text.append(_mark(shown, trained[start], is_terminal))
+    return "".join(text)
 
-    def part(start: int, end: int) -> str:
-        text = ""
-        for position in range(start + 1, end + 1):
-            if position == end or trained[position] != trained[start]:
-                text += _mark(_decode(list(ids[start:position]), tokenizer), trained[start], is_terminal)
-                start = position
-        return text
 
-    if len(ids) <= most_tokens:
-        return part(0, len(ids))
-    head = most_tokens // 2
-    tail = len(ids) - (most_tokens - head)
-    return f"{part(0, head)} … {tail - head} tokens more … {part(tail, len(ids))}"
+def _shares(lengths: Sequence[int], most: int) -> list[int]:
+    """How many tokens of each stretch are shown, of `most` in all: short ones whole, long ones alike."""
+    shares = [0] * len(lengths)
+    for rank, index in enumerate(sorted(range(len(lengths)), key=lambda index: lengths[index])):
+        shares[index] = min(lengths[index], max(_LEAST_TOKENS // 2, most // (len(lengths) - rank)))
+        most -= shares[index]
+    return shares
+
+
+def _shorten(ids: list[int], most: int, tokenizer: Tokenizer) -> str:
+    """Text without its middle, which is left out between whole characters."""
+    if len(ids) <= most:
+        return _decode(ids, tokenizer)
+    head, tail = most // 2, len(ids) - (most - most // 2)
+    for _ in range(_CHARACTER_TOKENS):
+        head -= head > 0 and _decode(ids[:head], tokenizer).endswith(_HALF)
+        tail += tail < len(ids) and _decode(ids[tail:], tokenizer).startswith(_HALF)
+    return f"{_decode(ids[:head], tokenizer)} … {tail - head} tokens more … {_decode(ids[tail:], tokenizer)}"
 
 
 def _decode(ids: list[int], tokenizer: Tokenizer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from engine.config import check_range
 from engine.conversations import (
     ConversationDataConfig,
     describe_conversations,
+    first_whole,
     open_conversations,
     open_held_out_conversations,
 )
@@ -151,7 +153,7 @@ def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
         speak(f"An epoch fills {packs:,} packs of {shape.tokens_per_pack:,} tokens with {padding:.2%} padding.")
         describe_run(recipe, model_config, shape, runtime, "conversations of at most")
         speak(f"The chat template is {template.name}. One conversation, trained tokens marked:")
-        speak(show_conversation(documents, tokenizer, shape))
+        speak(show_conversation(documents, tokenizer, shape, template.end_ids(tokenizer)))
 
     precision = resolve_precision(config.train, runtime)
     model = make_model(CausalLM, model_config, config, base, precision, runtime)
@@ -226,9 +228,9 @@ def _resolve(config: SftConfig, model: ModelConfig, shape: StepShape, packs: int
     return resolve_recipe(config, shape, steps, adapter_rate(model, config.lora) if config.lora.rank else LEARNING_RATE)
 
 
-def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape) -> str:
-    """The first conversation as the model will see it, for stderr."""
-    first = int(documents.documents()[0])
+def show_conversation(documents: Corpus, tokenizer: Tokenizer, shape: StepShape, ends: Sequence[int]) -> str:
+    """The first whole conversation as the model will see it, for stderr; `ends`: ids that end an answer."""
+    first = first_whole(documents, ends)
     length = len(documents.read(first))
     batch = build_batch(documents, [Piece(0, first, 0, length)], shape.tokens_per_pack, shape.context)
     return show_document(batch, tokenizer, stream=sys.stderr)

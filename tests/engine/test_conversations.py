@@ -10,6 +10,7 @@ import pytest
 from engine.conversations import (
     ConversationDataConfig,
     describe_conversations,
+    first_whole,
     open_conversations,
     open_held_out_conversations,
 )
@@ -58,6 +59,16 @@ def questions(corpus: Corpus | None, tokenizer: Tokenizer) -> list[str]:
     assert corpus is not None
     texts = [tokenizer.decode((corpus.read(document) % TRAINED).tolist()) for document in corpus.documents().tolist()]
     return [text.removeprefix("[human]:").partition("\n[bot]:")[0] for text in texts]
+
+
+def test_the_conversation_that_is_shown_is_whole_where_there_is_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ends = ChatTemplate.named("chimed", tokenizer).end_ids(tokenizer)
+    cut = [ask(f"{question}{Q}", A * 60) for question in "甲乙"]
+    mixed = opened(tmp_path, tokenizer, [write(tmp_path / "mixed.jsonl", [*cut, ask("丙"), ask("丁")])])
+    assert mixed.documents()[0] == 0 and mixed.read(0)[-1] % TRAINED not in ends
+    shown = first_whole(mixed, ends)
+    assert shown == 2 and mixed.read(shown)[-1] % TRAINED in ends
+    assert first_whole(opened(tmp_path, tokenizer, [write(tmp_path / "cut.jsonl", cut)]), ends) == 0
 
 
 def test_what_was_read_left_out_and_shortened_is_said(
