@@ -3,8 +3,10 @@
     python tools/check_data.py --data PATH... [--tokenizer DIR] [--held_out PATH...]
     python tools/check_data.py --data PATH... --model DIR --template chatml --context 4096
 
-What the files hold, texts, conversations or comparisons of answers, is found from the first records. Tokens of the
-latter two are counted under a chat template, and some are shown with the trained ones marked. Files that cannot be read
+What the files hold, texts, conversations, comparisons of answers or questions alone (for tools/ppo.py,
+tools/rejection.py and tools/chat.py --input), is found from the first records; --kind prompts takes a .txt file for a
+question a line, and conversations for their questions. Tokens of all but texts are counted under a chat template, and
+some are shown, with the trained ones marked. Files that cannot be read
 are named at the end, each with the reason; then the exit code is 2.
 """
 
@@ -21,6 +23,7 @@ from engine.config import check_range
 from engine.data.check import check, render
 from engine.data.check_conversations import Counting, are_conversations, check_conversations, render_conversations
 from engine.data.check_preferences import are_preferences, check_preferences, render_preferences
+from engine.data.check_prompts import are_prompts, check_prompts, render_prompts
 from engine.data.conversation_files import ConversationOptions
 from engine.data.preference_files import PreferenceOptions
 from engine.data.preferences import ONLY_PREFERENCES
@@ -32,7 +35,9 @@ from model.chat import resolve_template
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-Kind = Literal["text", "conversations", "preferences"]
+Kind = Literal["text", "conversations", "preferences", "prompts"]
+# Keys that say what asks, and nothing of answers.
+_OF_PROMPTS = {"user", "system", "history"}
 
 
 @dataclass
@@ -52,7 +57,7 @@ class CheckOptions(DataOptions):
 class CheckConfig:
     """Report on raw files or prepared directories."""
 
-    kind: Literal["auto", "text", "conversations", "preferences"] = "auto"
+    kind: Literal["auto", "text", "conversations", "preferences", "prompts"] = "auto"
     """what the files hold; auto: what their first records are"""
     model: str | None = None
     """the same as --tokenizer"""
@@ -61,7 +66,7 @@ class CheckConfig:
     template: str = "auto"
     """chat template of conversations: a name, a .jinja file, or auto for the one stored beside the tokenizer"""
     context: int | None = None
-    """tokens of the longest conversation: say what would be left out or cut"""
+    """tokens of the longest conversation, or prompt alone: say what would be left out or cut"""
     held_out: list[str] = field(default_factory=list)
     """held-out files or prepared directories, to be looked for in the data"""
     verify: bool = False
@@ -92,6 +97,12 @@ def main(config: CheckConfig) -> None:
         talks = check_conversations(paths, conversations, counting, config.held_out, progress)
         print(render_conversations(talks, config.context))
         return _name(talks.unusable)
+    if kind == "prompts":
+        data = config.data
+        asking = ConversationOptions({}, data.system, data.encoding, data.newlines, data.on_error)
+        prompts = check_prompts(paths, asking, data.keys, counting, config.held_out, progress)
+        print(render_prompts(prompts, config.context))
+        return _name(prompts.unusable)
     texts = check(paths, tokenizer, config.data, config.held_out, config.verify, progress)
     print(render(texts))
     _name(texts.unusable)
@@ -115,6 +126,8 @@ def _kind(data: CheckOptions) -> Kind:
     Raises:
         InputError: no file has any; the others' reasons are said before the last one's.
     """
+    if data.keys and data.keys.keys() <= _OF_PROMPTS:
+        return "prompts"
     if data.keys:
         return "preferences" if data.keys.keys() & set(ONLY_PREFERENCES) else "conversations"
     if data.paths and is_prepared(data.paths[0]):
@@ -132,7 +145,15 @@ def _kind(data: CheckOptions) -> Kind:
 def _kind_of(path: str, data: CheckOptions) -> Kind:
     if are_preferences([path], only(PreferenceOptions, data)):
         return "preferences"
-    return "conversations" if are_conversations([path], only(ConversationOptions, data), data) else "text"
+    try:
+        has_turns = are_conversations([path], only(ConversationOptions, data), data)
+    except InputError:
+        if are_prompts(path):
+            return "prompts"
+        raise
+    if not has_turns:
+        return "text"
+    return "prompts" if are_prompts(path) else "conversations"
 
 
 if __name__ == "__main__":
