@@ -114,9 +114,15 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _build_parser(config_class: type, prog: str, default_config: Path | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    description = (config_class.__doc__ or "").strip().splitlines()[0]
+    if default_config:
+        description += (
+            f" The defaults below are those of the bundled demo ({default_config.parent.name}/{default_config.name}), "
+            "which do not apply where --data is given: --data PATH --help shows those that do."
+        )
     parser = ArgumentParser(
         prog=prog,
-        description=(config_class.__doc__ or "").strip().splitlines()[0],
+        description=description,
         exit_on_error=False,
         default_config_files=[str(default_config)] if default_config else [],
     )
@@ -128,6 +134,8 @@ def _build_parser(config_class: type, prog: str, default_config: Path | None) ->
 def _mend_help(parser: ArgumentParser, fields: dict[str, Any], aliases: dict[str, str]) -> None:
     """Show what `_normalise` takes: short flags, and no files for groups of options."""
     for action in parser._actions:
+        # A list's words are gathered by `_normalise`; nothing is appended to one.
+        action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
         if action.dest in fields or action.dest in _PARSER_FLAGS:
             continue
         target = aliases.get(action.dest)

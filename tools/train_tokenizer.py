@@ -34,6 +34,8 @@ from samples.render import render_pretraining
 
 @dataclass
 class DataOptions(ReadOptions):
+    """Which files, and how they are read."""
+
     paths: list[str] = field(default_factory=list)
     """files, directories or globs of raw text; empty: the bundled sample"""
 

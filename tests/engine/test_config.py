@@ -137,4 +137,14 @@ def test_help_shows_every_option_and_its_short_name(capsys: pytest.CaptureFixtur
     assert "--data VALUE the same as --data.paths" in shown
     assert "--data.paths" in shown and "Files, folders or globs." in shown
     assert "--train.kind {cosine,linear}" in shown
+    assert "--data.paths+" not in shown and "bundled demo" not in shown
     assert "--train VALUE" not in shown and "configuration file" not in shown
+
+
+def test_help_says_whose_defaults_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "demo.yaml").write_text("train:\n  steps: 7\n")
+    with pytest.raises(SystemExit):
+        read("--help", default=tmp_path / "demo.yaml")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"those of the bundled demo ({tmp_path.name}/demo.yaml), which do not apply where --data is given" in shown
+    assert "default: 7" in shown
