@@ -10,7 +10,7 @@ BROWSER := $(VENV)/.browser
 WORKERS ?= 2
 ROOMS := kernels model engine rlhf evals tools samples
 
-.PHONY: setup demo demo-lora test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-serve bench-kernels tune-kernels clean
+.PHONY: setup demo demo-lora test test-gpu mutate-rlhf modules lint bench-train bench-generate bench-eval bench-serve bench-ppo bench-kernels tune-kernels clean
 
 setup: $(READY) $(BROWSER)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,9 +22,16 @@ from engine.doctor.software import software
 from engine.doctor.storage import storage
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a sentence, as the other tools do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message[:1].upper()}{message[1:]}. See --help.\n")
+
+
 def main() -> int:
     # Not the parser of the other tools: it needs packages, and this must run without any.
-    parser = argparse.ArgumentParser(description="Say whether training can work here.")
+    parser = Parser(description="Say whether training can work here.")
     parser.add_argument("--out", default="ckpt", type=Path, help="where runs will be written (default: ckpt)")
     out = parser.parse_args().out
     peers = group()

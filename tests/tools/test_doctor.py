@@ -34,3 +34,8 @@ def test_without_packages_it_says_what_is_missing(tmp_path: Path) -> None:
     said = call(sys.executable, "-S", "tools/doctor.py", "--out", str(tmp_path))
     assert said.returncode == 2 and "Traceback" not in said.stderr
     assert "mend torch" in said.stdout and "make setup" in said.stdout
+
+
+def test_an_option_that_it_does_not_have_is_one_sentence() -> None:
+    said = call(sys.executable, "tools/doctor.py", "--model", "x")
+    assert (said.returncode, said.stderr) == (2, "Unrecognized arguments: --model x. See --help.\n")
