@@ -58,6 +58,8 @@ class BatchOptions:
         self.sampling.options(())
         if self.samples < 1:
             raise InputError(f"--samples is {self.samples}. Use at least 1.")
+        if Path(self.input).is_dir():
+            raise InputError(f"--input {self.input}: this is a directory, and a file is wanted. Name one of its files.")
         if not Path(self.input).is_file():
             raise InputError(f"--input {self.input}: there is no such file. Check the path.")
 

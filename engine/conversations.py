@@ -16,7 +16,7 @@ from engine.data.corpus import Corpus, open_corpus
 from engine.data.encoders import ChatEncoder
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
-from engine.data.report import reject_reasons
+from engine.data.report import reject_reasons, what_else
 from engine.data.shards import TRAINED, is_prepared, read_manifest
 from engine.launch import speak
 from model.chat import ChatTemplate
@@ -147,7 +147,8 @@ def _report(paths: Sequence[str], directory: Path, option: str) -> None:
     skipped = [f"{count:,} x {reason}" for reason, count in reject_reasons(rejects)]
     if not manifest["documents"]:
         why = f" ({skipped[0]})" if skipped else ""
-        raise InputError(f"{', '.join(paths)}: there is no conversation{why}. Give {option} other files.")
+        remedy = what_else(rejects, manifest["context"], option)
+        raise InputError(f"{', '.join(paths)}: there is no conversation{why}. {remedy}")
     encodings = ", ".join(f"{count:,} {name}" for name, count in sorted(manifest["encodings"].items()))
     speak(
         f"Files read: {encodings}; {manifest['documents']:,} conversations with {manifest['answers']:,} answers; "

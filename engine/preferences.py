@@ -17,7 +17,7 @@ from engine.data.preference_files import PreferenceOptions
 from engine.data.prepare import preparation_key, prepare
 from engine.data.progress import ProgressLine
 from engine.data.ranked_encoder import RankedEncoder
-from engine.data.report import reject_reasons
+from engine.data.report import reject_reasons, what_else
 from engine.data.shards import is_prepared, read_manifest
 from engine.launch import speak
 from model.chat import ChatTemplate
@@ -132,7 +132,8 @@ def _report(paths: Sequence[str], directory: Path, groups: PreferenceSet, option
     }
     if not groups.num_groups:
         why = next((f" ({found[0]})" for found in reasons.values() if found), "")
-        raise InputError(f"{', '.join(paths)}: there is no comparison of answers{why}. Give {option} other files.")
+        remedy = what_else(rejects, manifest["context"], option)
+        raise InputError(f"{', '.join(paths)}: there is no comparison of answers{why}. {remedy}")
     encodings = ", ".join(f"{count:,} {name}" for name, count in sorted(manifest["encodings"].items()))
     speak(
         f"Files read: {encodings}; {groups.num_groups:,} prompts with {groups.num_responses:,} answers, "

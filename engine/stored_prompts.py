@@ -6,7 +6,6 @@ A million prompts take 8 MB of memory a process; their ids and texts are mapped 
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.data.conversations import question_hash
+from engine.data.report import without_numbers
 from engine.data.sources import list_files
 from engine.files import write_durably
 from engine.launch import speak
@@ -181,7 +181,7 @@ def _write(
     seen: set[bytes] = set()
     ends, text_ends, questions = array("q", [0]), array("q", [0]), array("Q")
     counts: Counter[str] = Counter()
-    refused: dict[str, tuple[int, str]] = {}
+    refused: dict[str, tuple[int, str, str]] = {}  # by kind: how often; the first one, and its place
     digest = blake2b(digest_size=16)
     with open(target / "ids.bin", "wb") as ids_file, open(target / "text.bin", "wb") as text_file:
         for where, record in _records(paths, keys):
@@ -193,9 +193,8 @@ def _write(
                     raise ConversationError(record.reason)
                 ids, dropped = fit_prompt(template, tokenizer, messages, room + 1)
             except ConversationError as error:
-                reason = re.sub(r"\d+", "N", str(error))
-                number, first = refused.get(reason, (0, where))
-                refused[reason] = number + 1, first
+                number, reason, first = refused.get(kind := without_numbers(str(error)), (0, str(error), where))
+                refused[kind] = number + 1, reason, first
                 continue
             content = np.array(ids, "<u4").tobytes()
             if (mark := blake2b(content, digest_size=8).digest()) in seen:
@@ -214,11 +213,12 @@ def _write(
             counts["shortened"] += dropped > 0
     for name, values in (("ends", ends), ("text_ends", text_ends), ("questions", questions)):
         np.save(target / f"{name}.npy", np.array(values))
+    most = sorted(refused.values(), key=lambda each: -each[0])[:_REASONS]
     report = {
         "count": len(questions),
         "tokens": ends[-1],
         **{name: counts[name] for name in _COUNTS},
-        "refused": dict(sorted(refused.items(), key=lambda item: -item[1][0])[:_REASONS]),
+        "refused": {reason: (number, first) for number, reason, first in most},
         "fingerprint": digest.hexdigest(),
     }
     write_durably(target / _COMPLETE, json.dumps(report, ensure_ascii=False, indent=1))

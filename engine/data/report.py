@@ -48,6 +48,13 @@ def count_too_long(path: Path, context: int) -> int:
     return sum(f"context of {context}" in record["reason"] for record in _rejects(path))
 
 
+def what_else(path: Path, context: int, option: str) -> str:
+    """What to do where nothing is left of the files that an option names; path: of the list of rejects."""
+    if count_too_long(path, context):
+        return "Raise --train.context, on a --model of a longer one if need be."
+    return f"Give {option} other files."
+
+
 def _rejects(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
         yield from map(json.loads, lines)

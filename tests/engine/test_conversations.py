@@ -197,6 +197,12 @@ def test_records_without_answers_are_no_training_data(tmp_path: Path, tokenizer:
         opened(tmp_path, tokenizer, [])
 
 
+def test_a_context_that_leaves_nothing_is_named_as_what_to_raise(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = write(tmp_path / "a.jsonl", [ask("头晕乏力咳嗽" * 30)])
+    with pytest.raises(InputError, match=r"no conversation .* context of 64 .*\. Raise --train\.context"):
+        opened(tmp_path, tokenizer, [data], context=64)
+
+
 def test_held_out_files_without_conversations_name_their_own_option(tmp_path: Path, tokenizer: Tokenizer) -> None:
     corpus = opened(tmp_path, tokenizer, [write(tmp_path / "a.jsonl", [ask(Q)])])
     with pytest.raises(InputError, match=r"empty\.jsonl: there is no conversation\. Give --eval\.data other files"):

@@ -74,6 +74,12 @@ def test_what_was_read_left_out_and_shortened_is_said(
     assert describe_preferences(groups, None) == f"{size}; 1 exact duplicates dropped."
 
 
+def test_a_context_that_leaves_nothing_is_named_as_what_to_raise(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = write(tmp_path / "a.jsonl", [pair("甲？", GOOD * 30)])
+    with pytest.raises(InputError, match=r"no comparison .* context of 64 tokens .*\. Raise --train\.context"):
+        opened(tmp_path, tokenizer, [data], context=64)
+
+
 def test_too_few_tokens_for_a_step_are_laid_to_the_context_that_left_records_out(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -87,7 +87,9 @@ def test_prompt_and_longest_answer_fit_the_context(
     template, tokenizer = chat
     long = {"messages": [{"role": "user", "content": "头晕乏力咳嗽" * 30}]}
     turns = [{"role": role, "content": f"{role}{at}"} for at in range(6) for role in ("user", "assistant")]
-    data = write(tmp_path / "a.jsonl", long, {"messages": turns}, {"prompt": "短？"}, {"answer": 5}, {"prompt": "短？"})
+    longer = {"prompt": "头晕乏力咳嗽" * 40}
+    short = {"prompt": "短？"}
+    data = write(tmp_path / "a.jsonl", long, {"messages": turns}, short, {"answer": 5}, short, longer)
     shortened, short = opened(chat, tmp_path / "out", data).first(9)
     assert len(shortened.ids) <= CONTEXT - NEW < len(template.encode_prompt(tokenizer, shortened.messages))
     kept = [message for message in shortened.messages if template.encode_prompt(tokenizer, [message])]
@@ -95,7 +97,8 @@ def test_prompt_and_longest_answer_fit_the_context(
     assert short.messages[0].content == "短？"
     said = capfd.readouterr().err
     assert "2 prompts" in said and "1 repetitions" in said and "1 without their oldest turns" in said
-    assert f"1 x its last question takes N tokens of a context of N (first {data}:1)" in said
+    tokens = len(template.encode_prompt(tokenizer, [Message("user", long["messages"][0]["content"])]))
+    assert f"2 x its last question takes {tokens} tokens of a context of {CONTEXT - NEW + 1} (first {data}:1)" in said
     assert f"(first {data}:4)" in said
 
 
