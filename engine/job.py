@@ -20,6 +20,8 @@ from engine.building import Base, fill_from_base, require_weights, set_run_aside
 from engine.config import check_range
 from engine.data.corpus import Corpus
 from engine.data.loader import PackLoader, evaluation_batches
+from engine.data.shards import is_prepared
+from engine.data.sources import list_files
 from engine.dry_run import PlanConfig, planned_device, planned_setup, planned_world, schedule_report
 from engine.fp8 import check_fp8, use_fp8
 from engine.guard import GuardConfig
@@ -143,16 +145,21 @@ class StepShape:
         return self.tokens_per_pack * self.packs_per_step
 
 
-def require_inputs(paths: Sequence[str], base: Base) -> None:
+def require_inputs(paths: Sequence[str], base: Base, *others: Sequence[str]) -> None:
     """See what can be seen before data is opened, which may take hours, and before a run directory is made.
 
     Args:
         paths: of the data.
+        others: paths of what else is read, such as held-out files, where there is any.
     Raises:
-        InputError: there are none, or the base's weights are not whole.
+        InputError: there are no paths, nothing that could be read is where one leads, or the base's weights are not
+            whole.
     """
     if not paths:
         raise InputError("There is no data. Name files or directories with --data.")
+    for given in (paths, *others):
+        if raw := [path for path in given if not is_prepared(path)]:
+            list_files(raw)
     require_weights(base)
 
 

@@ -93,7 +93,7 @@ def pretrain(config: PretrainConfig) -> None:
     base = find_base(config.model)
     if config.dry_run:
         return dry_run(config, base)
-    require_inputs(config.data.paths, base)
+    require_inputs(config.data.paths, base, config.eval.data)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)

@@ -122,7 +122,7 @@ def sft(config: SftConfig) -> None:
 
 def fine_tune(config: SftConfig, base: Base, runtime: Runtime) -> None:
     """The job within a process group, which another job may have formed. Raises as `sft` does."""
-    require_inputs(config.data.paths, base)
+    require_inputs(config.data.paths, base, config.eval.data)
     directory = Path(config.out)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)

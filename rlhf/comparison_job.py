@@ -105,15 +105,18 @@ class Comparisons:
         speak(_show_group(self.train, self.tokenizer, self.template.end_ids(self.tokenizer)))
 
 
-def open_comparisons(config: ComparisonConfig, base: Base, lr: float, runtime: Runtime) -> Comparisons:
+def open_comparisons(
+    config: ComparisonConfig, base: Base, lr: float, runtime: Runtime, others: Sequence[str] = ()
+) -> Comparisons:
     """Make the run directory, and prepare in it what is not prepared. The model is the base, with the run's context.
 
     Args:
         lr: peak learning rate of all weights where none is asked for.
+        others: paths of what else the job reads.
     Raises:
         InputError: data, template, sizes or directory that cannot work.
     """
-    require_inputs(config.data.paths, base)
+    require_inputs(config.data.paths, base, config.eval.data, others)
     directory = Path(config.out)
     frozen = stand_on(base.directory, config.model, config.out) if config.lora.rank else None
     context = resolve_shape(config.train, base.config, runtime.world, name=config.model).context

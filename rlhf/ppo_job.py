@@ -53,7 +53,7 @@ def train_ppo(config: PpoConfig) -> None:
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
-    require_inputs(config.data.paths, base)
+    require_inputs(config.data.paths, base, config.eval.data, config.ptx.paths)
     lora = config.lora.spec()
     bases = {} if lora is None else {"--model": stand_on(base.directory, config.model, config.out)}
     runtime = start(config.parallel)

@@ -53,7 +53,7 @@ def rejection(config: RejectionConfig) -> None:
     base = find_trained(config.model, "tools/sft.py", is_planned=config.dry_run)
     if config.dry_run:
         return dry_run(config, base)
-    require_inputs(config.data.paths, base)
+    require_inputs(config.data.paths, base, config.eval.data)
     lora = config.lora.spec()
     frozen = None if lora is None else stand_on(base.directory, config.model, config.out)
     runtime = start(config.parallel)

@@ -85,7 +85,7 @@ def rm(config: RmConfig) -> None:
     if config.dry_run:
         return plan_on_comparisons(config, base, LEARNING_RATE, head="score", loss="cross_entropy")
     runtime = start(config.parallel)
-    comparisons = open_comparisons(config, base, LEARNING_RATE, runtime)
+    comparisons = open_comparisons(config, base, LEARNING_RATE, runtime, config.normalise.data)
     tokenizer, template, shape = comparisons.tokenizer, comparisons.template, comparisons.shape
     with runtime.main_first():
         answers = config.normalise.open(template, tokenizer, shape.context, directory)

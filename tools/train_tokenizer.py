@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.data.sources import ReadOptions, read_texts
+from engine.data.sources import ReadOptions, list_files, read_texts
 from engine.files import explain, new_directory, require_new
 from engine.launch import run, speak
 from engine.out_directory import require_apart
@@ -69,6 +69,8 @@ def main(config: TrainTokenizer) -> None:
         open_base(config.extend, config.vocab_size)  # before hours of reading
     if config.model:
         load_config(require_model(config.model), "lm")
+    if config.data.paths:
+        list_files(config.data.paths)
     out = Path(config.out)
     if not _may_be_repeated(config):
         require_new(out)

@@ -184,9 +184,9 @@ OPTIONS = {
 }
 
 DATA = {
-    "a data file that does not exist": pretrain("--data", "dota.jsonl"),
-    "a folder without a readable file": pretrain("--data", "texts", spoil={"texts/notes.docx": ""}),
-    "a kind of file that is not read": pretrain("--data", "notes.docx", spoil={"notes.docx": ""}),
+    "a data file that does not exist": pretrain_new("--data", "dota.jsonl"),
+    "a folder without a readable file": pretrain_new("--data", "texts", spoil={"texts/notes.docx": ""}),
+    "a kind of file that is not read": pretrain_new("--data", "notes.docx", spoil={"notes.docx": ""}),
     "an empty file": pretrain("--data", "empty.jsonl", spoil={"empty.jsonl": ""}),
     "no text to train a tokenizer on": pretrain_new(*FRESH, "--data", "empty.txt", spoil={"empty.txt": "\n\n"}),
     "a binary file under a text's name": pretrain("--data", "book.txt", spoil={"book.txt": b"\x01\x00\x02\x00"}),

@@ -18,7 +18,7 @@ from tests.rlhf.planted import write_comparisons
 from tests.small_adapter import write_small_adapter
 from tests.small_base import small_texts
 from tests.tools.in_child import run_tool
-from tests.tools.mistakes import MISTAKES, MODEL, NOT_PERMITTED, prepare, pretrain
+from tests.tools.mistakes import MISTAKES, MODEL, NOT_PERMITTED, prepare, pretrain, pretrain_new, train_tokenizer
 from tests.tools.mistakes_adapters import MISTAKES_ADAPTERS
 from tests.tools.mistakes_attitudes import MISTAKES_ATTITUDES
 from tests.tools.mistakes_choice import MISTAKES_CHOICE
@@ -27,14 +27,14 @@ from tests.tools.mistakes_entities import MISTAKES_ENTITIES
 from tests.tools.mistakes_evaluation import MISTAKES_EVALUATION
 from tests.tools.mistakes_generation import MISTAKES_GENERATION
 from tests.tools.mistakes_lora import MISTAKES_LORA
-from tests.tools.mistakes_ppo import MISTAKES_PPO
+from tests.tools.mistakes_ppo import MISTAKES_PPO, ppo
 from tests.tools.mistakes_preferences import MISTAKES_PREFERENCES
-from tests.tools.mistakes_rejection import MISTAKES_REJECTION
-from tests.tools.mistakes_rm import MISTAKES_RM, rm
+from tests.tools.mistakes_rejection import MISTAKES_REJECTION, dpo, rejection
+from tests.tools.mistakes_rm import MISTAKES_RM, rm, rm_new
 from tests.tools.mistakes_rollout import MISTAKES_ROLLOUT
 from tests.tools.mistakes_scaling import MISTAKES_SCALING
 from tests.tools.mistakes_serve import MISTAKES_SERVE
-from tests.tools.mistakes_sft import MISTAKES_SFT, sft
+from tests.tools.mistakes_sft import MISTAKES_SFT, sft, sft_new
 from tests.tools.mistakes_tools import MISTAKES_TOOLS
 from tests.tools.small_job import write_small_job
 from tests.tools.small_sft import write_small_sft_job
@@ -65,6 +65,9 @@ WRITES_NOTHING = (
     "no data at all",
     "a list without a value, such as a variable of the shell that is not set",
     "a base to fine-tune that nobody has trained yet",
+    "a data file that does not exist",
+    "a folder without a readable file",
+    "a kind of file that is not read",
     *MODEL,
     "more ids than the model has rows",
     "another tokenizer than the base's",
@@ -72,6 +75,24 @@ WRITES_NOTHING = (
     "a base to fine-tune without a tokenizer",
     "a base to fine-tune whose weights are cut short",
 )
+MISSING = "dota.jsonl"
+READ = {  # every option of a job that names files
+    "pretrain --eval.data": pretrain_new("--eval.data", MISSING),
+    "sft --data": sft_new("--data", MISSING),
+    "sft --eval.data": sft_new("--eval.data", MISSING),
+    "rm --data": rm_new("--data", MISSING),
+    "rm --eval.data": rm_new("--eval.data", MISSING),
+    "rm --normalise.data": rm_new("--normalise.data", MISSING),
+    "dpo --data": dpo("--data", MISSING),
+    "dpo --eval.data": dpo("--eval.data", MISSING),
+    "ppo --data": ppo("--data", MISSING),
+    "ppo --eval.data": ppo("--eval.data", MISSING),
+    "ppo --ptx.paths": ppo("--ptx.paths", MISSING, "--ptx.coef", 1),
+    "rejection --data": rejection("--data", MISSING),
+    "rejection --eval.data": rejection("--eval.data", MISSING),
+    "prepare --data": prepare("--data", MISSING, "--out", "new"),
+    "train_tokenizer --data": train_tokenizer("--data", MISSING),
+}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
 
@@ -153,3 +174,15 @@ def test_a_mistake_ends_with_one_sentence_and_loses_nothing(template: Path, tmp_
     if situation in WRITES_NOTHING:
         assert later.keys() == earlier.keys() and not (folder / "new").exists()
     assert {name for name in earlier if later.get(name) != earlier[name]} == set()
+
+
+@pytest.mark.parametrize("option", READ)
+def test_a_file_that_is_not_there_is_missed_before_anything_is_written(
+    template: Path, tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(template, folder)
+    (ended,) = run_tool(READ[option].tool, *READ[option].words, cwd=folder)
+    assert ended.code == 2, ended.stderr
+    assert ended.last_line == f"{MISSING}: no such file or directory. Check the path after --data."
+    assert not (folder / "new").exists()

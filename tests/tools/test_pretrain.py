@@ -104,9 +104,10 @@ def test_real_files_under_torchrun_become_a_model_that_transformers_agrees_with(
 
 def test_a_mistake_that_one_rank_meets_is_said_once_and_last_under_torchrun(folder: Path) -> None:
     """Rank 0 reads the data while the others wait."""
-    ended = torchrun(folder, "--config", "recipe.yaml", "--data", "dota.jsonl")
+    (folder / "empty.jsonl").touch()
+    ended = torchrun(folder, "--config", "recipe.yaml", "--data", "empty.jsonl")
     assert ended.returncode == 1
-    sentence = "dota.jsonl: no such file or directory. Check the path after --data."
+    sentence = "empty.jsonl: there is no document to read. Give --data other files."
     assert ended.stderr.count(sentence) == 1
     report = ended.stderr.rsplit("Root Cause", 1)[1]
     assert sentence in report and re.search(r"exitcode  : 2\b", report)
