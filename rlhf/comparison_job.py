@@ -54,9 +54,6 @@ from model.config import Head, ModelConfig
 from model.lora import flops_per_token
 from model.tokenizer import Tokenizer
 
-# Among so many groups of answers one is looked for in which none is cut.
-_LOOKED_AT = 1000
-
 
 @dataclass
 class ComparisonConfig(JobConfig):
@@ -102,7 +99,7 @@ class Comparisons:
         speak(describe_preferences(self.train, self.held_out))
         describe_run(self.recipe, self.model, self.shape, self.runtime, "an answer with its prompt at most")
         speak(f"The chat template is {self.template.name}. A prompt's answers, compared tokens marked:")
-        speak(_show_group(self.train, self.tokenizer, self.template.end_ids(self.tokenizer)))
+        speak(_show_group(self.train, self.tokenizer))
 
 
 def open_comparisons(
@@ -215,21 +212,13 @@ def _resolve(config: ComparisonConfig, shape: StepShape, packs: int, lr: float) 
     return resolve_recipe(config, shape, steps, config.lora.rate(lr))
 
 
-def _show_group(comparisons: PreferenceSet, tokenizer: Tokenizer, ends: Sequence[int]) -> str:
-    """The best and the worst answer of the first group in which neither was cut, or of the first of all where there is
-    none, as the model will see them, for stderr; `ends`: ids that end an answer."""
-
-    def read(document: int) -> list[tuple[float, list[int], int]]:
-        group = comparisons.group(document)
-        places = [group.grades.index(grade) for grade in (max(group.grades), min(group.grades))]
-        return [(group.grades[at], group.ids[at].tolist(), int(group.answer_starts[at])) for at in places]
-
-    def is_whole(document: int) -> bool:
-        return all(set(ids[start:]) & set(ends) for _, ids, start in read(document))
-
-    found = [int(document) for document in comparisons.documents()[:_LOOKED_AT]]
+def _show_group(comparisons: PreferenceSet, tokenizer: Tokenizer) -> str:
+    """The best and the worst answer of the first group as the model will see them, for stderr; none is ever cut."""
+    group = comparisons.group(int(comparisons.documents()[0]))
     lines = []
-    for grade, ids, start in read(next(filter(is_whole, found), found[0])):
+    for grade in (max(group.grades), min(group.grades)):
+        place = group.grades.index(grade)
+        ids, start = group.ids[place].tolist(), group.answer_starts[place]
         is_compared = [position >= start for position in range(len(ids))]
         lines.append(f"{grade:g}: {show_ids(ids, is_compared, tokenizer, stream=sys.stderr)}")
     return "\n".join(lines)

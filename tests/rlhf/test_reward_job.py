@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.building import find_trained
 from engine.data.groups import PreferenceSet
 from engine.job import StepShape, TrainConfig, resolve_shape
 from engine.loggers import LogConfig, read_rows
@@ -25,6 +26,7 @@ from model.errors import InputError
 from model.heads import ScalarModel
 from model.hf import load_config, read_model
 from model.tokenizer import Tokenizer
+from rlhf.comparison_job import open_comparisons
 from rlhf.reward_job import LossConfig, RmConfig, padding_id, rm
 from rlhf.reward_model import open_reward_model
 from rlhf.reward_scores import HeldOut, NormaliseConfig
@@ -280,6 +282,31 @@ def test_a_dry_run_shows_the_plan_and_the_answers_of_a_prompt(
     assert "memory of a rank" in shown and "Learning rate at step 1" in shown
     assert shown.count("⟦") >= 4 and "[human]:患者0，高血压，怎么办？" in shown
     assert not (tmp_path / "rm").exists()
+
+
+@pytest.mark.parametrize("long_place", [0, 1])
+def test_the_best_and_the_worst_answer_of_the_first_group_that_fits_the_context_are_shown_before_a_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], long_place: int
+) -> None:
+    """No answer that is compared is cut: a prompt of which one would be is left out, whichever of them it is."""
+    long = ["头晕" if place != long_place else "头晕乏力" * 100 for place in range(2)]
+    asked = {"长": [*zip((1.0, 0.0), long, strict=True)]}
+    asked |= {"短": [(0.5, "头晕"), (0.0, "乏力"), (1.0, "咳嗽"), (0.25, "发热")], "后": [(1.0, "皮疹"), (0.0, "腹痛")]}
+    lines = [
+        {"prompt": question, "responses": [{"text": text, "score": grade} for grade, text in answers]}
+        for question, answers in asked.items()
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    config = recipe(folder, tmp_path / "rm")
+    config.data.paths, config.train = [str(data)], TrainConfig(steps=1, micro_batch_tokens=96, batch_tokens=96)
+    config.eval.data, config.eval.fraction = [], 0.0
+    base = find_trained(config.model, "tools/sft.py", head=None)
+    open_comparisons(config, base, 1e-3, start(ParallelConfig())).describe()
+    stop()
+    said = capsys.readouterr().err.splitlines()
+    at = said.index("The chat template is chimed. A prompt's answers, compared tokens marked:")
+    assert said[at + 1 :] == ["1: [human]:短", "[bot]:⟦咳嗽<eos>⟧", "0: [human]:短", "[bot]:⟦乏力<eos>⟧"]
 
 
 def test_a_micro_batch_holds_the_largest_group_unless_it_is_told_otherwise(folder: Path) -> None:
