@@ -222,11 +222,12 @@ def draw_curves(metrics: Path, picture: Path, panels: Sequence[Sequence[str]] = 
     columns = len(panels) // 2
     figure, axes = pyplot.subplots(2, columns, figsize=(5.5 * columns, 7), layout="constrained")
     for axis, names in zip(axes.flat, panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        if names[0].endswith("grad_norm"):
+        points = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names}
+        for name, found in points.items():
+            if found:
+                axis.plot(*zip(*found, strict=True), label=name, linewidth=1.2)
+        # Zeros alone, as of answers that are all worth the same, have no place on a logarithmic scale.
+        if names[0].endswith("grad_norm") and any(value > 0 for found in points.values() for _, value in found):
             axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,17 @@ def test_curves_are_drawn_from_rows_with_and_without_losses(tmp_path: Path) -> N
     log.record(1, {"held_out_loss": 2.1})
     log.close()
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("norms", [[0.0], [0.0, 0.0], [0.0, 2.0], [None, None], []])
+def test_gradients_of_nothing_are_drawn_without_a_warning(tmp_path: Path, norms: list[float | None]) -> None:
+    """As where all answers are worth the same: a logarithmic scale has no place for 0."""
+    rows = [{"step": step, "loss": 1.0, "grad_norm": norm} for step, norm in enumerate(norms, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
