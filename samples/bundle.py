@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.building import make_run_directory
+from engine.launch import is_main_process
+from model.errors import InputError
 from samples.dialogues import write_dialogues
 from samples.evaluation import write_evaluation
 from samples.knowledge import Knowledge, load_knowledge
@@ -19,11 +23,26 @@ from samples.render import write_pretraining
 
 @contextmanager
 def sample_folder(run: Path | str, is_dry: bool) -> Iterator[Path]:
-    """Where a run keeps its sample: a folder of its directory; of a dry run, one that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as beside:
-        if not is_dry:
-            make_run_directory(Path(run))
-        yield Path(beside) if is_dry else Path(run) / "sample"
+    """Where a run keeps its sample: a folder of its directory; of a dry run, one that is gone afterwards.
+
+    A run that is refused before anything but its sample is there leaves no directory that was not there before.
+    """
+    if is_dry:
+        with tempfile.TemporaryDirectory() as beside:
+            yield Path(beside)
+        return
+    directory, folder = Path(run), Path(run) / "sample"
+    fresh = [path for path in (folder, directory, *directory.parents) if not path.exists()]
+    make_run_directory(directory)
+    try:
+        yield folder
+    except InputError:
+        if folder in fresh and is_main_process() and {*os.listdir(directory)} <= {folder.name}:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may have written beside it by now
+                for path in fresh[1:]:
+                    path.rmdir()
+        raise
 
 
 def bundled_pretraining(directory: Path) -> tuple[Path, Path]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from model.chat import ChatTemplate
+from model.errors import InputError
 from model.tokenizer import Tokenizer
-from samples.bundle import bundled_tasks
+from samples.bundle import bundled_tasks, sample_folder
 from tests.small_base import write_small_base
 from tests.tools.in_child import Ended, run_tool
 
@@ -51,6 +52,32 @@ def test_what_would_be_asked_is_shown_and_nothing_is_left_behind(folder: Path) -
     for wording in ("抽取病历中的疾病、症状、检查和药物，每行一个。\n", "问题：", "患者：", "同意程度", "\n答："):
         assert wording in said
     assert not (folder / "dry").exists()
+
+
+def remains(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if ".said" not in path.as_posix()}
+
+
+@pytest.mark.parametrize("there", [".", "ckpt", "ckpt/evaluation"])
+def test_a_refused_command_takes_back_what_it_has_made(tmp_path: Path, there: str) -> None:
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = remains(tmp_path)
+    (ended,) = run_tool("evaluate_model", cwd=tmp_path)
+    assert ended.code == 2 and ended.last_line.startswith("There is no finished model in ckpt/ppo, "), ended.stderr
+    assert remains(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["sample/train.jsonl", "responses.jsonl"])
+def test_what_was_there_before_or_came_of_work_stays_with_its_sample(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    if name.startswith("sample"):
+        (run / "sample").mkdir(parents=True)
+        (run / name).touch()
+    with pytest.raises(InputError, match="refused"), sample_folder(run, is_dry=False) as folder:
+        folder.mkdir(exist_ok=True)
+        (run / name).write_text("1")
+        raise InputError("refused")
+    assert (run / name).read_text() == "1" and folder.is_dir()
 
 
 def test_a_reward_model_adds_its_row(tmp_path: Path) -> None:
