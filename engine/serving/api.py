@@ -8,6 +8,7 @@ A request that was accepted is watched until it is answered: a client that leave
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -192,8 +193,10 @@ async def _chunks(subscription: Subscription, answers: Answers, with_usage: bool
             for chunk in answers.stream(event):
                 yield chunk
     except Exception:
+        # Raised, it would break the connection off, and a browser drops what it has not read of a broken stream.
+        logging.getLogger("uvicorn.error").exception("The generator failed.")
         yield sent(ApiError(500, "The server failed.", "failed").body)
-        raise
+        return
     for chunk in answers.end_stream(with_usage):
         yield chunk
 

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.engine.serving.live import NAME, Alone, Live, served, wait_for
+from tests.engine.serving.wire import CHAT, Wire, asked, head
 from tests.ranks import PATIENCE
 
 QUESTION = "头晕怎么办？"
@@ -90,6 +91,22 @@ def test_clients_of_a_generator_that_fails_are_told_so(directory: Path) -> None:
         assert told.wait(PATIENCE) and str(live.service.failure) == "out of memory"
         assert live.send("GET", "/health")[0] == 503
         assert live.post("/v1/chat/completions", ASKED)[0] == 503
+
+
+def test_a_stream_that_fails_is_told_so_and_ends_as_others_do(directory: Path) -> None:
+    """Were it broken off, a browser would drop what it has not read of it yet."""
+    with served(directory) as live:
+
+        def fail() -> None:
+            raise RuntimeError("out of memory")
+
+        live.generator.step = fail  # type: ignore[assignment, method-assign]
+        with Wire(live) as wire:
+            body = asked(stream=True)
+            lines = "Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close"
+            wire.send(head(CHAT, *lines) + body)
+            answer = wire.rest()
+        assert b"The server failed." in answer and answer.endswith(b"\r\n0\r\n\r\n")
 
 
 def test_a_token_is_asked_for_everywhere_but_at_the_door(directory: Path) -> None:
