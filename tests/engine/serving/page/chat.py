@@ -13,9 +13,10 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 from model.generate import Event
 from model.generate import Request as GeneratorRequest
 from tests.engine.serving.live import Live
-from tests.ranks import PATIENCE
 
-expect.set_options(timeout=PATIENCE * 1000)
+# Milliseconds. Every wrong word waits so long, so it is shorter than what catches a process that hangs.
+LIMIT = 60_000
+expect.set_options(timeout=LIMIT)
 
 
 class Dictation:
@@ -96,7 +97,7 @@ class Chat:
     def __init__(self, browser: Browser, live: Live, language: str = "zh-CN", **how: Any) -> None:
         self.origin = f"http://127.0.0.1:{live.port}"
         self.context = browser.new_context(locale=language, **how)
-        self.context.set_default_timeout(PATIENCE * 1000)
+        self.context.set_default_timeout(LIMIT)
         self.requests: list[Request] = []
         self.complaints: list[str] = []
         self.context.on("request", lambda request: self.requests.append(request))
