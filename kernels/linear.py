@@ -8,7 +8,7 @@ path for its maker's processors, and oneDNN is twice as fast on others. Elsewher
 Of a 16-bit weight whose gradient is kept in fp32 (its `grad_dtype`), the last product writes `weight.grad`, or adds
 itself to it, as in Megatron-LM's gradient accumulation fusion: a GPU multiplies narrow operands into a wide result and
 can start from what stands there. That is 4 bytes a parameter in a step's first micro-batch and 8 in each other one, and
-nothing is rounded to 16 bits on the way. Autograd would have the product written in 16 bits, widened, and added: 8 and 20.
+nothing is rounded to 16 bits on the way. Autograd would have it written in 16 bits, widened, and added: 8 and 20.
 """
 
 from __future__ import annotations
